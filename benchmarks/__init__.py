@@ -1,0 +1,1 @@
+"""Measurements: `python benchmarks/throughput.py`, `python benchmarks/accuracy.py`."""

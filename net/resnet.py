@@ -1,0 +1,81 @@
+"""CustomResNet: the ResNet-9 of DAWNBench fame (davidcpage/cifar10-fast), with the pooling before the normalisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ConvBN(nn.Sequential):
+    """3x3 convolution (stride 1, padding 1, no bias), optional 2x2 max-pooling, batch norm, ReLU.
+
+    Maps (N, in_channels, H, W) to (N, out_channels, H, W), or to half of H and W with `pool`. Pooling comes before the
+    norm: the norm and the ReLU then touch a quarter of the elements.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, pool: bool = False) -> None:
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, out_channels, 3, stride=1, padding=1, bias=False)]
+        if pool:
+            layers.append(nn.MaxPool2d(2))
+        layers += [nn.BatchNorm2d(out_channels), nn.ReLU()]
+        super().__init__(*layers)
+
+
+class Residual(nn.Module):
+    """x + ConvBN(ConvBN(x)): both ReLUs lie inside the branch, nothing follows the sum."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(ConvBN(channels, channels), ConvBN(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)  # type: ignore[no-any-return]
+
+
+class CustomResNet(nn.Module):
+    """Images (N, 3, 32, 32), floating point and normalised, to logits (N, num_classes).
+
+    Widths are `width`, 2, 4 and 8 times `width`; 64 is the assignment's network of 6,573,130 parameters for 10 classes.
+    Any height and width that are multiples of 8 and at least 32 work: the last pooling is 4x4, the mean over what it
+    leaves (one position at 32x32, where the mean changes nothing) makes the features.
+
+    Raises ValueError for a width or a class count below 1.
+    """
+
+    def __init__(self, num_classes: int = 10, width: int = 64) -> None:
+        super().__init__()
+        if width < 1 or num_classes < 1:
+            raise ValueError(f"CustomResNet: width {width} and num_classes {num_classes} must be at least 1")
+        self.prep = ConvBN(3, width)
+        self.layer1 = nn.Sequential(ConvBN(width, 2 * width, pool=True), Residual(2 * width))
+        self.layer2 = ConvBN(2 * width, 4 * width, pool=True)
+        self.layer3 = nn.Sequential(ConvBN(4 * width, 8 * width, pool=True), Residual(8 * width))
+        self.pool = nn.MaxPool2d(4)
+        self.classifier = nn.Linear(8 * width, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(self.prep(images))))
+        x = self.pool(x)
+        if x.shape[-1] > 1 or x.shape[-2] > 1:
+            x = x.mean((2, 3), keepdim=True)
+        return self.classifier(torch.flatten(x, 1))  # type: ignore[no-any-return]
+
+
+def parameter_count(num_classes: int = 10, width: int = 64) -> int:
+    """Trainable parameters of CustomResNet in closed form, for checking a checkpoint against a configuration.
+
+    With w the width: 3x3 kernels 9(3w + 2w^2 + 2(2w)^2 + 8w^2 + 32w^2 + 2(8w)^2), norms 2w(1 + 3*2 + 4 + 3*8),
+    classifier 8w*num_classes + num_classes.
+    """
+    w = width
+    kernels = 9 * (3 * w + 2 * w**2 + 2 * (2 * w) ** 2 + 8 * w**2 + 32 * w**2 + 2 * (8 * w) ** 2)
+    norms = 2 * w * (1 + 3 * 2 + 4 + 3 * 8)
+    return kernels + norms + 8 * w * num_classes + num_classes
+
+
+def flops_per_image(width: int = 64, num_classes: int = 10, size: int = 32) -> int:
+    """Multiply-adds of one forward pass over an image of size x size (convolutions and classifier), in closed form."""
+    w, s = width, size
+    maps = [(3, w, s), (w, 2 * w, s), (2 * w, 2 * w, s // 2), (2 * w, 2 * w, s // 2)]
+    maps += [(2 * w, 4 * w, s // 2), (4 * w, 8 * w, s // 4), (8 * w, 8 * w, s // 8), (8 * w, 8 * w, s // 8)]
+    return sum(9 * i * o * side * side for i, o, side in maps) + 8 * w * num_classes

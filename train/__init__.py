@@ -1,0 +1,1 @@
+"""Training: `python -m train --config configs/onecycle.yaml`."""
