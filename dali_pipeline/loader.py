@@ -1,0 +1,262 @@
+"""Device batches of images and labels by DALI or by torch: the same pixels from either, for any (seed, epoch, step)."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import dali_graph
+from .plan import NO_AUGMENT, Augment, Plan, Stream, Tail, check_shard, identity_plan
+from .torch_graph import Records, TorchGraph, decode, stage, upload
+
+Backend = Literal["dali", "torch"]
+
+
+class BackendError(Exception):
+    """An explicitly requested backend cannot run here; one line with the cause and the remedy."""
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """The backend that will run, and why it was taken; `reason` is for the log and the run's record."""
+
+    name: Backend
+    reason: str
+
+
+def choose_backend(requested: str, device: torch.device) -> BackendChoice:
+    """Resolves `data.backend` (auto, dali or torch) by running a trivial DALI pipeline on the device.
+
+    auto takes DALI where that pipeline runs, torch elsewhere. Raises BackendError for `dali` where it does not run,
+    ValueError for another name.
+    """
+    if requested not in ("auto", "dali", "torch"):
+        raise ValueError(f"data.backend is {requested!r}, expected 'auto', 'dali' or 'torch'")
+    where = f"on {device}"
+    if requested == "torch":
+        return BackendChoice("torch", f"torch {torch.__version__} {where}: requested")
+    if device.type not in ("cuda", "cpu"):
+        problem = f"DALI has no {device.type} backend; use data.backend=torch"
+    else:
+        try:
+            version = dali_graph.probe(device)
+        except Exception as error:  # ImportError, RuntimeError, AttributeError: all answer one question
+            problem = _explain(error, device)
+        else:
+            if device.type == "cpu":
+                where = "on its CPU backend: " + (
+                    "the device is the CPU" if torch.cuda.is_available() else "no CUDA device"
+                )
+            return BackendChoice("dali", f"dali {version} {where}")
+    if requested == "dali":
+        raise BackendError(f"data.backend=dali cannot run {where}: {problem}")
+    return BackendChoice("torch", f"torch {torch.__version__} {where}: {problem}")
+
+
+def _explain(error: Exception, device: torch.device) -> str:
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, ImportError) and getattr(error, "name", None) in ("nvidia", "nvidia.dali"):
+        return "DALI is not installed; it runs on Linux: pip install nvidia-dali-cuda120, or data.backend=torch"
+    if isinstance(error, (ImportError, AttributeError)):
+        return f"nvidia.dali does not import ({first_line}); reinstall nvidia-dali-cuda120, or data.backend=torch"
+    return f"a trivial pipeline fails ({first_line}); check the driver with nvidia-smi, or data.backend=torch"
+
+
+class _Pump:
+    """Turns requests for (plan of) key k into images: keeps DALI's prefetched batches in step with what is asked for.
+
+    DALI pulls ahead of what is delivered, so the plans run on in natural order (`follow`); a request out of that order
+    moves the cursor and throws away the batches in flight.
+    """
+
+    def __init__(
+        self, plan_of: Callable[[tuple[int, int]], Plan], follow: Callable[[int, int], tuple[int, int]]
+    ) -> None:
+        self.plan_of = plan_of
+        self.follow = follow
+        self.cursor = (0, 0)
+        self.in_flight: deque[tuple[tuple[int, int], Plan]] = deque()
+
+    def pull(self) -> Plan:
+        plan = self.plan_of(self.cursor)
+        self.in_flight.append((self.cursor, plan))
+        self.cursor = self.follow(*self.cursor)
+        return plan
+
+    def get(self, key: tuple[int, int], run: Callable[[], Tensor]) -> tuple[Tensor, Plan]:
+        if self.in_flight:
+            if all(k != key for k, _ in self.in_flight):
+                self.cursor = key
+        else:
+            self.cursor = key
+        while True:
+            images = run()
+            k, plan = self.in_flight.popleft()
+            if k == key:
+                return images, plan
+
+
+class _Engine:
+    """One split on the device behind one backend."""
+
+    def __init__(
+        self,
+        split: Records,
+        batch_size: int,
+        augment: Augment,
+        fill: tuple[int, int, int],
+        device: torch.device,
+        backend: BackendChoice | str,
+        plan_of: Callable[[tuple[int, int]], Plan],
+        follow: Callable[[int, int], tuple[int, int]],
+    ) -> None:
+        name = backend.name if isinstance(backend, BackendChoice) else choose_backend(backend, device).name
+        self._pid = os.getpid()
+        self._device = device
+        self._plan_of = plan_of
+        self._dali: dali_graph.DaliGraph | None = None
+        self._torch: TorchGraph | None = None
+        images, self._labels = decode(upload(split, device), split, mirrored=name == "dali" and augment.flip)
+        if name == "dali":
+            self._pump = _Pump(plan_of, follow)
+            self._dali = dali_graph.DaliGraph(images, self._pump.pull, batch_size, augment, fill)
+        else:
+            self._torch = TorchGraph(images, augment, fill)
+        self._closed = False
+
+    def batch(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        if os.getpid() != self._pid:
+            raise RuntimeError("a loader does not survive fork(): make it in the process that uses it")
+        if self._closed:
+            raise RuntimeError("the loader is closed")
+        if self._dali is not None:
+            images, plan = self._pump.get(key, self._dali.run)
+            return images, self._labels[stage(plan, self._device)[0]]
+        assert self._torch is not None
+        staged = stage(self._plan_of(key), self._device)
+        return self._torch(staged), self._labels[staged[0]]
+
+    def close(self) -> None:
+        self._closed = True
+        if self._dali is not None:
+            self._dali.close()
+        self._dali = self._torch = None
+
+
+class TrainLoader:
+    """Augmented batches, a pure function of (seed, epoch, step): starting at a step gives what running up to it gives.
+
+    `batch_size` is the global batch; this rank gets positions rank::world_size of it. Raises ValueError where the batch
+    does not divide by the world size or exceeds the split, or reflected padding exceeds the image.
+    """
+
+    def __init__(
+        self,
+        split: Records,
+        *,
+        batch_size: int,
+        augment: Augment,
+        fill: tuple[int, int, int],
+        seed: int,
+        device: torch.device,
+        backend: BackendChoice | str,
+        tail: Tail = "drop",
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if augment.crop and augment.padding_mode == "reflect" and augment.pad >= min(split.height, split.width):
+            raise ValueError(
+                f"augment.pad {augment.pad} reflects more than an image of {split.height} x {split.width} has"
+            )
+        self._stream = Stream(
+            len(split.records),
+            batch_size,
+            augment,
+            seed,
+            size=(split.height, split.width),
+            tail=tail,
+            rank=rank,
+            world_size=world_size,
+        )
+        self.steps_per_epoch = self._stream.steps_per_epoch
+        self._engine = _Engine(
+            split,
+            batch_size // world_size,
+            augment,
+            fill,
+            device,
+            backend,
+            lambda key: self._stream.batch(*key),
+            self._stream.next_step,
+        )
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields (images, labels) for the steps from `start_step`: images (batch/world, 3, H, W) uint8 on the device,
+        channels-last; labels (batch/world,) int64. A batch is its own memory: it stays valid as long as it is held.
+        """
+        for step in range(start_step, self.steps_per_epoch):
+            yield self._engine.batch((epoch, step))
+
+    def close(self) -> None:
+        """Stops the pipeline and frees the resident data; batches already yielded stay valid."""
+        self._engine.close()
+
+
+class EvalLoader:
+    """Every image exactly once over all ranks, in order and unaugmented, in batches of one fixed size."""
+
+    def __init__(
+        self,
+        split: Records,
+        *,
+        batch_size: int,
+        device: torch.device,
+        backend: BackendChoice | str,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        check_shard(batch_size, rank, world_size)
+        self.num_images = len(split.records)
+        self.steps = -(-self.num_images // batch_size)
+        self._batch_size, self._rank, self._world_size, self._device = batch_size, rank, world_size, device
+        self._engine = _Engine(
+            split,
+            batch_size // world_size,
+            NO_AUGMENT,
+            (0, 0, 0),
+            device,
+            backend,
+            self._plan_of,
+            lambda epoch, step: (epoch, (step + 1) % self.steps),
+        )
+
+    def _positions(self, step: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        start = step * self._batch_size
+        return np.arange(start + self._rank, start + self._batch_size, self._world_size)
+
+    def _plan_of(self, key: tuple[int, int]) -> Plan:
+        positions = self._positions(key[1])
+        return identity_plan(np.where(positions < self.num_images, positions, 0))
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yields (images, labels, valid): as TrainLoader, and a (batch/world,) bool mask on the device, False where the
+        last batch is filled up with image 0."""
+        for step in range(self.steps):
+            images, labels = self._engine.batch((0, step))
+            valid = torch.from_numpy(self._positions(step) < self.num_images)
+            if self._device.type == "cuda":
+                valid = valid.pin_memory()
+            yield images, labels, valid.to(self._device, non_blocking=True)
+
+    def close(self) -> None:
+        self._engine.close()
