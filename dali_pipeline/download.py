@@ -279,7 +279,7 @@ class _Meter:
 
     def __init__(self, archive: Archive, enabled: bool) -> None:
         self.archive = archive
-        self.enabled = enabled and sys.stderr is not None
+        self.enabled = enabled and sys.stderr is not None and not sys.stderr.closed
         self.terminal = self.enabled and sys.stderr.isatty()
         self.bar: Any = None
         self.started: tuple[float, int] | None = None
