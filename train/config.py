@@ -99,6 +99,7 @@ class TrainConfig:
     ema_decay: float = _key(0.0, "decay of the exponential moving average of the weights; 0 keeps none", at_least=0.0, below=1.0)
     ema_every: int = _key(1, "steps between updates of the average", at_least=1)
     tta: bool = _key(False, "report flip test-time augmentation beside the plain accuracy")
+    sync_bn: bool = _key(False, "batch-norm statistics over all processes together (torchrun); else each its own")
     seed: int = _key(0, "seed of the weights and of the augmentation plan", at_least=0, at_most=2**63 - 1)
     deterministic: bool = _key(False, "the same bits on every run of one machine, at a cost in speed")
 
@@ -108,7 +109,19 @@ class RunConfig:
     """Where the results go."""
 
     dir: Union[str, None] = _key(None, "run folder; by default runs/NAME-OF-THE-CONFIG, numbered where that exists")
+    checkpoint_every: Union[str, int] = _key("epoch", "how often last.pt is written: epoch, N steps (200), or N seconds (60s)")
     tensorboard: bool = _key(False, "write TensorBoard event files too (pip install -e '.[tensorboard]')")
+
+
+def checkpoint_interval(every: str | int) -> tuple[int | None, float | None]:
+    """run.checkpoint_every as (steps, seconds), both None for "epoch". Raises ConfigError for anything else."""
+    text = str(every)
+    if text == "epoch":
+        return None, None
+    number = text.removesuffix("s")
+    if number.isdecimal() and int(number) > 0:
+        return (None, float(number)) if text.endswith("s") else (int(number), None)
+    raise ConfigError(f"run.checkpoint_every: {every!r} is none of epoch, a number of steps (200), a number of seconds (60s)")
 
 
 @dataclass(kw_only=True)
@@ -234,6 +247,7 @@ def _check_tree(tree: Any) -> dict[str, dict[str, Any]]:
 
 def _check_together(config: Config) -> None:
     """What only two keys together can get wrong."""
+    checkpoint_interval(config.run.checkpoint_every)
     schedule, train, optim = config.schedule, config.train, config.optim
     if schedule.peak_epoch > train.epochs:
         raise ConfigError(

@@ -1,0 +1,98 @@
+"""python -m train --config configs/onecycle.yaml [section.key=value ...]"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from train.config import Config, ConfigError, help_text, load_config, to_yaml
+
+USAGE = 2
+
+EXAMPLES = """
+examples:
+  python -m train --config configs/quickstart.yaml
+      the embedded digits: a whole run within two minutes on a laptop
+  python -m train --config configs/onecycle.yaml data.root=~/data run.dir=runs/first
+  python -m train --config configs/onecycle.yaml net.width=16 train.epochs=3 schedule.peak_epoch=1
+  python -m train --config configs/onecycle.yaml --find-lr
+  python -m train --config configs/onecycle.yaml run.dir=runs/first --resume
+  torchrun --nproc-per-node=4 -m train --config configs/onecycle.yaml
+
+exit codes: 0 done; 2 the configuration, the data or the machine does not allow the run; 3 the loss became NaN or infinite;
+130 and 143 interrupted (SIGINT, SIGTERM) with the state saved; 1 anything else.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        prog="python -m train",
+        description="Train an image classifier from a recipe. Every key of the recipe can be overridden by section.key=value.",
+        epilog=f"keys, with their defaults:\n\n{help_text()}\n{EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("--config", required=True, metavar="FILE", help="the recipe, a YAML file of configs/")
+    result.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the recipe")
+    result.add_argument("--print-config", action="store_true", help="print the whole resolved recipe and end")
+    result.add_argument("--find-lr", action="store_true", help="run the LR range test alone, draw it, and end")
+    what = result.add_mutually_exclusive_group()
+    what.add_argument("--resume", action="store_true", help="continue the run in run.dir from its last.pt")
+    what.add_argument("--overwrite", action="store_true", help="replace the run in run.dir")
+    result.add_argument(
+        "--fallback", action="store_true", help="with --resume: where last.pt is damaged, continue from previous.pt"
+    )
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_intermixed_args(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+    except ConfigError as error:
+        return _fail(str(error))
+    if options.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    return _run(options, config)
+
+
+def _run(options: argparse.Namespace, config: Config) -> int:
+    # torch is imported from here on: --help, --print-config and a wrong key answer without waiting for it
+    from train.failures import explained
+    from train.fit import find_only, fit
+    from train.record import Log, default_run_dir
+
+    log = Log()
+    with explained(config, log) as outcome:
+        name = f"{Path(options.config).stem}-lr" if options.find_lr else options.config
+        folder = Path(config.run.dir).expanduser() if config.run.dir else default_run_dir(name, options.resume)
+        if options.find_lr:
+            find_only(config, folder, log=log, overwrite=options.overwrite, on_range_test=_draw_range_test)
+            log(f"run folder     {folder} (lr_finder.csv, lr_finder.png)")
+        else:
+            fit(
+                config,
+                folder,
+                log=log,
+                resume=options.resume,
+                overwrite=options.overwrite,
+                fallback=options.fallback,
+                on_range_test=_draw_range_test,
+            )
+    return outcome.code
+
+
+def _draw_range_test(folder: Path) -> None:
+    from analysis.curves import draw_lr_finder
+
+    draw_lr_finder(folder / "lr_finder.csv", folder / "lr_finder.png")
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

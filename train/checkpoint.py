@@ -1,0 +1,121 @@
+"""Checkpoints that survive a kill at any moment and refuse to load damaged: plain dicts of tensors and numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = 1
+_MARK = b"sha256:"
+_COMMENT = len(_MARK) + 64  # the digest in hexadecimal
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used: one line naming the file, what is wrong and the remedy."""
+
+
+def seal(content: bytes) -> bytes:
+    """Put the sha256 of a zip file into its comment field, where `torch.load` and zip tools ignore it."""
+    if content[-2:] != b"\0\0":
+        raise ValueError("expected a zip file without a comment")
+    digest = hashlib.sha256(content).hexdigest().encode()
+    return content[:-2] + _COMMENT.to_bytes(2, "little") + _MARK + digest
+
+
+def unseal(content: bytes) -> bytes:
+    """Give back what `seal` was given; ValueError where a byte differs or the seal is missing."""
+    body, comment = content[:-_COMMENT], content[-_COMMENT:]
+    if not comment.startswith(_MARK) or body[-2:] != _COMMENT.to_bytes(2, "little"):
+        raise ValueError("it carries no sha256: cut short, or written by another program")
+    original = body[:-2] + b"\0\0"
+    if hashlib.sha256(original).hexdigest().encode() != comment[len(_MARK) :]:
+        raise ValueError("its sha256 does not match its content: damaged")
+    return original
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename in the folder durable (a no-op where folders cannot be opened, as on Windows)."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, content: bytes, keep_previous: Path | None = None) -> None:
+    """Replace `path` by `content` so that at every moment it is whole: the old file or the new one.
+
+    With `keep_previous`, what `path` held before stays under that name.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_previous is not None and path.exists():
+            link = keep_previous.with_name(f".{keep_previous.name}.{os.getpid()}.tmp")
+            link.unlink(missing_ok=True)
+            os.link(path, link)  # a second name, so that `path` itself is never missing
+            link.replace(keep_previous)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove temporary files that a killed process left behind."""
+    for stale in folder.glob(".*.tmp"):
+        stale.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: str | Path, state: dict[str, Any], keep_previous: Path | None = None) -> None:
+    """Write `state` (nested dicts and lists of tensors, numbers, text, None) atomically, sealed by its sha256.
+
+    The file is an ordinary torch file: `torch.load(path, weights_only=True)` reads it without this module.
+    """
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    write_atomic(Path(path), seal(buffer.getvalue()), keep_previous)
+
+
+def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read a checkpoint, its sha256 verified first, then unpickled with `weights_only=True`: no code in it can run.
+
+    Raises CheckpointError where the file is missing, damaged, of another format, or holds anything but plain data.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint; a run writes last.pt and best.pt after its first epoch") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        state = torch.load(io.BytesIO(unseal(content)), map_location=map_location, weights_only=True)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not usable, {error}{_other(path)}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path}: refused, it does not hold plain tensors and numbers: {reason}") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(f"{path}: of format {found!r}, this version reads format {FORMAT}")
+    return state
+
+
+def _other(path: Path) -> str:
+    others = [name for name in ("last.pt", "previous.pt", "best.pt") if name != path.name and (path.parent / name).exists()]
+    return f"; {others[0]} beside it may be whole" if others else ""

@@ -1,0 +1,77 @@
+"""The test set, each image once: loss and accuracy, and the logits for whoever looks closer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean cross-entropy and correct predictions over `count` images."""
+
+    loss: float
+    correct: int
+    count: int
+
+    @property
+    def accuracy(self) -> float:
+        """In percent."""
+        return 100 * self.correct / self.count
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.4f}, accuracy {self.correct}/{self.count} ({self.accuracy:.2f}%)"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`plain` as the network answers, `flip` averaged with the mirrored image where asked, logits where kept."""
+
+    plain: Score
+    flip: Score | None = None
+    logits: Tensor | None = None  # (N, C) float32 on the CPU, in the order of the loader
+    labels: Tensor | None = None  # (N,) int64 on the CPU
+
+
+def evaluate(
+    step: nn.Module, loader: Iterable[tuple[Tensor, Tensor, Tensor]], *, keep_logits: bool = False
+) -> Evaluation:
+    """Run `step` (EvalStep) over batches (images, labels, valid); rows that are not `valid` are padding and count nothing.
+
+    Totals stay on the device until the end, and are summed over the processes where torch.distributed runs. The network
+    is put into eval mode and given back in the mode it had.
+    """
+    was_training = step.training
+    step.eval()
+    totals: Tensor | None = None
+    kept: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad():
+        for images, labels, valid in loader:
+            logits = step(images)
+            views = logits if logits.ndim == 3 else logits[None]  # (views, N, C)
+            losses = torch.stack([F.cross_entropy(view, labels, reduction="none") for view in views])
+            hits = (views.argmax(2) == labels) & valid
+            # a padded row may hold anything, so it is selected away, not multiplied by zero
+            batch = torch.stack([torch.where(valid, losses, 0.0).sum(1), hits.sum(1)])
+            count = valid.sum().expand(1, batch.shape[1])
+            batch = torch.cat([batch, count]).to(torch.float32 if batch.device.type == "mps" else torch.float64)
+            totals = batch if totals is None else totals + batch
+            if keep_logits:
+                kept.append((views[0][valid].cpu(), labels[valid].cpu()))
+    step.train(was_training)
+    if totals is None:
+        raise ValueError("nothing to evaluate: the loader gave no batch")
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(totals)
+    scores = [Score(loss / count, round(correct), round(count)) for loss, correct, count in totals.t().tolist()]
+    return Evaluation(
+        plain=scores[0],
+        flip=scores[1] if len(scores) > 1 else None,
+        logits=torch.cat([logits for logits, _ in kept]) if kept else None,
+        labels=torch.cat([labels for _, labels in kept]) if kept else None,
+    )

@@ -1,0 +1,289 @@
+"""From a configuration to a finished run folder; what `python -m train` calls."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from dali_pipeline.datasets import Dataset
+from dali_pipeline.datasets import load as load_dataset
+from dali_pipeline.loader import BackendChoice, choose_backend
+from train.checkpoint import CheckpointError, load_checkpoint
+from train.config import Config, ConfigError, to_dict, to_yaml
+from train.distributed import Group, from_environment, process_group
+from train.loop import Position, Run, SignalWatch, Times, Trainer, restore, summary_lines
+from train.lr_finder import range_test, suggest
+from train.optim import OneCycle
+from train.progress import duration
+from train.record import Log, RunFolder, git_commit, system_record
+from train.runtime import Runtime, prepare, seed_everything, versions
+
+# what may differ between a run and its resumption: none of these changes a weight
+HARMLESS = {
+    "data.root", "data.download", "data.backend", "run.dir", "run.tensorboard", "run.checkpoint_every", "train.eval_batch_size",
+    "train.tta",
+}  # fmt: skip
+
+
+class Setup:
+    """What a run stands on, made in the order in which things can go wrong cheaply: machine, data, network."""
+
+    def __init__(self, config: Config, log: Log, times: Times, group: Group) -> None:
+        self.config, self.log, self.times, self.group = config, log, times, group
+        train = config.train
+        self.runtime: Runtime = prepare(
+            device=train.device,
+            precision=train.precision,
+            compile=train.compile,
+            channels_last=train.channels_last,
+            local_rank=group.local_rank,
+        )
+        self.backend: BackendChoice = choose_backend(config.data.backend, self.runtime.device)
+        for note in self.runtime.notes:
+            log(note)
+        log(f"pipeline: {self.backend.name} ({self.backend.reason})")
+
+    def load_data(self) -> Dataset:
+        data = self.config.data
+        with self.group.first_does_it():
+            dataset = load_dataset(
+                data.name,
+                Path(data.root),
+                download=data.download and self.group.first,
+                progress=not self.log.quiet,
+                synthetic_size=data.synthetic_size,
+                synthetic_classes=data.synthetic_classes,
+                synthetic_count=data.synthetic_count,
+            )
+        self._check_fit(dataset)
+        self.log(
+            f"data: {dataset.name}, {len(dataset.train):,} training and {len(dataset.test):,} test images of "
+            f"{dataset.train.height} x {dataset.train.width}, {dataset.num_classes} classes ({dataset.source})"
+        )
+        return dataset
+
+    def _check_fit(self, dataset: Dataset) -> None:
+        train, world = self.config.train, self.group.world_size
+        if train.batch_size > len(dataset.train):
+            raise ConfigError(
+                f"train.batch_size: {train.batch_size} is more than the {len(dataset.train)} training images of {dataset.name}"
+            )
+        for key in ("batch_size", "eval_batch_size"):
+            if getattr(train, key) % world:
+                raise ConfigError(f"train.{key}: {getattr(train, key)} does not divide by the {world} processes")
+        if dataset.train.height % 8 or dataset.train.width % 8:
+            raise ConfigError(
+                f"data.synthetic_size: the network halves images three times, {dataset.train.height} is no multiple of 8"
+            )
+
+    def build(self, dataset: Dataset) -> Trainer:
+        seed_everything(self.config.train.seed, self.config.train.deterministic)
+        trainer = Trainer(self.config, dataset, self.runtime, self.backend, self.group)
+        tail = len(dataset.train) % self.config.train.batch_size
+        if tail:
+            what = "carried into the next epoch" if self.config.train.tail == "endless" else "left out, others each epoch"
+            self.log(f"an epoch: {trainer.steps_per_epoch} full batches; the {tail} images beyond them are {what}")
+        return trainer
+
+    def warm_up(self, trainer: Trainer) -> None:
+        """Compile, and say so: it can take half a minute. Under compile=auto a compiler that fails is gone without, loudly."""
+        mode = self.runtime.compile_mode
+        if mode is None:
+            return
+        self.log(f"compiling the training and the evaluation step (mode {mode}) ...")
+        begun = time.perf_counter()
+        with self.times.on("compile", self.runtime.device):
+            try:
+                trainer.warm_up()
+            except Exception as error:
+                if self.config.train.compile != "auto" or not _is_compile_failure(error):
+                    raise
+                reason = str(error).strip().splitlines()[0]
+                self.log(f"WARNING: torch.compile failed, training goes on uncompiled and slower: {reason}")
+                trainer.compiled_off()
+                return
+        self.log(f"compiled in {duration(time.perf_counter() - begun)}")
+
+
+def _is_compile_failure(error: Exception) -> bool:
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+
+
+def environment(setup: Setup, dataset: Dataset) -> dict[str, Any]:
+    """environment.json: what the result depends on beside the recipe."""
+    import torch
+
+    device = setup.runtime.device
+    record: dict[str, Any] = {
+        "commit": git_commit(),
+        "versions": versions(),
+        **system_record(),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "precision": setup.runtime.precision,
+        "compile": setup.runtime.compile_mode or "off",
+        "channels_last": setup.runtime.channels_last,
+        "backend": setup.backend.name,
+        "backend_reason": setup.backend.reason,
+        "notes": list(setup.runtime.notes),
+        "data_source": dataset.source,
+        "world_size": setup.group.world_size,
+        "threads": torch.get_num_threads(),
+    }
+    return record
+
+
+def find_rates(setup: Setup, trainer: Trainer, folder: RunFolder | None) -> tuple[float, float]:
+    """Run the range test, write lr_finder.csv, and give (lr_max, lr_min), given values standing as they are."""
+    schedule = setup.config.schedule
+    with setup.times.on("lr_search", setup.runtime.device):
+        result = range_test(
+            trainer,
+            start=schedule.find_start,
+            end=schedule.find_end,
+            steps=schedule.find_steps,
+            log=setup.log,
+            bar=setup.log.terminal and not setup.log.quiet,
+        )
+        if folder is not None and setup.group.first:
+            result.write_csv(folder.path / "lr_finder.csv")
+        suggestion = suggest(result)
+    setup.log(suggestion.sentence())
+    lr_max = schedule.lr_max if isinstance(schedule.lr_max, float) else suggestion.lr_max
+    lr_min = schedule.lr_min if isinstance(schedule.lr_min, float) else min(suggestion.lr_min, lr_max)
+    if lr_min > lr_max:
+        raise ConfigError(f"schedule.lr_min: {lr_min:g} is above the lr_max found, {lr_max:.4g}; set schedule.lr_max too")
+    return lr_max, lr_min
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """"section.key: old -> new" for every key that changes what a run computes."""
+    changed = []
+    for section, keys in new.items():
+        for key, value in keys.items():
+            name, before = f"{section}.{key}", old.get(section, {}).get(key)
+            if name in HARMLESS or before == value or (value == "find" and isinstance(before, float)):
+                continue
+            changed.append(f"{name}: {before} -> {value}")
+    return changed
+
+
+def _load_for_resume(folder: RunFolder, config: Config, fallback: bool) -> dict[str, Any]:
+    try:
+        state = load_checkpoint(folder.path / "last.pt")
+    except CheckpointError:
+        if not fallback:
+            raise
+        state = load_checkpoint(folder.path / "previous.pt")
+    changed = differences(state["config"], to_dict(config))
+    if changed:
+        raise ConfigError(
+            f"{folder.path}: --resume continues the recipe that the run began with, but these keys differ: "
+            f"{'; '.join(changed)}. Leave them as they were, or start a new run"
+        )
+    # the rates that were found are part of the recipe now
+    config.schedule.lr_max, config.schedule.lr_min = state["lr_max"], state["lr_min"]
+    return state
+
+
+def fit(
+    config: Config,
+    run_dir: Path | None,
+    *,
+    log: Log | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    fallback: bool = False,
+    on_range_test: Callable[[Path], None] | None = None,
+) -> dict[str, Any]:
+    """Train `config` into `run_dir` (None keeps nothing) and give the summary.
+
+    `resume` continues from last.pt (with `fallback` from previous.pt where last.pt is damaged); `on_range_test` is called
+    with the folder once lr_finder.csv is there. Raises what its parts raise; see train/__main__.py for their exit codes.
+    """
+    group = from_environment()
+    log = log or Log(quiet=not group.first)
+    times = Times()
+    signals = SignalWatch()
+    with ExitStack() as stack:
+        stack.enter_context(signals.watching())
+        begun = time.perf_counter()
+        setup = Setup(config, log, times, group)
+        stack.enter_context(process_group(group, setup.runtime.device.type))
+        folder = None
+        if run_dir is not None and group.first:
+            folder = RunFolder(run_dir, resume=resume, overwrite=overwrite)
+            stack.callback(folder.close)
+        group.barrier()
+        state = None
+        if resume:
+            assert run_dir is not None, "resuming needs the folder that holds last.pt"
+            holder = folder or RunFolder.__new__(RunFolder)
+            holder.path = Path(run_dir)
+            state = _load_for_resume(holder, config, fallback)
+        dataset = setup.load_data()
+        trainer = setup.build(dataset)
+        stack.callback(trainer.close)
+        times.set_up += time.perf_counter() - begun
+        setup.warm_up(trainer)
+
+        position = Position()
+        if state is not None:
+            position = restore(trainer, state, times)
+            log(f"resumed from {run_dir} at epoch {position.epoch}, step {position.step}")
+        elif "find" in (config.schedule.lr_max, config.schedule.lr_min):
+            lr_max, lr_min = find_rates(setup, trainer, folder)
+            config.schedule.lr_max, config.schedule.lr_min = lr_max, lr_min
+            if folder is not None and on_range_test is not None:
+                on_range_test(folder.path)
+        assert isinstance(config.schedule.lr_max, float) and isinstance(config.schedule.lr_min, float)
+        schedule = OneCycle(
+            config.schedule.lr_max,
+            config.schedule.lr_min,
+            config.schedule.peak_epoch * trainer.steps_per_epoch,
+            trainer.total_steps,
+        )
+        if folder is not None:
+            folder.write_text("config.yaml", to_yaml(config))
+            folder.write_json("environment.json", environment(setup, dataset))
+        run = Run(trainer, schedule, folder, log, times, position, signals)
+        run.train()
+        summary, lines = summary_lines(run, run_dir)
+        if folder is not None:
+            folder.write_json("summary.json", summary)
+        for line in lines:
+            log(line)
+        return summary
+
+
+def find_only(
+    config: Config,
+    run_dir: Path,
+    *,
+    log: Log | None = None,
+    overwrite: bool = False,
+    on_range_test: Callable[[Path], None] | None = None,
+) -> tuple[float, float]:
+    """The range test alone: writes lr_finder.csv into the folder and gives the suggested (lr_max, lr_min)."""
+    group = from_environment()
+    log = log or Log(quiet=not group.first)
+    times = Times()
+    config.schedule.lr_max = config.schedule.lr_min = "find"
+    with ExitStack() as stack:
+        setup = Setup(config, log, times, group)
+        stack.enter_context(process_group(group, setup.runtime.device.type))
+        folder = None
+        if group.first:
+            folder = RunFolder(run_dir, overwrite=overwrite)
+            stack.callback(folder.close)
+        dataset = setup.load_data()
+        trainer = setup.build(dataset)
+        stack.callback(trainer.close)
+        setup.warm_up(trainer)
+        rates = find_rates(setup, trainer, folder)
+        if folder is not None and on_range_test is not None:
+            on_range_test(folder.path)
+        return rates

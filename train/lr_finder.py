@@ -1,0 +1,196 @@
+"""The LR range test (arXiv:1506.01186) on borrowed state, and the rule that turns its curve into lr_max and lr_min."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import math
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from train.checkpoint import write_atomic
+
+if TYPE_CHECKING:
+    from train.loop import Trainer
+
+SMOOTHING = 0.9  # of the running mean that decides on divergence: about ten steps
+DIVERGED = 4.0  # a loss of four times the best one does not come back
+FIRST_EPOCH = 2**32  # of the augmentation plan: far beyond any training, which so sees its own draws first
+
+
+@contextmanager
+def borrowed_state(
+    module: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
+) -> Iterator[None]:
+    """Whatever happens inside, weights, buffers, gradients, train mode, optimizer, scaler and RNG come back bit for bit.
+
+    Tensors are restored in place: a compiled or captured graph that holds them stays valid.
+    """
+    saved = {name: tensor.detach().clone() for name, tensor in module.state_dict(keep_vars=True).items()}
+    modes = [(part, part.training) for part in module.modules()]
+    gradients = [None if p.grad is None else p.grad.detach().clone() for p in module.parameters()]
+    optimizer_state = copy.deepcopy(optimizer.state_dict())
+    scaler_state = copy.deepcopy(scaler.state_dict()) if scaler is not None else None
+    generators = (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002
+    cuda_generators = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, tensor in module.state_dict(keep_vars=True).items():
+                tensor.copy_(saved[name])
+        for parameter, gradient in zip(module.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        for part, mode in modes:
+            part.training = mode
+        optimizer.load_state_dict(optimizer_state)
+        if scaler is not None and scaler_state:
+            scaler.load_state_dict(scaler_state)
+        random.setstate(generators[0])
+        np.random.set_state(generators[1])  # noqa: NPY002
+        torch.set_rng_state(generators[2])
+        if cuda_generators is not None:
+            torch.cuda.set_rng_state_all(cuda_generators)
+
+
+class RangeTestError(Exception):
+    """The curve does not show a usable range: one line with the cause and the remedy."""
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """The curve: rates in geometric steps, and the loss of each step before its update.
+
+    `diverged` says that the test was stopped after the last of them, short of the highest rate asked for.
+    """
+
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    diverged: bool
+
+    def smoothed(self) -> list[float]:
+        """Centred moving average over a tenth of the steps, narrower at both ends: smooth, and without a lag."""
+        half = max(len(self.losses) // 20, 1)
+        values = np.asarray(self.losses)
+        reach = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
+        return [float(values[i - r : i + r + 1].mean()) for i, r in enumerate(reach)]
+
+    def write_csv(self, path: Path) -> None:
+        """Columns step, lr, loss, smoothed_loss, and diverged (0 or 1, in every row)."""
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(["step", "lr", "loss", "smoothed_loss", "diverged"])
+        for step, row in enumerate(zip(self.rates, self.losses, self.smoothed(), strict=True)):
+            writer.writerow([step, *row, int(self.diverged)])
+        write_atomic(path, text.getvalue().encode())
+
+    @classmethod
+    def read_csv(cls, path: Path) -> RangeTest:
+        """What `write_csv` wrote."""
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        return cls(
+            tuple(float(row["lr"]) for row in rows),
+            tuple(float(row["loss"]) for row in rows),
+            bool(rows) and rows[0]["diverged"] == "1",
+        )
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """lr_max and lr_min, and the two rates of the curve that they come from."""
+
+    lr_max: float
+    lr_min: float
+    lowest: float  # the rate at which the smoothed loss is lowest
+    limit: float  # the rate at which the test diverged, or the highest it tried
+
+    def sentence(self) -> str:
+        return (
+            f"found lr_max {self.lr_max:.4g} (between the lowest loss at {self.lowest:.4g} and the limit at {self.limit:.4g}), "
+            f"lr_min {self.lr_min:.4g}"
+        )
+
+
+def suggest(test: RangeTest) -> Suggestion:
+    """The rule. With `lowest` the rate of the lowest smoothed loss and `limit` the rate at which the test diverged:
+
+    - lr_max is their geometric mean. Beyond `lowest` the raw network of the test no longer learns, but batch norm keeps it
+      from blowing up until `limit`; a schedule that warms up to its peak stands more than the test's sudden rise, and
+      the middle of the two on the logarithmic axis halves the error that either end carries.
+    - lr_min is a tenth of `lowest`: safely below where the raw network learns fastest.
+
+    Raises RangeTestError where the loss never fell, or the test ended before it could.
+    """
+    advice = "set schedule.lr_max and schedule.lr_min, or widen schedule.find_start and schedule.find_end"
+    if len(test.losses) < 10:
+        raise RangeTestError(f"the range test diverged after {len(test.losses)} steps; {advice}")
+    smoothed = test.smoothed()
+    place = int(np.argmin(smoothed))
+    if smoothed[place] > 0.98 * smoothed[0] or place < 3:
+        raise RangeTestError(
+            f"the range test saw no falling loss (first {smoothed[0]:.3g}, lowest {smoothed[place]:.3g}); {advice}"
+        )
+    lowest, limit = test.rates[place], test.rates[-1]
+    return Suggestion(math.sqrt(lowest * limit), lowest / 10, lowest, limit)
+
+
+def range_test(
+    trainer: Trainer, *, start: float, end: float, steps: int, log: Callable[[str], None], bar: bool = False
+) -> RangeTest:
+    """Train for `steps` steps at rates growing geometrically from `start` to `end`, on borrowed state.
+
+    Stops where the running mean of the loss exceeds DIVERGED times its lowest, or the loss is no finite number. Over
+    several processes the loss is their mean, so that all of them stop at the same step.
+    """
+    rates = np.geomspace(start, end, steps).tolist()
+    losses: list[float] = []
+    diverged = False
+    average, best = 0.0, math.inf
+    log(f"searching the learning rate: {steps} steps from {start:g} to {end:g} ...")
+    batches = _endless(trainer)
+    with (
+        borrowed_state(trainer.net, trainer.optimizer, trainer.scaler),
+        tqdm(total=steps, desc="LR range test", unit="step", leave=False, disable=not bar) as shown,
+    ):
+        trainer.step.train()
+        for step, rate in enumerate(rates, 1):
+            images, labels = next(batches)
+            loss = _mean_over_processes(trainer.train_one(images, labels, rate)[0])
+            shown.update()
+            if not math.isfinite(loss):
+                diverged = True
+                break
+            losses.append(loss)
+            average = SMOOTHING * average + (1 - SMOOTHING) * loss
+            smooth = average / (1 - SMOOTHING**step)
+            best = min(best, smooth)
+            if smooth > DIVERGED * best:
+                diverged = True
+                break
+    return RangeTest(tuple(rates[: len(losses)]), tuple(losses), diverged)
+
+
+def _endless(trainer: Trainer) -> Iterator[tuple[Tensor, Tensor]]:
+    epoch = FIRST_EPOCH
+    while True:
+        yield from trainer.train_loader.epoch(epoch)
+        epoch += 1
+
+
+def _mean_over_processes(loss: Tensor) -> float:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(loss)
+        loss = loss / dist.get_world_size()
+    return float(loss)

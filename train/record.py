@@ -1,0 +1,186 @@
+"""The run folder: who may write it, and config.yaml, environment.json, metrics.jsonl in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+from train.checkpoint import remove_stale, write_atomic
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+class RunFolderError(Exception):
+    """A run folder that cannot be used: one line with the path, the cause and the remedy."""
+
+
+def default_run_dir(config_path: str | Path, resume: bool, root: Path = Path("runs")) -> Path:
+    """runs/STEM of the recipe; where that exists runs/STEM-2, -3 ...; with `resume` the newest that exists."""
+    stem = Path(config_path).stem
+    taken = 0
+    while (root / (stem if taken == 0 else f"{stem}-{taken + 1}")).exists():
+        taken += 1
+    number = max(taken, 1) if resume else taken + 1
+    return root / (stem if number == 1 else f"{stem}-{number}")
+
+
+def git_commit() -> str | None:
+    """The commit of this source tree, with "+changes" where files differ from it; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=5
+        ).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "-C", str(here), "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if dirty else "")
+
+
+def cpu_name() -> str:
+    """The processor as /proc/cpuinfo or the platform names it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+class RunFolder:
+    """Exclusive writer of one run folder.
+
+    Raises RunFolderError where the folder holds a run already (unless `resume` or `overwrite`), another process is
+    writing it, or it cannot be written. The lock is the operating system's: it dies with its process.
+    """
+
+    def __init__(self, path: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
+        self.path = Path(path)
+        self._lock: TextIO | None = None
+        if resume and not (self.path / "last.pt").exists() and not (self.path / "previous.pt").exists():
+            raise RunFolderError(
+                f"{self.path}: nothing to resume, there is no last.pt; start the run without --resume"
+                + (" (with --overwrite)" if self.holds_run() else "")
+            )
+        if self.holds_run() and not (resume or overwrite):
+            raise RunFolderError(
+                f"{self.path} already holds a run; continue it with --resume, replace it with --overwrite, "
+                "or choose another run.dir="
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._acquire()
+            if overwrite:
+                self._clear()
+            remove_stale(self.path)
+            probe = self.path / ".writable.tmp"
+            probe.write_bytes(b"\0" * 4096)
+            probe.unlink()
+        except OSError as error:
+            self.close()
+            raise RunFolderError(f"{self.path}: cannot be written: {error.strerror}; choose another run.dir=") from None
+
+    def holds_run(self) -> bool:
+        return any((self.path / name).exists() for name in ("config.yaml", "metrics.jsonl", "last.pt", "best.pt"))
+
+    def _acquire(self) -> None:
+        self._lock = (self.path / ".lock").open("a+", encoding="ascii")
+        if fcntl is not None:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._lock.seek(0)
+                owner = self._lock.read().strip()
+                self.close()
+                raise RunFolderError(
+                    f"{self.path}: another run (process {owner or 'unknown'}) is writing here; wait for it or choose "
+                    "another run.dir="
+                ) from None
+        self._lock.seek(0)
+        self._lock.truncate()
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+
+    def _clear(self) -> None:
+        """Remove what a run writes, and nothing else that may lie in the folder."""
+        for name in ("config.yaml", "environment.json", "metrics.jsonl", "summary.json", "lr_finder.csv", "lr_finder.png"):
+            (self.path / name).unlink(missing_ok=True)
+        for name in ("last.pt", "best.pt", "previous.pt"):
+            (self.path / name).unlink(missing_ok=True)
+        for folder in ("analysis", "tensorboard"):
+            if (self.path / folder).is_dir():
+                shutil.rmtree(self.path / folder)
+
+    def close(self) -> None:
+        """Give up the lock; a folder in which nothing was written goes too."""
+        if self._lock is None:
+            return
+        if [entry.name for entry in self.path.iterdir()] == [".lock"]:
+            (self.path / ".lock").unlink()
+            self.path.rmdir()
+        self._lock.close()
+        self._lock = None
+
+    def write_text(self, name: str, text: str) -> None:
+        write_atomic(self.path / name, text.encode())
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_text(name, json.dumps(value, indent=2) + "\n")
+
+    def write_metrics(self, records: list[dict[str, Any]]) -> None:
+        """metrics.jsonl, whole: one line an epoch. A resumed run writes the epochs that its checkpoint knows."""
+        self.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The epochs of a run folder's metrics.jsonl, oldest first."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+class Log:
+    """Lines for a person. Silent on all ranks but the first; goes on when nobody reads any more (a closed pipe)."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.terminal = bool(sys.stderr is not None and sys.stderr.isatty() and sys.stdout is not None and sys.stdout.isatty())
+
+    def __call__(self, line: str = "") -> None:
+        if self.quiet or sys.stdout is None:
+            return
+        try:
+            if self.terminal:
+                from tqdm import tqdm
+
+                tqdm.write(line)
+            else:
+                print(line, flush=True)
+        except (BrokenPipeError, ValueError, OSError):
+            # the reader went away; the run is worth more than its messages
+            self.quiet = True
+            with Path(os.devnull).open("w") as null:
+                try:
+                    os.dup2(null.fileno(), 1)
+                except OSError:
+                    pass
+
+
+def system_record() -> dict[str, Any]:
+    """Machine facts for environment.json."""
+    return {
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "cpus_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
