@@ -88,7 +88,6 @@ def fetch(
                         _complete(url, file, archive, meter, timeout, min_rate, pause)
                     except _MirrorFailed as error:
                         reasons.append(f"{url}: {error}")
-                        meter.say(reasons[-1])
                         continue
                     os.fsync(file.fileno())
                     if sys.platform == "win32":
@@ -144,7 +143,7 @@ def _complete(
         except _ConnectionLost as error:
             if not error.gained:
                 raise _MirrorFailed(str(error)) from error
-            meter.say(f"{url}: {error}; resuming")
+            meter.say(f"{archive.name}: {error}")
             time.sleep(pause)
         else:
             own = own or restarted
@@ -186,6 +185,7 @@ def _transfer(
             raise _MirrorFailed(f"HTTP {response.status} {response.reason}")
         restarted = response.status == 200 and have > 0
         position = 0 if response.status == 200 else have
+        meter.say(f"{archive.name}: from {url}" + (f", resumed at {position:,} bytes" if position else ""))
         window_start, window_bytes = time.monotonic(), 0
         while position < archive.size:
             try:

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import re
+import socket
 import struct
 import tarfile
 import threading
@@ -184,6 +185,11 @@ class Handler(BaseHTTPRequestHandler):
         body = content[start:]
         if behaviour in ("drop", "norangedrop"):
             self.wfile.write(body[: int(argument)])
+        elif behaviour == "reset":
+            self.wfile.write(body[: int(argument)])
+            time.sleep(0.1)  # what is underway is lost with the connection
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
         elif behaviour == "stall":
             self.wfile.write(body[: int(argument)])
             self.wfile.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -65,6 +66,20 @@ def test_dropped_connections_are_resumed_where_they_broke(server: Server, tmp_pa
     assert ranges == [0, 150_000, 300_000, 450_000, 600_000]
 
 
+def test_reset_connections_are_resumed_where_they_broke(server: Server, tmp_path: Path) -> None:
+    get(tmp_path, server.url("reset-350000"))
+    assert_whole(tmp_path)
+    assert [requested for _, requested in server.requests] == [None, "bytes=350000-"]
+
+
+def test_a_mirror_may_take_longer_than_the_timeout_in_all(server: Server, tmp_path: Path) -> None:
+    started = time.monotonic()
+    get(tmp_path, server.url("slow"), timeout=0.3)
+    assert time.monotonic() - started > 0.6
+    assert_whole(tmp_path)
+    assert len(server.requests) == 1
+
+
 def test_a_mirror_that_sends_nothing_is_left(server: Server, tmp_path: Path) -> None:
     get(tmp_path, server.url("drop-0"), server.url("good"))
     assert_whole(tmp_path)
@@ -82,6 +97,22 @@ def test_a_server_without_ranges_that_drops_is_not_asked_for_ever(server: Server
     with pytest.raises(DownloadError, match="connection closed after 5000 of"):
         get(tmp_path, server.url("norangedrop-5000"))
     assert len(server.requests) == 2
+
+
+def test_starting_over_leaves_nothing_of_the_old_part(server: Server, tmp_path: Path) -> None:
+    part_of(tmp_path).write_bytes(bytes(400_000))
+    with pytest.raises(DownloadError):
+        get(tmp_path, server.url("norangedrop-5000"))
+    assert part_of(tmp_path).read_bytes() == CONTENT[:5000]
+
+
+def test_a_mirror_that_drops_all_the_time_is_left(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "MAX_CONNECTIONS", 7)
+    with pytest.raises(DownloadError, match="the connection broke 7 times"):
+        get(tmp_path, server.url("drop-10"))
+    assert part_of(tmp_path).read_bytes() == CONTENT[:70]
 
 
 @pytest.mark.parametrize(
@@ -233,6 +264,38 @@ def test_a_waiting_process_takes_over_when_the_first_fails(server: Server, tmp_p
     assert_whole(tmp_path)
 
 
+@pytest.mark.parametrize("change", ["removed", "completed"])
+def test_a_part_that_changes_hands_before_it_is_locked_is_opened_anew(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    real, calls = fcntl.flock, []
+
+    def flock(file: Any, operation: int) -> None:
+        calls.append(operation)
+        if len(calls) == 1 and change == "removed":
+            part_of(tmp_path).unlink()
+        elif len(calls) == 1:
+            (tmp_path / "file.tar.gz").write_bytes(CONTENT)
+        real(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    get(tmp_path, server.url("good"))
+    assert_whole(tmp_path)
+    assert len(server.requests) == (1 if change == "removed" else 0)
+
+
+def test_a_file_system_without_locks_is_no_obstacle(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(file: Any, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", flock)
+    get(tmp_path, server.url("good"))
+    assert_whole(tmp_path)
+
+
 def test_a_full_disk_is_one_line_that_names_the_file(server: Server, tmp_path: Path) -> None:
     process = start(server.url("good"), tmp_path, "100000")
     output = process.communicate()[0]
@@ -258,7 +321,8 @@ def test_progress_is_a_bar_on_a_terminal(server: Server, tmp_path: Path, monkeyp
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     get(tmp_path, server.url("status-404"), server.url("drop-400000"), progress=True)
-    assert "file.tar.gz: 100%" in screen.getvalue() and "HTTP 404" in screen.getvalue()
+    assert "file.tar.gz: 100%" in screen.getvalue()
+    assert f"file.tar.gz: from {server.url('drop-400000')}, resumed at 400,000 bytes\n" in screen.getvalue()
 
 
 def test_progress_is_lines_elsewhere(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +332,9 @@ def test_progress_is_lines_elsewhere(server: Server, tmp_path: Path, monkeypatch
     get(tmp_path, server.url("slow"), progress=True)
     lines = screen.getvalue().splitlines()
     assert "\r" not in screen.getvalue()
-    assert all(line.startswith("file.tar.gz: ") and " of 0.6 MB, " in line for line in lines) and lines
+    assert lines[0] == f"file.tar.gz: from {server.url('slow')}"
+    assert len(lines) > 3
+    assert all(line.startswith("file.tar.gz: ") and " of 0.6 MB, " in line for line in lines[1:])
 
 
 @pytest.mark.parametrize("stderr", [None, "closed"])
