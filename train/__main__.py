@@ -42,6 +42,11 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--fallback", action="store_true", help="with --resume: where last.pt is damaged, continue from previous.pt"
     )
+    result.add_argument(
+        "--extend",
+        action="store_true",
+        help="with --resume: train on to a larger train.epochs; what is left follows the schedule of the longer training",
+    )
     return result
 
 
@@ -78,6 +83,7 @@ def _run(options: argparse.Namespace, config: Config) -> int:
                 resume=options.resume,
                 overwrite=options.overwrite,
                 fallback=options.fallback,
+                extend=options.extend,
                 on_range_test=_draw_range_test,
             )
     return outcome.code

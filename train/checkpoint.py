@@ -100,7 +100,9 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such checkpoint; a run writes last.pt and best.pt after its first epoch") from None
+        raise CheckpointError(
+            f"{path}: no such checkpoint; a run writes last.pt and best.pt after its first epoch"
+        ) from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     try:
@@ -117,5 +119,7 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
 
 
 def _other(path: Path) -> str:
-    others = [name for name in ("last.pt", "previous.pt", "best.pt") if name != path.name and (path.parent / name).exists()]
+    others = [
+        name for name in ("last.pt", "previous.pt", "best.pt") if name != path.name and (path.parent / name).exists()
+    ]
     return f"; {others[0]} beside it may be whole" if others else ""

@@ -10,13 +10,16 @@ import typing
 from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 import yaml
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be used: one line naming the file or override, the key, the value and the remedy."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
 
 
 def _key(default: Any, help: str, **bounds: Any) -> Any:
@@ -45,7 +48,9 @@ class AugmentConfig:
     pad: int = _key(4, "pixels of padding on each side", at_least=0, at_most=32)
     padding_mode: Literal["zero", "reflect"] = _key("zero", "what the padding holds: black, or the image reflected")
     flip: bool = _key(True, "mirror left-right with probability 1/2")
-    cutout: int = _key(8, "side of the square painted in the mean colour (arXiv:1708.04552); 0 turns it off", at_least=0)
+    cutout: int = _key(
+        8, "side of the square painted in the mean colour (arXiv:1708.04552); 0 turns it off", at_least=0
+    )
 
 
 @dataclass(kw_only=True)
@@ -70,8 +75,8 @@ class OptimConfig:
 class ScheduleConfig:
     """OneCycle, linear, per step: lr_min up to lr_max at peak_epoch, back down to lr_min at the end, not below."""
 
-    lr_max: Union[float, str] = _key("find", "peak learning rate, or 'find' for the range test", above=0.0)
-    lr_min: Union[float, str] = _key("find", "learning rate of the first and the last step, or 'find'", above=0.0)
+    lr_max: float | str = _key("find", "peak learning rate, or 'find' for the range test", above=0.0)
+    lr_min: float | str = _key("find", "learning rate of the first and the last step, or 'find'", above=0.0)
     peak_epoch: float = _key(5.0, "epoch at whose end the rate peaks; must lie within the training", above=0.0)
     find_start: float = _key(1e-4, "lowest rate of the range test", above=0.0)
     find_end: float = _key(10.0, "highest rate of the range test", above=0.0)
@@ -96,7 +101,9 @@ class TrainConfig:
     )
     channels_last: Literal["auto", "on", "off"] = _key("auto", "memory format; auto is on for CUDA and the CPU")
     eval_batch_size: int = _key(1000, "images a step of evaluation", at_least=1)
-    ema_decay: float = _key(0.0, "decay of the exponential moving average of the weights; 0 keeps none", at_least=0.0, below=1.0)
+    ema_decay: float = _key(
+        0.0, "decay of the exponential moving average of the weights; 0 keeps none", at_least=0.0, below=1.0
+    )
     ema_every: int = _key(1, "steps between updates of the average", at_least=1)
     tta: bool = _key(False, "report flip test-time augmentation beside the plain accuracy")
     sync_bn: bool = _key(False, "batch-norm statistics over all processes together (torchrun); else each its own")
@@ -108,8 +115,11 @@ class TrainConfig:
 class RunConfig:
     """Where the results go."""
 
-    dir: Union[str, None] = _key(None, "run folder; by default runs/NAME-OF-THE-CONFIG, numbered where that exists")
-    checkpoint_every: Union[str, int] = _key("epoch", "how often last.pt is written: epoch, N steps (200), or N seconds (60s)")
+    dir: str | None = _key(None, "run folder; by default runs/NAME-OF-THE-CONFIG, numbered where that exists")
+    checkpoint_every: str | int = _key(
+        "epoch", "how often last.pt is written: epoch, N steps (200), or N seconds (60s)"
+    )
+    analyse: bool = _key(True, "draw the pictures and the report of `python -m analysis` at the end")
     tensorboard: bool = _key(False, "write TensorBoard event files too (pip install -e '.[tensorboard]')")
 
 
@@ -121,7 +131,9 @@ def checkpoint_interval(every: str | int) -> tuple[int | None, float | None]:
     number = text.removesuffix("s")
     if number.isdecimal() and int(number) > 0:
         return (None, float(number)) if text.endswith("s") else (int(number), None)
-    raise ConfigError(f"run.checkpoint_every: {every!r} is none of epoch, a number of steps (200), a number of seconds (60s)")
+    raise ConfigError(
+        f"run.checkpoint_every: {every!r} is none of epoch, a number of steps (200), a number of seconds (60s)"
+    )
 
 
 @dataclass(kw_only=True)
@@ -151,14 +163,21 @@ def _keys() -> dict[str, tuple[Field[Any], Any]]:
 
 
 KEYS = _keys()
-_TYPE_NAMES = {str: "text", bool: "true or false", int: "whole number", float: "number", type(None): "null", dict: "keys"}
-_FLOATS = (float, Union[float, str])
+_TYPE_NAMES = {
+    str: "text",
+    bool: "true or false",
+    int: "whole number",
+    float: "number",
+    type(None): "null",
+    dict: "keys",
+}
+_FLOATS = (float, float | str)
 
 
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return " | ".join(typing.get_args(hint))
-    if typing.get_origin(hint) in (Union, types.UnionType):
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " | ".join(_describe(arm) for arm in typing.get_args(hint))
     names = {int: "int", float: "float", bool: "true | false", str: "text", type(None): "null"}
     return names[hint]
@@ -172,7 +191,13 @@ def help_text() -> str:
         for name, (f, hint) in KEYS.items():
             if name.startswith(section + "."):
                 kind = _describe(hint) if name not in ("schedule.lr_max", "schedule.lr_min") else "float | find"
-                default = "null" if f.default is None else str(f.default).lower() if isinstance(f.default, bool) else f.default
+                default = (
+                    "null"
+                    if f.default is None
+                    else str(f.default).lower()
+                    if isinstance(f.default, bool)
+                    else f.default
+                )
                 lines.append(f"  {name}={default}  ({kind})")
                 lines.append(f"      {f.metadata['help']}")
         lines.append("")
@@ -189,7 +214,7 @@ def _fits(value: Any, hint: Any) -> bool:
     origin = typing.get_origin(hint)
     if origin is Literal:
         return value in typing.get_args(hint)
-    if origin in (Union, types.UnionType):
+    if origin in (typing.Union, types.UnionType):
         return any(_fits(value, arm) for arm in typing.get_args(hint))
     if hint is float:
         return type(value) in (int, float)
@@ -203,8 +228,10 @@ def _check_value(name: str, value: Any) -> None:
     if name in ("schedule.lr_max", "schedule.lr_min") and isinstance(value, str) and value != "find":
         raise ConfigError(f"{name}: {value!r} is neither a number nor 'find'")
     if not _fits(value, hint):
-        hint_text = _describe(hint)
-        raise ConfigError(f"{name}: {value!r} ({_TYPE_NAMES.get(type(value), type(value).__name__)}) is not {'one of ' if '|' in hint_text else ''}{hint_text}")
+        wanted = _describe(hint)
+        wanted = f"one of {wanted}" if "|" in wanted else f"of type {wanted}"
+        found = _TYPE_NAMES.get(type(value), type(value).__name__)
+        raise ConfigError(f"{name}: {value!r} ({found}) is not {wanted}")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
     if not math.isfinite(value):
@@ -257,11 +284,15 @@ def _check_together(config: Config) -> None:
     if isinstance(schedule.lr_max, float) and isinstance(schedule.lr_min, float) and schedule.lr_min > schedule.lr_max:
         raise ConfigError(f"schedule.lr_min: {schedule.lr_min:g} is above schedule.lr_max={schedule.lr_max:g}")
     if schedule.find_start >= schedule.find_end:
-        raise ConfigError(f"schedule.find_start: {schedule.find_start:g} is not below schedule.find_end={schedule.find_end:g}")
+        raise ConfigError(
+            f"schedule.find_start: {schedule.find_start:g} is not below schedule.find_end={schedule.find_end:g}"
+        )
     if optim.nesterov and optim.momentum == 0:
         raise ConfigError("optim.nesterov: true needs optim.momentum above 0")
     if config.augment.crop and config.augment.padding_mode == "reflect" and config.augment.pad >= 32:
-        raise ConfigError(f"augment.pad: {config.augment.pad} is too wide to reflect images of 32 pixels, must be below 32")
+        raise ConfigError(
+            f"augment.pad: {config.augment.pad} is too wide to reflect images of 32 pixels, must be below 32"
+        )
 
 
 def _read_yaml(path: Path) -> Any:
@@ -310,7 +341,7 @@ def _parse_yaml(text: str) -> Any:
             depth += type(token).__name__.endswith("StartToken") - type(token).__name__.endswith("EndToken")
             if depth > 10:
                 raise ConfigError("is nested too deeply")
-        return yaml.load(text, _StrictLoader)  # noqa: S506 - a subclass of SafeLoader
+        return yaml.load(text, _StrictLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -330,7 +361,7 @@ def _parse_override(word: str) -> tuple[str, Any]:
         raise ConfigError(f"{word}: expected section.key=value, for instance train.epochs=3")
     if name not in KEYS:
         raise ConfigError(f"{name}: unknown key{_nearest(name, list(KEYS)) if '.' in name else _suggest_section(name)}")
-    if KEYS[name][1] is str or (text and typing.get_origin(KEYS[name][1]) is Union and name == "run.dir"):
+    if name in ("data.root", "run.dir"):
         return name, None if text == "null" else text  # a path is taken as typed
     try:
         value = _parse_yaml(f"value: {text}")["value"]

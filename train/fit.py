@@ -23,9 +23,16 @@ from train.runtime import Runtime, prepare, seed_everything, versions
 
 # what may differ between a run and its resumption: none of these changes a weight
 HARMLESS = {
-    "data.root", "data.download", "data.backend", "run.dir", "run.tensorboard", "run.checkpoint_every", "train.eval_batch_size",
+    "data.root",
+    "data.download",
+    "data.backend",
+    "train.eval_batch_size",
     "train.tta",
-}  # fmt: skip
+    "run.dir",
+    "run.analyse",
+    "run.tensorboard",
+    "run.checkpoint_every",
+}
 
 
 class Setup:
@@ -84,7 +91,9 @@ class Setup:
         trainer = Trainer(self.config, dataset, self.runtime, self.backend, self.group)
         tail = len(dataset.train) % self.config.train.batch_size
         if tail:
-            what = "carried into the next epoch" if self.config.train.tail == "endless" else "left out, others each epoch"
+            what = (
+                "carried into the next epoch" if self.config.train.tail == "endless" else "left out, others each epoch"
+            )
             self.log(f"an epoch: {trainer.steps_per_epoch} full batches; the {tail} images beyond them are {what}")
         return trainer
 
@@ -155,12 +164,14 @@ def find_rates(setup: Setup, trainer: Trainer, folder: RunFolder | None) -> tupl
     lr_max = schedule.lr_max if isinstance(schedule.lr_max, float) else suggestion.lr_max
     lr_min = schedule.lr_min if isinstance(schedule.lr_min, float) else min(suggestion.lr_min, lr_max)
     if lr_min > lr_max:
-        raise ConfigError(f"schedule.lr_min: {lr_min:g} is above the lr_max found, {lr_max:.4g}; set schedule.lr_max too")
+        raise ConfigError(
+            f"schedule.lr_min: {lr_min:g} is above the lr_max found, {lr_max:.4g}; set schedule.lr_max too"
+        )
     return lr_max, lr_min
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """"section.key: old -> new" for every key that changes what a run computes."""
+    """ "section.key: old -> new" for every key that changes what a run computes."""
     changed = []
     for section, keys in new.items():
         for key, value in keys.items():
@@ -171,18 +182,23 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return changed
 
 
-def _load_for_resume(folder: RunFolder, config: Config, fallback: bool) -> dict[str, Any]:
+def _load_for_resume(path: Path, config: Config, fallback: bool, extend: bool) -> dict[str, Any]:
     try:
-        state = load_checkpoint(folder.path / "last.pt")
+        state = load_checkpoint(path / "last.pt")
     except CheckpointError:
         if not fallback:
             raise
-        state = load_checkpoint(folder.path / "previous.pt")
-    changed = differences(state["config"], to_dict(config))
+        state = load_checkpoint(path / "previous.pt")
+    old, new = state["config"], to_dict(config)
+    longer = config.train.epochs > old["train"]["epochs"]
+    if extend and longer:
+        old = {**old, "train": {**old["train"], "epochs": config.train.epochs}}
+    changed = differences(old, new)
     if changed:
+        hint = "; a longer training of the same recipe needs --extend" if longer and not extend else ""
         raise ConfigError(
-            f"{folder.path}: --resume continues the recipe that the run began with, but these keys differ: "
-            f"{'; '.join(changed)}. Leave them as they were, or start a new run"
+            f"{path}: --resume continues the recipe that the run began with, but these keys differ: "
+            f"{'; '.join(changed)}. Leave them as they were, or start a new run{hint}"
         )
     # the rates that were found are part of the recipe now
     config.schedule.lr_max, config.schedule.lr_min = state["lr_max"], state["lr_min"]
@@ -197,12 +213,14 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     fallback: bool = False,
+    extend: bool = False,
     on_range_test: Callable[[Path], None] | None = None,
 ) -> dict[str, Any]:
     """Train `config` into `run_dir` (None keeps nothing) and give the summary.
 
-    `resume` continues from last.pt (with `fallback` from previous.pt where last.pt is damaged); `on_range_test` is called
-    with the folder once lr_finder.csv is there. Raises what its parts raise; see train/__main__.py for their exit codes.
+    `resume` continues from last.pt (with `fallback` from previous.pt where last.pt is damaged, with `extend` to a larger
+    train.epochs: the steps that are left take their rates from the schedule of the longer training); `on_range_test` is
+    called with the folder once lr_finder.csv is there. Raises what its parts raise; see train/__main__.py for their exit codes.
     """
     group = from_environment()
     log = log or Log(quiet=not group.first)
@@ -221,9 +239,7 @@ def fit(
         state = None
         if resume:
             assert run_dir is not None, "resuming needs the folder that holds last.pt"
-            holder = folder or RunFolder.__new__(RunFolder)
-            holder.path = Path(run_dir)
-            state = _load_for_resume(holder, config, fallback)
+            state = _load_for_resume(run_dir, config, fallback, extend)
         dataset = setup.load_data()
         trainer = setup.build(dataset)
         stack.callback(trainer.close)

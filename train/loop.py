@@ -34,6 +34,7 @@ from train.runtime import Runtime
 from train.steps import EvalStep, TrainStep
 
 LONG_RUN_SECONDS = 3600.0
+STEPS_BETWEEN_QUESTIONS = 20  # between processes: may we stop, may we save
 
 
 class Interrupted(Exception):
@@ -215,7 +216,10 @@ class Trainer:
         start_step: int = 0,
         after_step: Callable[[int], None] | None = None,
     ) -> None:
-        """Steps `start_step` to the end of the epoch. `after_step(done)` runs on the host after each; no step waits for the device."""
+        """Steps `start_step` to the end of the epoch; `after_step(done)` runs on the host after each.
+
+        No step waits for the device.
+        """
         self.step.train()
         ema_every = self.config.train.ema_every
         for step, (images, labels) in enumerate(self.train_loader.epoch(epoch, start_step), start_step):
@@ -343,7 +347,8 @@ class Run:
         meter = StepMeter(position.epoch, steps, device)
         if position.step:
             meter.losses[: position.step] = torch.tensor(position.step_losses, device=device)
-            meter.correct[: position.step] = torch.tensor(position.step_correct, device=device)
+            if trainer.group.first:  # the saved counts are those of all processes together
+                meter.correct[: position.step] = torch.tensor(position.step_correct, device=device)
         title = f"epoch {position.epoch + 1}/{config.train.epochs}"
         display = EpochDisplay(self.log, title, steps, position.step, config.train.batch_size)
         begun, before, start = time.perf_counter(), position.seconds, position.step
@@ -357,7 +362,8 @@ class Run:
         try:
             with self.times.on("training", device):
                 trainer.train_epoch(position.epoch, self.schedule, meter, position.step, after_step)
-                self._reduce(meter)
+                self._over_ranks(meter.losses, meter.correct)
+                meter.seen = 0  # the totals over all processes are new to the host
                 meter.finish(steps)
         finally:
             display.close()
@@ -367,12 +373,12 @@ class Run:
             plain, ema = trainer.evaluate()
         self._finish_epoch(meter, seconds, time.perf_counter() - eval_begun, plain, ema)
 
-    def _reduce(self, meter: StepMeter) -> None:
+    def _over_ranks(self, losses: Tensor, correct: Tensor) -> None:
+        """In place: the mean of the losses and the sum of the correct predictions over all processes."""
         if self.trainer.group.world_size > 1:
-            torch.distributed.all_reduce(meter.losses, op=torch.distributed.ReduceOp.SUM)
-            meter.losses /= self.trainer.group.world_size
-            torch.distributed.all_reduce(meter.correct)
-            meter.seen = 0
+            torch.distributed.all_reduce(losses)
+            losses /= self.trainer.group.world_size
+            torch.distributed.all_reduce(correct)
 
     def _finish_epoch(
         self, meter: StepMeter, seconds: float, eval_seconds: float, plain: Evaluation, ema: Evaluation | None
@@ -435,23 +441,28 @@ class Run:
         self.folder.write_metrics(self.position.metrics)
 
     def _maybe_stop_or_save(self, done: int, meter: StepMeter, seconds: float) -> None:
+        group = self.trainer.group
         due = self.every_steps is not None and done % self.every_steps == 0
-        if self.every_seconds is not None and self.trainer.group.world_size == 1:
-            due = due or time.perf_counter() - self.last_save >= self.every_seconds
-        # several processes must agree on the step at which they stop: they ask each other every 20 steps
-        ask = self.trainer.group.world_size == 1 or done % 20 == 0
-        stop = ask and self.trainer.group.any(self.signals.received is not None)
-        if (due or stop) and done < self.trainer.steps_per_epoch:
+        stop = False
+        # several processes must agree on the step at which they save or stop: they ask each other now and then
+        if group.world_size == 1 or done % STEPS_BETWEEN_QUESTIONS == 0:
+            stop = group.any(self.signals.received is not None)
+            if self.every_seconds is not None:
+                due = due or group.any(time.perf_counter() - self.last_save >= self.every_seconds)
+        if done == self.trainer.steps_per_epoch:
+            return  # the epoch's end saves and stops by itself
+        if due or stop:
             self._save_inside(done, meter, seconds)
-        if stop and done < self.trainer.steps_per_epoch:
+        if stop:
             raise Interrupted(self.signals.received or signal.SIGTERM)
 
     def _save_inside(self, done: int, meter: StepMeter, seconds: float) -> None:
         meter.finish(done)
+        losses, correct = meter.losses[:done].clone(), meter.correct[:done].clone()
+        self._over_ranks(losses, correct)
         position = self.position
         position.step, position.seconds = done, seconds
-        position.step_losses = meter.losses[:done].tolist()
-        position.step_correct = meter.correct[:done].tolist()
+        position.step_losses, position.step_correct = losses.tolist(), correct.tolist()
         self.save()
 
     def _estimate(self, done: int, elapsed: float) -> None:
@@ -470,7 +481,9 @@ def long_run_advice(seconds: float, per_step: float, config: Config, runtime: Ru
     """What a run of hours is told after its first steps: the estimate, and which keys shorten it."""
     shorter = ["fewer epochs (train.epochs=)"]
     if config.net.width > 16:
-        shorter.insert(0, f"a narrower network (net.width=16 costs about {(16 / config.net.width) ** 2:.0%} of the arithmetic)")
+        shorter.insert(
+            0, f"a narrower network (net.width=16 costs about {(16 / config.net.width) ** 2:.0%} of the arithmetic)"
+        )
     if runtime.device.type == "cpu":
         if any("bf16 is faster" in note for note in runtime.notes):
             shorter.insert(0, "train.precision=bf16 (this CPU has bf16 matrix units)")

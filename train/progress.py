@@ -92,7 +92,9 @@ class StepMeter:
 class EpochDisplay:
     """A progress bar on a terminal; elsewhere a plain line every `line_seconds`, so that a log file stays readable."""
 
-    def __init__(self, log: Log, title: str, steps: int, start: int, batch_size: int, line_seconds: float = 30.0) -> None:
+    def __init__(
+        self, log: Log, title: str, steps: int, start: int, batch_size: int, line_seconds: float = 30.0
+    ) -> None:
         self.log, self.title, self.steps, self.batch_size = log, title, steps, batch_size
         self.start, self.begun, self.line_seconds = start, time.perf_counter(), line_seconds
         self.next_line = self.begun + line_seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -41,7 +42,11 @@ def git_commit() -> str | None:
             ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=5
         ).stdout.strip()
         dirty = subprocess.run(
-            ["git", "-C", str(here), "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True, timeout=10
+            ["git", "-C", str(here), "status", "--porcelain", "-uno"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
@@ -115,7 +120,14 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Remove what a run writes, and nothing else that may lie in the folder."""
-        for name in ("config.yaml", "environment.json", "metrics.jsonl", "summary.json", "lr_finder.csv", "lr_finder.png"):
+        for name in (
+            "config.yaml",
+            "environment.json",
+            "metrics.jsonl",
+            "summary.json",
+            "lr_finder.csv",
+            "lr_finder.png",
+        ):
             (self.path / name).unlink(missing_ok=True)
         for name in ("last.pt", "best.pt", "previous.pt"):
             (self.path / name).unlink(missing_ok=True)
@@ -154,7 +166,9 @@ class Log:
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.terminal = bool(sys.stderr is not None and sys.stderr.isatty() and sys.stdout is not None and sys.stdout.isatty())
+        self.terminal = bool(
+            sys.stderr is not None and sys.stderr.isatty() and sys.stdout is not None and sys.stdout.isatty()
+        )
 
     def __call__(self, line: str = "") -> None:
         if self.quiet or sys.stdout is None:
@@ -169,11 +183,8 @@ class Log:
         except (BrokenPipeError, ValueError, OSError):
             # the reader went away; the run is worth more than its messages
             self.quiet = True
-            with Path(os.devnull).open("w") as null:
-                try:
-                    os.dup2(null.fileno(), 1)
-                except OSError:
-                    pass
+            with Path(os.devnull).open("w") as null, contextlib.suppress(OSError):
+                os.dup2(null.fileno(), 1)
 
 
 def system_record() -> dict[str, Any]:

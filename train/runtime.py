@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import platform
 import random
@@ -109,9 +110,16 @@ def _compile(requested: str, device: torch.device) -> tuple[str | None, str]:
 
 
 def prepare(
-    *, device: str = "auto", precision: str = "auto", compile: str = "auto", channels_last: str = "auto", local_rank: int = 0
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    compile: str = "auto",
+    channels_last: str = "auto",
+    local_rank: int = 0,
 ) -> Runtime:
     """Resolve the requests against this machine. Raises RuntimeUnavailable where an explicit one cannot be met."""
+    # torch's compiler warns that a CUDA toolkit without a GPU is of no use: the device note says so already
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     chosen, device_why = _device(device, local_rank)
     arithmetic, precision_why = _precision(precision, chosen)
     mode, compile_why = _compile(compile, chosen)
@@ -149,7 +157,11 @@ def versions() -> dict[str, str | None]:
     """Versions of what a result depends on, for environment.json."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    found: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
     found["cuda"] = torch.version.cuda
     for name in ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "triton"):
         try:
