@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import dali_graph
 from .plan import NO_AUGMENT, Augment, Plan, Stream, Tail, check_shard, identity_plan
-from .torch_graph import Records, TorchGraph, decode, stage, upload
+from .torch_graph import Records, TorchGraph, decode_labels, to_device, upload
 
 Backend = Literal["dali", "torch"]
 
@@ -114,6 +114,7 @@ class _Engine:
         fill: tuple[int, int, int],
         device: torch.device,
         backend: BackendChoice | str,
+        compiled: bool,
         plan_of: Callable[[tuple[int, int]], Plan],
         follow: Callable[[int, int], tuple[int, int]],
     ) -> None:
@@ -123,29 +124,26 @@ class _Engine:
         self._plan_of = plan_of
         self._dali: dali_graph.DaliGraph | None = None
         self._torch: TorchGraph | None = None
-        images, self._labels = decode(upload(split, device), split, mirrored=name == "dali" and augment.flip)
+        records = upload(split, device)
         if name == "dali":
             self._pump = _Pump(plan_of, follow)
-            self._dali = dali_graph.DaliGraph(images, self._pump.pull, batch_size, augment, fill)
+            self._labels = decode_labels(records, split)
+            self._dali = dali_graph.DaliGraph(records, split, self._pump.pull, batch_size, augment, fill)
         else:
-            self._torch = TorchGraph(images, augment, fill)
-        self._closed = False
+            self._torch = TorchGraph(records, split, augment, fill, compiled=compiled)
 
     def batch(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         if os.getpid() != self._pid:
             raise RuntimeError("a loader does not survive fork(): make it in the process that uses it")
-        if self._closed:
-            raise RuntimeError("the loader is closed")
+        if self._torch is not None:
+            return self._torch.batch(self._plan_of(key))
         if self._dali is not None:
             images, plan = self._pump.get(key, self._dali.run)
-            return images, self._labels[stage(plan, self._device)[0]]
-        assert self._torch is not None
-        staged = stage(self._plan_of(key), self._device)
-        return self._torch(staged), self._labels[staged[0]]
+            return images, self._labels[to_device(plan.indices, self._device)]
+        raise RuntimeError("the loader is closed")
 
     def close(self) -> None:
-        self._closed = True
-        if self._dali is not None:
+        if self._dali is not None and os.getpid() == self._pid:
             self._dali.close()
         self._dali = self._torch = None
 
@@ -170,12 +168,13 @@ class TrainLoader:
         tail: Tail = "drop",
         rank: int = 0,
         world_size: int = 1,
+        compiled: bool = False,
     ) -> None:
         if augment.crop and augment.padding_mode == "reflect" and augment.pad >= min(split.height, split.width):
             raise ValueError(
                 f"augment.pad {augment.pad} reflects more than an image of {split.height} x {split.width} has"
             )
-        self._stream = Stream(
+        stream = Stream(
             len(split.records),
             batch_size,
             augment,
@@ -185,7 +184,7 @@ class TrainLoader:
             rank=rank,
             world_size=world_size,
         )
-        self.steps_per_epoch = self._stream.steps_per_epoch
+        self.steps_per_epoch = stream.steps_per_epoch
         self._engine = _Engine(
             split,
             batch_size // world_size,
@@ -193,8 +192,9 @@ class TrainLoader:
             fill,
             device,
             backend,
-            lambda key: self._stream.batch(*key),
-            self._stream.next_step,
+            compiled,
+            lambda key: stream.batch(*key),
+            stream.next_step,
         )
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -210,7 +210,10 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Every image exactly once over all ranks, in order and unaugmented, in batches of one fixed size."""
+    """Every image exactly once over all ranks, in order and unaugmented, in batches of one fixed size.
+
+    `batch_size` is the global batch; this rank gets positions rank::world_size of it, and as many batches as any other.
+    """
 
     def __init__(
         self,
@@ -223,9 +226,12 @@ class EvalLoader:
         world_size: int = 1,
     ) -> None:
         check_shard(batch_size, rank, world_size)
-        self.num_images = len(split.records)
-        self.steps = -(-self.num_images // batch_size)
-        self._batch_size, self._rank, self._world_size, self._device = batch_size, rank, world_size, device
+        num_images = self.num_images = len(split.records)
+        num_steps = self._num_steps = -(-num_images // batch_size)
+        self._device = device
+        positions = np.arange(num_steps * batch_size).reshape(num_steps, batch_size)[:, rank::world_size]
+        self._valid = to_device(positions < num_images, device)
+        indices = np.where(positions < num_images, positions, 0)
         self._engine = _Engine(
             split,
             batch_size // world_size,
@@ -233,30 +239,21 @@ class EvalLoader:
             (0, 0, 0),
             device,
             backend,
-            self._plan_of,
-            lambda epoch, step: (epoch, (step + 1) % self.steps),
+            False,
+            lambda key: identity_plan(indices[key[1]]),
+            lambda epoch, step: (epoch, (step + 1) % num_steps),
         )
 
-    def _positions(self, step: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        start = step * self._batch_size
-        return np.arange(start + self._rank, start + self._batch_size, self._world_size)
-
-    def _plan_of(self, key: tuple[int, int]) -> Plan:
-        positions = self._positions(key[1])
-        return identity_plan(np.where(positions < self.num_images, positions, 0))
-
     def __len__(self) -> int:
-        return self.steps
+        return self._num_steps
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yields (images, labels, valid): as TrainLoader, and a (batch/world,) bool mask on the device, False where the
         last batch is filled up with image 0."""
-        for step in range(self.steps):
+        for step in range(self._num_steps):
             images, labels = self._engine.batch((0, step))
-            valid = torch.from_numpy(self._positions(step) < self.num_images)
-            if self._device.type == "cuda":
-                valid = valid.pin_memory()
-            yield images, labels, valid.to(self._device, non_blocking=True)
+            yield images, labels, self._valid[step]
 
     def close(self) -> None:
+        """Stops the pipeline and frees the resident data; batches already yielded stay valid."""
         self._engine.close()

@@ -6,7 +6,7 @@ Pure numpy, a function of (seed, epoch) alone; `dali_graph` and `torch_graph` ap
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +68,7 @@ class Plan:
     def take(self, positions: IntArray | slice) -> Plan:
         return Plan(*(array[positions] for array in self._arrays()))
 
-    def _arrays(self) -> tuple[npt.NDArray[np.int64 | np.bool_], ...]:
+    def _arrays(self) -> tuple[npt.NDArray[Any], ...]:
         return self.indices, self.dy, self.dx, self.flip, self.cy, self.cx
 
     @staticmethod
@@ -126,7 +126,8 @@ def _order(keys: npt.NDArray[np.uint64]) -> IntArray:
 
 def _below(words: npt.NDArray[np.uint64], n: int) -> IntArray:
     """0..n-1 from the upper 32 bits (multiply and shift): no value is likelier than another by more than n / 2^32."""
-    return (((words >> np.uint64(32)) * np.uint64(n)) >> np.uint64(32)).astype(np.int64)
+    drawn: IntArray = (((words >> np.uint64(32)) * np.uint64(n)) >> np.uint64(32)).astype(np.int64)
+    return drawn
 
 
 class Stream:
