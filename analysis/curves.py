@@ -1,39 +1,216 @@
-"""Pictures of how a run went: lr_finder.png."""
+"""Pictures of how a run went: curves.png, learning_rate.png, lr_finder.png.
+
+python -m analysis.curves runs/NAME
+"""
 
 from __future__ import annotations
 
+import argparse
+import math
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
-matplotlib.use("Agg")
-from matplotlib.figure import Figure
-
+from analysis.run import LoadedRun, Say, command, load_for, parser
+from analysis.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, new_figure, plain, save
 from train.lr_finder import RangeTest, RangeTestError, suggest
+from train.optim import OneCycle
+from train.record import Log
+
+Records = Sequence[dict[str, Any]]
+# further accuracies that a run may report, as keys of metrics.jsonl
+EXTRA = {
+    "test_tta_accuracy": ("test, flip TTA", GREEN, ":"),
+    "ema_test_accuracy": ("test, averaged weights", PURPLE, "--"),
+    "ema_test_tta_accuracy": ("test, averaged weights and flip TTA", ORANGE, "-."),
+}
 
 
-def draw_lr_finder(csv_path: Path, png_path: Path) -> None:
+def draw_curves(metrics: Records, path: Path, *, title: str = "Loss and accuracy", caption: str = "") -> None:
+    """Training and test loss (logarithmic) and accuracy by epoch, the best epoch marked. `metrics` as in metrics.jsonl."""
+    if not metrics:
+        raise ValueError("no epoch to draw")
+    epochs = [int(m["epoch"]) for m in metrics]
+    figure = new_figure(9.6, 4.2, title, caption)
+    left, right = figure.subplots(1, 2)
+    marks = {"marker": "o", "markersize": 3.5} if len(epochs) <= 40 else {}
+    for axes, key in ((left, "loss"), (right, "accuracy")):
+        axes.plot(epochs, [m[f"train_{key}"] for m in metrics], color=BLUE, linestyle="--", label="training, augmented", **marks)
+        axes.plot(epochs, [m[f"test_{key}"] for m in metrics], color=VERMILLION, label="test", **marks)
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3, linewidth=0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(epochs) == 1:
+            axes.set_xlim(epochs[0] - 0.5, epochs[0] + 0.5)
+    for key, (name, colour, style) in EXTRA.items():
+        if key in metrics[-1]:
+            right.plot(epochs, [m.get(key, math.nan) for m in metrics], color=colour, linestyle=style, label=name)
+    left.set_ylabel("cross-entropy")
+    left.set_yscale("log")
+    _plain_log_ticks(left)
+    right.set_ylabel("accuracy (%)")
+    best = max(metrics, key=lambda m: float(m["test_accuracy"]))
+    for axes in (left, right):
+        axes.axvline(best["epoch"], color=GREY, linewidth=1, linestyle=":")
+    right.plot([best["epoch"]], [best["test_accuracy"]], marker="*", markersize=13, color=VERMILLION, markeredgecolor="white")
+    low = min(float(m[key]) for m in metrics for key in ("train_accuracy", "test_accuracy"))
+    right.set_ylim(max(0, low - 5), min(102, max(float(best["test_accuracy"]), float(metrics[-1]["train_accuracy"])) + 4))
+    right.set_title(f"best: {best['test_accuracy']:.2f}% in epoch {best['epoch']}", fontsize=10)
+    left.set_title(f"test loss there: {best['test_loss']:.4f}", fontsize=10)
+    left.legend(fontsize=8, loc="upper right")
+    right.legend(fontsize=8, loc="lower right")
+    save(figure, path)
+
+
+def _plain_log_ticks(axes: Axes) -> None:
+    """0.02, 0.5, 3 rather than powers; the in-between ones where the axis spans less than two decades."""
+    low, high = axes.get_ylim()
+    few = math.log10(high / low) < 2
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}" if few else "")
+    axes.tick_params(axis="y", which="minor", labelsize=7)
+
+
+def learning_rates(schedule: OneCycle, points: int = 2000) -> tuple[list[int], list[float]]:
+    """Steps and rates of the schedule: all of them, or about `points` with the peak and both ends among them."""
+    last = schedule.total_steps - 1
+    steps = np.unique(np.linspace(0, last, min(points, schedule.total_steps)).round().astype(int)).tolist()
+    steps = sorted({*steps, min(math.floor(schedule.peak_step), last), min(math.ceil(schedule.peak_step), last)})
+    return steps, [schedule(step) for step in steps]
+
+
+def draw_learning_rate(
+    schedule: OneCycle,
+    steps_per_epoch: int,
+    path: Path,
+    *,
+    metrics: Records = (),
+    title: str = "Learning rate, step by step",
+    caption: str = "",
+) -> None:
+    """The schedule with its peak and end, and as dots the rates that the finished epochs recorded for their last step."""
+    steps, rates = learning_rates(schedule)
+    figure = new_figure(7.4, 4.0, title, caption)
+    axes = figure.subplots()
+    axes.plot([step / steps_per_epoch for step in steps], rates, color=BLUE, linewidth=2, label="schedule")
+    if metrics:
+        axes.plot(
+            [m["epoch"] - 1 / steps_per_epoch for m in metrics],
+            [m["lr"] for m in metrics],
+            "o",
+            color=ORANGE,
+            markeredgecolor="black",
+            markeredgewidth=0.5,
+            markersize=5,
+            label="stepped: last step of each epoch",
+        )
+    peak, rate = max(zip(steps, rates, strict=True), key=lambda point: point[1])
+    last = schedule.total_steps - 1
+    for step, value, name, colour, marker in (
+        (peak, rate, "peak", VERMILLION, "^"),
+        (last, schedule(last), "end", GREEN, "s"),
+    ):
+        text = f"{name}: {value:.4g} at step {step:,} (epoch {(step + 1) / steps_per_epoch:.4g})"
+        axes.plot([step / steps_per_epoch], [value], marker, color=colour, markersize=9, label=text)
+    axes.set_ylim(0, schedule.lr_max * 1.3)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("learning rate")
+    axes.grid(alpha=0.3, linewidth=0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(fontsize=8, loc="upper right", ncols=2)
+    save(figure, path)
+
+
+def draw_lr_finder(csv_path: Path, png_path: Path, *, caption: str = "") -> None:
     """The range test's curve with the suggested rates marked; the curve alone where it suggests none."""
     test = RangeTest.read_csv(csv_path)
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(test.rates, test.losses, color="0.75", linewidth=1, label="loss of each step")
-    axes.plot(test.rates, test.smoothed(), color="#0072B2", linewidth=2, label="smoothed")
     try:
         found = suggest(test)
     except RangeTestError as error:
-        axes.set_title(str(error), fontsize=9)
+        found, title = None, str(error)
     else:
-        axes.axvspan(found.lr_min, found.lr_max, color="#0072B2", alpha=0.08)
-        for rate, name, colour in ((found.lr_max, "lr_max", "#D55E00"), (found.lr_min, "lr_min", "#009E73")):
-            axes.axvline(rate, color=colour, linewidth=1.5, label=f"{name} {rate:.3g}")
         end = "diverged" if test.diverged else "the highest rate tried"
-        axes.set_title(f"LR range test: lowest loss at {found.lowest:.3g}, {end} at {found.limit:.3g}", fontsize=11)
-    low, high = min(test.smoothed()), test.losses[0]
-    axes.set_ylim(low - 0.15 * (high - low), high + 0.6 * (high - low))
+        title = f"LR range test: lowest loss at {found.lowest:.3g}, {end} at {found.limit:.3g}"
+    figure = new_figure(7.4, 4.2, title, caption)
+    if found is None:
+        figure.suptitle(plain(title, 200), fontsize=8, wrap=True)
+    axes = figure.subplots()
+    axes.plot(test.rates, test.losses, color="0.75", linewidth=1, label="loss of each step")
+    axes.plot(test.rates, test.smoothed(), color=BLUE, linewidth=2, label="smoothed")
+    if found is not None:
+        axes.axvspan(found.lr_min, found.lr_max, color=BLUE, alpha=0.08)
+        for rate, name, colour, style in (
+            (found.lr_max, "lr_max", VERMILLION, "-"),
+            (found.lr_min, "lr_min", GREEN, "--"),
+        ):
+            axes.axvline(rate, color=colour, linewidth=1.5, linestyle=style, label=f"{name} {rate:.3g}")
+    if test.losses:
+        low, high = min(test.smoothed()), test.losses[0]
+        room = max(high - low, 1e-3)
+        axes.set_ylim(low - 0.15 * room, high + 0.6 * room)
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")
     axes.set_ylabel("training loss")
     axes.legend(loc="upper left", fontsize=9)
     axes.grid(alpha=0.3, which="both", linewidth=0.5)
-    figure.savefig(png_path, dpi=130)
+    save(figure, png_path)
+
+
+def schedule_of(run: LoadedRun) -> OneCycle:
+    """The schedule as the run stepped it."""
+    steps_per_epoch = int(run.checkpoint["steps_per_epoch"])
+    config = run.config
+    return OneCycle(
+        float(run.checkpoint["lr_max"]),
+        float(run.checkpoint["lr_min"]),
+        config.schedule.peak_epoch * steps_per_epoch,
+        config.train.epochs * steps_per_epoch,
+    )
+
+
+def draw_all(run: LoadedRun, folder: Path, say: Say = print) -> list[Path]:
+    """curves.png, learning_rate.png and lr_finder.png, each where the run holds what it takes."""
+    drawn = []
+    # the curves are of the whole run, whichever checkpoint was loaded
+    caption = f"run {run.name} · {len(run.metrics)} of {run.config.train.epochs} epochs"
+    if run.metrics:
+        caption += f" · last test accuracy {run.metrics[-1]['test_accuracy']:.2f}%"
+        draw_curves(run.metrics, folder / "curves.png", caption=caption)
+        drawn.append(folder / "curves.png")
+    else:
+        say("no epoch is finished: no curves.png")
+    draw_learning_rate(
+        schedule_of(run),
+        int(run.checkpoint["steps_per_epoch"]),
+        folder / "learning_rate.png",
+        metrics=run.metrics,
+        caption=caption,
+    )
+    drawn.append(folder / "learning_rate.png")
+    if (run.path / "lr_finder.csv").exists():
+        try:
+            draw_lr_finder(run.path / "lr_finder.csv", folder / "lr_finder.png", caption=caption)
+            drawn.append(folder / "lr_finder.png")
+        except (ValueError, KeyError, TypeError) as error:
+            say(f"lr_finder.csv is damaged ({error}): no lr_finder.png")
+    return drawn
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser("analysis.curves", "Draw curves.png, learning_rate.png and lr_finder.png.", data=False)
+
+    def body(options: argparse.Namespace, log: Log) -> None:
+        run = load_for(options, log)
+        for path in draw_all(run, run.output_dir(options.output), log):
+            log(str(path))
+
+    return command(options, arguments, body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

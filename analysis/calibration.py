@@ -1,0 +1,122 @@
+"""calibration.png: whether answers given with 80% confidence are right 80% of the time; expected calibration error.
+
+python -m analysis.calibration runs/NAME
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from analysis.predictions import Floats, Ints, checked_predictions, prediction_options
+from analysis.run import AnalysisError, command, load_for
+from analysis.style import BLUE, GREY, ORANGE, new_figure, save
+from train.record import Log
+
+
+@dataclass(frozen=True, eq=False)
+class Reliability:
+    """By equally wide bins of confidence, (lower, upper] and the first from 0: number of images, their mean confidence and
+    accuracy (0..1, NaN in an empty bin)."""
+
+    counts: Ints
+    confidence: Floats
+    accuracy: Floats
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error (arXiv:1706.04599), 0..1: the bins' |accuracy - confidence|, weighted by images."""
+        full = self.counts > 0
+        gaps = np.abs(self.accuracy[full] - self.confidence[full])
+        return float((self.counts[full] * gaps).sum() / self.counts.sum())
+
+    @property
+    def overconfidence(self) -> float:
+        """Mean confidence minus accuracy, -1..1."""
+        full = self.counts > 0
+        return float((self.counts[full] * (self.confidence[full] - self.accuracy[full])).sum() / self.counts.sum())
+
+
+def reliability(confidence: Floats, hits: npt.NDArray[np.bool_], bins: int = 15) -> Reliability:
+    """Sort (N,) confidences 0..1 and whether each answer was right into `bins` bins."""
+    if len(confidence) == 0 or bins < 1:
+        raise ValueError(f"{len(confidence)} confidences in {bins} bins, expected at least one of each")
+    # the edges as linspace rounds them, so that a confidence of exactly 0.2 falls where a reader expects it
+    place = np.clip(np.searchsorted(np.linspace(0, 1, bins + 1), confidence, side="left") - 1, 0, bins - 1)
+    counts = np.bincount(place, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        return Reliability(
+            counts=counts.astype(np.int64),
+            confidence=np.bincount(place, weights=confidence, minlength=bins) / counts,
+            accuracy=np.bincount(place, weights=hits, minlength=bins) / counts,
+        )
+
+
+def draw_calibration(found: Reliability, path: Path, *, caption: str = "") -> None:
+    """The reliability diagram, and below it how many answers fall into each bin."""
+    bins = len(found.counts)
+    edges = np.linspace(0, 100, bins + 1)
+    verdict = "overconfident" if found.overconfidence > 0 else "underconfident"
+    title = f"Calibration: expected error {100 * found.ece:.2f} points"
+    figure = new_figure(6.0, 6.4, title, caption)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    full = found.counts > 0
+    width = 100 / bins
+    centres = edges[:-1] + width / 2
+    accuracy, confidence = 100 * found.accuracy[full], 100 * found.confidence[full]
+    upper.bar(centres[full], accuracy, width=width * 0.94, color=BLUE, label="accuracy of the bin")
+    upper.bar(
+        centres[full],
+        confidence - accuracy,
+        width=width * 0.94,
+        bottom=accuracy,
+        color=ORANGE,
+        alpha=0.45,
+        edgecolor=ORANGE,
+        hatch="//",
+        label="gap to its mean confidence",
+    )
+    upper.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1, label="perfect")
+    upper.set_ylabel("accuracy (%)")
+    upper.set_ylim(0, 100)
+    upper.set_xlim(0, 100)
+    upper.legend(fontsize=8, loc="upper left")
+    upper.set_title(f"on average {abs(100 * found.overconfidence):.2f} points {verdict}", fontsize=9)
+    lower.bar(centres, found.counts, width=width * 0.94, color=GREY)
+    lower.set_yscale("symlog", linthresh=1)
+    lower.set_yticks([t for t in (1, 10, 100, 1000, 10_000, 100_000) if t <= max(10, found.counts.max() * 2)])
+    lower.yaxis.set_major_formatter("{x:,.0f}")
+    lower.minorticks_off()
+    lower.set_ylabel("images")
+    lower.set_xlabel("confidence (%)")
+    for axes in (upper, lower):
+        axes.grid(alpha=0.3, linewidth=0.5)
+        axes.set_axisbelow(True)
+    save(figure, path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = prediction_options("analysis.calibration", "Draw calibration.png: reliability diagram and calibration error.")
+    options.add_argument("--bins", type=int, default=15, help="bins of confidence (default: 15)")
+
+    def body(options: argparse.Namespace, log: Log) -> None:
+        if options.bins < 1:
+            raise AnalysisError(f"--bins {options.bins}: must be at least 1")
+        run = load_for(options, log)
+        predictions, _ = checked_predictions(run, log, options.accept_difference)
+        found = reliability(predictions.confidence, predictions.hits, options.bins)
+        path = run.output_dir(options.output) / "calibration.png"
+        draw_calibration(found, path, caption=run.caption(predictions.accuracy))
+        log(f"expected calibration error {100 * found.ece:.2f} points, overconfident by {100 * found.overconfidence:+.2f}")
+        log(str(path))
+
+    return command(options, arguments, body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

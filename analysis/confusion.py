@@ -1,0 +1,179 @@
+"""confusion_matrix.png and .csv, per_class.png and .csv: which classes are taken for which, and how well each is known.
+
+python -m analysis.confusion runs/NAME
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+from analysis.predictions import Ints, checked_predictions, prediction_options
+from analysis.run import command, load_for
+from analysis.style import BLUE, GREEN, VERMILLION, new_figure, plain, pretty, save
+from train.record import Log
+
+NUMBERED = 20  # classes up to which a cell has room for its number
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """Precision, recall and F1 (0..1; 0 where there is nothing to divide by) and the number of test images of a class."""
+
+    name: str
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+def confusion(labels: Ints, predicted: Ints, num_classes: int) -> Ints:
+    """(C, C) counts: rows are true classes, columns predictions."""
+    counts: Ints = confusion_matrix(labels, predicted, labels=np.arange(num_classes)).astype(np.int64)
+    return counts
+
+
+def per_class(labels: Ints, predicted: Ints, class_names: tuple[str, ...]) -> list[ClassScore]:
+    """The scores of every class, in the order of the labels."""
+    scores = precision_recall_fscore_support(labels, predicted, labels=np.arange(len(class_names)), zero_division=0.0)
+    rows = zip(class_names, *(part.tolist() for part in scores), strict=True)
+    return [ClassScore(name, precision, recall, f1, int(support)) for name, precision, recall, f1, support in rows]
+
+
+def most_confused(counts: Ints, count: int = 10) -> list[tuple[int, int, int]]:
+    """(true, predicted, images) of the largest cells off the diagonal, largest first."""
+    off = counts.copy()
+    np.fill_diagonal(off, 0)
+    order = np.argsort(-off, axis=None, kind="stable")[:count]
+    pairs = [(int(place // len(off)), int(place % len(off))) for place in order]
+    return [(true, said, int(off[true, said])) for true, said in pairs if off[true, said]]
+
+
+def write_confusion(counts: Ints, class_names: tuple[str, ...], path: Path) -> None:
+    """CSV: a line a true class, a column a prediction."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["true \\ predicted", *class_names])
+        writer.writerows([name, *row] for name, row in zip(class_names, counts.tolist(), strict=True))
+
+
+def write_per_class(scores: list[ClassScore], path: Path) -> None:
+    """CSV: class, precision, recall, f1, support."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["class", "precision", "recall", "f1", "support"])
+        writer.writerows([s.name, f"{s.precision:.6f}", f"{s.recall:.6f}", f"{s.f1:.6f}", s.support] for s in scores)
+
+
+def draw_confusion(counts: Ints, class_names: tuple[str, ...], path: Path, *, caption: str = "") -> None:
+    """The matrix with its mistakes coloured; the diagonal is grey, so that the few mistakes are not lost beside it."""
+    n = len(class_names)
+    few = n <= NUMBERED
+    size = 3.2 + 0.52 * n if few else 3.0 + 0.105 * n
+    figure = new_figure(size + 0.6, size, "Which classes are taken for which", caption)
+    axes = figure.subplots()
+    mistakes: npt.NDArray[np.float64] = counts.astype(float)
+    np.fill_diagonal(mistakes, np.nan)
+    top = max(float(np.nanmax(mistakes)) if n > 1 else 0.0, 1.0)
+    axes.set_facecolor("0.88")
+    shown = axes.imshow(mistakes, cmap="Blues", vmin=0, vmax=top, interpolation="nearest")
+    bar = figure.colorbar(shown, ax=axes, shrink=0.7, pad=0.02)
+    bar.set_label("test images taken for another class", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    names = [pretty(name) for name in class_names]
+    font = 9 if few else 5.2
+    axes.set_xticks(range(n), names, rotation=45 if few else 90, ha="right" if few else "center", fontsize=font)
+    axes.set_yticks(range(n), names, fontsize=font)
+    axes.tick_params(length=2 if few else 1)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    axes.set_xticks(np.arange(n + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(n + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=0.8 if few else 0.25)
+    axes.tick_params(which="minor", length=0)
+    if few:
+        for (row, column), value in np.ndenumerate(counts):
+            if value:
+                dark = row != column and value > 0.6 * top
+                axes.text(
+                    column,
+                    row,
+                    str(value),
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if dark else "black",
+                    fontweight="bold" if row == column else "normal",
+                )
+    right = int(np.trace(counts))
+    axes.set_title(f"{right:,} of {int(counts.sum()):,} on the diagonal (grey)", fontsize=9)
+    save(figure, path)
+
+
+def draw_per_class(scores: list[ClassScore], path: Path, *, caption: str = "") -> None:
+    """Precision, recall and F1 of every class in percent, best F1 on top."""
+    ordered = sorted(scores, key=lambda s: s.f1)
+    step = 0.34 if len(ordered) <= NUMBERED else 0.145
+    figure = new_figure(7.6, 1.7 + step * len(ordered), "How well each class is known", caption)
+    axes = figure.subplots()
+    places = np.arange(len(ordered))
+    low = [100 * min(s.precision, s.recall) for s in ordered]
+    high = [100 * max(s.precision, s.recall) for s in ordered]
+    axes.hlines(places, low, high, color="0.7", linewidth=1.5, zorder=1)
+    size = 55 if len(ordered) <= NUMBERED else 16
+    for name, marker, colour, values in (
+        ("precision: of those called so, how many are", "<", BLUE, [s.precision for s in ordered]),
+        ("recall: of those that are, how many are called so", ">", VERMILLION, [s.recall for s in ordered]),
+        ("F1: their harmonic mean", "|", GREEN, [s.f1 for s in ordered]),
+    ):
+        axes.scatter([100 * v for v in values], places, s=size, marker=marker, color=colour, label=name, zorder=2)
+    with_support = [f"{pretty(s.name)}  ({s.support:,})" for s in ordered]
+    axes.set_yticks(places, with_support, fontsize=9 if len(ordered) <= NUMBERED else 5.5)
+    axes.set_ylim(-0.7, len(ordered) - 0.3)
+    axes.set_xlabel("percent; in brackets the number of test images")
+    axes.grid(alpha=0.3, linewidth=0.5)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=7, frameon=False)
+    save(figure, path)
+
+
+def draw_for(
+    labels: Ints, predicted: Ints, class_names: tuple[str, ...], folder: Path, caption: str = ""
+) -> tuple[Ints, list[ClassScore]]:
+    """All four files, and what they hold."""
+    counts = confusion(labels, predicted, len(class_names))
+    scores = per_class(labels, predicted, class_names)
+    write_confusion(counts, class_names, folder / "confusion_matrix.csv")
+    write_per_class(scores, folder / "per_class.csv")
+    draw_confusion(counts, class_names, folder / "confusion_matrix.png", caption=caption)
+    draw_per_class(scores, folder / "per_class.png", caption=caption)
+    return counts, scores
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = prediction_options(
+        "analysis.confusion", "Draw and write confusion_matrix.png/.csv and per_class.png/.csv; print the worst confusions."
+    )
+
+    def body(options: argparse.Namespace, log: Log) -> None:
+        run = load_for(options, log)
+        predictions, _ = checked_predictions(run, log, options.accept_difference)
+        folder = run.output_dir(options.output)
+        caption = run.caption(predictions.accuracy)
+        counts, _ = draw_for(predictions.labels, predictions.predicted, run.class_names, folder, caption)
+        for true, said, images in most_confused(counts):
+            log(f"{images:6,}  {plain(run.class_names[true])} taken for {plain(run.class_names[said])}")
+        for name in ("confusion_matrix.png", "confusion_matrix.csv", "per_class.png", "per_class.csv"):
+            log(str(folder / name))
+
+    return command(options, arguments, body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
