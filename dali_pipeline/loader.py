@@ -121,7 +121,7 @@ class _Engine:
         name = backend.name if isinstance(backend, BackendChoice) else choose_backend(backend, device).name
         self._pid = os.getpid()
         self._device = device
-        self._plan_of = plan_of
+        self.plan_of = plan_of
         self._dali: dali_graph.DaliGraph | None = None
         self._torch: TorchGraph | None = None
         records = upload(split, device)
@@ -136,7 +136,7 @@ class _Engine:
         if os.getpid() != self._pid:
             raise RuntimeError("a loader does not survive fork(): make it in the process that uses it")
         if self._torch is not None:
-            return self._torch.batch(self._plan_of(key))
+            return self._torch.batch(self.plan_of(key))
         if self._dali is not None:
             images, plan = self._pump.get(key, self._dali.run)
             return images, self._labels[to_device(plan.indices, self._device)]
@@ -196,6 +196,10 @@ class TrainLoader:
             lambda key: stream.batch(*key),
             stream.next_step,
         )
+
+    def plan(self, epoch: int, step: int) -> Plan:
+        """What is done to which images at a step, for this rank."""
+        return self._engine.plan_of((epoch, step))
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (images, labels) for the steps from `start_step`: images (batch/world, 3, H, W) uint8 on the device,

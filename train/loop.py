@@ -138,6 +138,7 @@ class Trainer:
             tail=config.train.tail,
             rank=self.group.rank,
             world_size=self.group.world_size,
+            compiled=runtime.compile_mode is not None,
         )
         self.eval_loader = EvalLoader(
             dataset.test,
@@ -195,6 +196,8 @@ class Trainer:
                         step.eval()
                         for _ in range(3 if self.runtime.device.type == "cuda" else 1):
                             step(images)
+        # the pipeline last: DALI prefetches from its first batch on, which would break a capture of CUDA graphs
+        next(self.train_loader.epoch(0))
         # the average shares no memory with the network, but its batch-norm mode was switched
         self.net.train()
 
@@ -360,7 +363,7 @@ class Run:
             self._maybe_stop_or_save(done, meter, before + time.perf_counter() - begun)
 
         try:
-            with self.times.on("training", device):
+            with self.times.on("training", device), self._naming_the_images():
                 trainer.train_epoch(position.epoch, self.schedule, meter, position.step, after_step)
                 self._over_ranks(meter.losses, meter.correct)
                 meter.seen = 0  # the totals over all processes are new to the host
@@ -372,6 +375,21 @@ class Run:
         with self.times.on("evaluation", device):
             plain, ema = trainer.evaluate()
         self._finish_epoch(meter, seconds, time.perf_counter() - eval_begun, plain, ema)
+
+    @contextmanager
+    def _naming_the_images(self) -> Iterator[None]:
+        """Add to a NonFiniteLoss which images the step had: the plan knows them."""
+        try:
+            yield
+        except NonFiniteLoss as error:
+            images = self.trainer.train_loader.plan(error.epoch, error.step).indices.tolist()
+            shown = ", ".join(map(str, images[:8])) + (f" ... {images[-1]}" if len(images) > 8 else "")
+            rate = self.schedule(error.epoch * self.trainer.steps_per_epoch + error.step)
+            error.args = (
+                f"{error} (learning rate {rate:.3g}, training images {shown}); the checkpoint before it is kept. "
+                "Lower schedule.lr_max, or use train.precision=fp32",
+            )
+            raise
 
     def _over_ranks(self, losses: Tensor, correct: Tensor) -> None:
         """In place: the mean of the losses and the sum of the correct predictions over all processes."""

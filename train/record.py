@@ -108,7 +108,8 @@ class RunFolder:
             except BlockingIOError:
                 self._lock.seek(0)
                 owner = self._lock.read().strip()
-                self.close()
+                self._lock.close()
+                self._lock = None  # not ours to clean up after
                 raise RunFolderError(
                     f"{self.path}: another run (process {owner or 'unknown'}) is writing here; wait for it or choose "
                     "another run.dir="

@@ -1,0 +1,123 @@
+"""Checkpoints: whole or refused, and never a way to run code."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from train.checkpoint import CheckpointError, load_checkpoint, remove_stale, save_checkpoint, seal, unseal, write_atomic
+
+
+@pytest.fixture
+def state() -> dict[str, object]:
+    torch.manual_seed(0)
+    return {
+        "model": {"w": torch.randn(5, 3).to(memory_format=torch.contiguous_format)},
+        "epoch": 3,
+        "names": ["a", "b"],
+        "x": None,
+    }
+
+
+def test_round_trip_gives_equal_tensors_numbers_and_text(tmp_path: Path, state: dict[str, object]) -> None:
+    save_checkpoint(tmp_path / "c.pt", state)
+    loaded = load_checkpoint(tmp_path / "c.pt")
+    assert torch.equal(loaded["model"]["w"], state["model"]["w"])  # type: ignore[index]
+    assert (loaded["epoch"], loaded["names"], loaded["x"]) == (3, ["a", "b"], None)
+    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_plain_torch_load_reads_the_sealed_file(tmp_path: Path, state: dict[str, object]) -> None:
+    save_checkpoint(tmp_path / "c.pt", state)
+    assert torch.load(tmp_path / "c.pt", weights_only=True)["epoch"] == 3
+
+
+def test_seal_holds_the_sha256_of_the_file_before_it(tmp_path: Path, state: dict[str, object]) -> None:
+    torch.save(state, tmp_path / "plain.pt")
+    plain = (tmp_path / "plain.pt").read_bytes()
+    assert seal(plain).endswith(b"sha256:" + hashlib.sha256(plain).hexdigest().encode())
+    assert unseal(seal(plain)) == plain
+
+
+def test_every_flipped_bit_is_noticed(tmp_path: Path, state: dict[str, object]) -> None:
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, state)
+    whole = path.read_bytes()
+    places = random.Random(0).sample(range(len(whole)), 200) + list(range(len(whole) - 100, len(whole)))
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << (place % 8)
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"c\.pt"):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 70, 71, 73, 500])
+def test_truncated_file_is_refused(tmp_path: Path, state: dict[str, object], length: int) -> None:
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, state)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(CheckpointError, match="not usable"):
+        load_checkpoint(path)
+
+
+class Payload:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (os.environ["PAYLOAD_TARGET"],)
+
+
+def test_a_payload_is_refused_and_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "payload-ran"
+    monkeypatch.setenv("PAYLOAD_TARGET", str(target))
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Payload()))
+    torch.save({"format": 1, "model": Payload()}, tmp_path / "zip.pt")
+    (tmp_path / "sealed.pt").write_bytes(seal((tmp_path / "zip.pt").read_bytes()))
+    for name in ("raw.pt", "zip.pt", "sealed.pt"):
+        with pytest.raises(CheckpointError, match=name):
+            load_checkpoint(tmp_path / name)
+    assert not target.exists()
+
+
+def test_missing_and_foreign_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        load_checkpoint(tmp_path / "no.pt")
+    torch.save({"format": 99}, tmp_path / "f.pt")
+    (tmp_path / "f.pt").write_bytes(seal((tmp_path / "f.pt").read_bytes()))
+    with pytest.raises(CheckpointError, match="of format 99, this version reads format 1"):
+        load_checkpoint(tmp_path / "f.pt")
+
+
+def test_previous_checkpoint_is_kept_under_its_name(tmp_path: Path) -> None:
+    for epoch in range(3):
+        save_checkpoint(tmp_path / "last.pt", {"epoch": epoch}, keep_previous=tmp_path / "previous.pt")
+    assert load_checkpoint(tmp_path / "last.pt")["epoch"] == 2
+    assert load_checkpoint(tmp_path / "previous.pt")["epoch"] == 1
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "c.pt"
+    write_atomic(path, b"old")
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_stale_temporary_files_go(tmp_path: Path) -> None:
+    (tmp_path / ".last.pt.123.tmp").write_bytes(b"half")
+    (tmp_path / "last.pt").write_bytes(b"whole")
+    remove_stale(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]

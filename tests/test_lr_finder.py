@@ -1,0 +1,147 @@
+"""The range test borrows and gives back; its rule finds what a made-up curve was built to hold."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dali_pipeline.datasets import load
+from dali_pipeline.loader import BackendChoice
+from train.config import Config
+from train.loop import Trainer
+from train.lr_finder import RangeTest, RangeTestError, borrowed_state, range_test, suggest
+from train.runtime import prepare
+
+
+def make_trainer(config: Config) -> Trainer:
+    torch.manual_seed(0)
+    runtime = prepare(device="cpu", precision="fp32", compile="off")
+    return Trainer(config, load("digits", Path("unused")), runtime, BackendChoice("torch", "test"))
+
+
+def snapshot(trainer: Trainer) -> dict[str, Any]:
+    return {
+        "model": {k: v.clone() for k, v in trainer.net.state_dict().items()},
+        "momentum": [trainer.optimizer.state[p]["momentum_buffer"].clone() for p in trainer.net.parameters()],
+        "rates": [g["lr"] for g in trainer.optimizer.param_groups],
+        "grads": [p.grad for p in trainer.net.parameters()],
+        "modes": [m.training for m in trainer.net.modules()],
+        "rng": (random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist()),  # noqa: NPY002
+        "scaler": trainer.scaler.state_dict(),
+    }
+
+
+def assert_same(a: Any, b: Any) -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def test_everything_borrowed_comes_back_bit_for_bit(quick_config: Config) -> None:
+    trainer = make_trainer(quick_config)
+    images, labels = next(trainer.train_loader.epoch(0))
+    for _ in range(3):  # momentum exists, batch-norm buffers have moved
+        trainer.train_one(images, labels, 0.05)
+    before = snapshot(trainer)
+    addresses = [p.data_ptr() for p in trainer.net.parameters()]
+    result = range_test(trainer, start=1e-4, end=10, steps=30, log=lambda line: None)
+    assert len(result.losses) >= 10
+    assert_same(snapshot(trainer), before)
+    assert [p.data_ptr() for p in trainer.net.parameters()] == addresses
+
+
+def test_training_after_a_range_test_equals_training_without(quick_config: Config) -> None:
+    weights = []
+    for find in (False, True):
+        trainer = make_trainer(quick_config)
+        if find:
+            range_test(trainer, start=1e-4, end=10, steps=25, log=lambda line: None)
+        for images, labels in trainer.train_loader.epoch(0):
+            trainer.train_one(images, labels, 0.05)
+        weights.append(trainer.net.state_dict())
+    assert_same(weights[0], weights[1])
+
+
+def test_state_comes_back_when_the_block_raises() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(RuntimeError, match="inside"), borrowed_state(net, optimizer):
+        net(torch.randn(4, 3)).sum().backward()
+        optimizer.step()
+        raise RuntimeError("inside")
+    assert_same(dict(net.state_dict()), before)
+    assert not optimizer.state and all(p.grad is None for p in net.parameters())
+
+
+def curve(lowest: float, limit: float, steps: int = 100, noise: float = 0.02, seed: int = 0) -> RangeTest:
+    """A loss that falls until `lowest`, rises to a plateau, and ends at `limit`."""
+    rng = np.random.default_rng(seed)
+    rates = np.geomspace(1e-4, limit, steps)
+    x = np.log10(rates / lowest)
+    losses = np.where(x < 0, 1.5 + 0.25 * x**2, 1.5 + 4 * x**2) + noise * rng.standard_normal(steps)
+    return RangeTest(tuple(rates.tolist()), tuple(losses.tolist()), diverged=True)
+
+
+@pytest.mark.parametrize("lowest", [3e-3, 2e-2, 0.1])
+@pytest.mark.parametrize("limit", [0.5, 5.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_suggestion_finds_the_rates_that_the_curve_was_made_with(lowest: float, limit: float, seed: int) -> None:
+    found = suggest(curve(lowest, limit, seed=seed))
+    assert found.lowest == pytest.approx(lowest, rel=0.5)
+    assert found.limit == limit
+    assert found.lr_max == pytest.approx(math.sqrt(lowest * limit), rel=0.25)
+    assert found.lr_min == pytest.approx(lowest / 10, rel=0.5)
+
+
+def test_suggestion_does_not_depend_on_the_number_of_steps() -> None:
+    few, many = (suggest(curve(0.02, 5.0, steps=steps, noise=0)) for steps in (60, 600))
+    assert few.lr_max == pytest.approx(many.lr_max, rel=0.1)
+
+
+def test_a_loss_that_never_falls_is_an_error_with_the_remedy() -> None:
+    rates = tuple(np.geomspace(1e-4, 1, 50).tolist())
+    with pytest.raises(RangeTestError, match=r"no falling loss.*set schedule\.lr_max"):
+        suggest(RangeTest(rates, tuple(np.linspace(2, 4, 50).tolist()), True))
+    with pytest.raises(RangeTestError, match="diverged after 4 steps"):
+        suggest(RangeTest(rates[:4], (2.0, 2.0, 9.0, 90.0), True))
+
+
+def test_divergence_and_non_finite_losses_stop_the_test(quick_config: Config) -> None:
+    trainer = make_trainer(quick_config)
+    result = range_test(trainer, start=1e-3, end=1e12, steps=60, log=lambda line: None)
+    assert result.diverged
+    assert len(result.losses) < 60
+    assert all(math.isfinite(loss) for loss in result.losses)
+    assert all(torch.isfinite(value).all() for value in trainer.net.state_dict().values())
+
+
+def test_csv_round_trip(tmp_path: Path) -> None:
+    test = curve(0.02, 5.0)
+    test.write_csv(tmp_path / "lr_finder.csv")
+    assert RangeTest.read_csv(tmp_path / "lr_finder.csv") == test
+    header = (tmp_path / "lr_finder.csv").read_text(encoding="utf-8").splitlines()[0]
+    assert header == "step,lr,loss,smoothed_loss,diverged"
+
+
+def test_smoothing_is_centred_so_that_a_symmetric_dip_stays_in_place() -> None:
+    losses = [float(abs(i - 50)) for i in range(101)]
+    smoothed = RangeTest(tuple(range(1, 102)), tuple(losses), False).smoothed()
+    assert int(np.argmin(smoothed)) == 50
+    np.testing.assert_allclose(smoothed, smoothed[::-1])
