@@ -245,6 +245,7 @@ def test_print_config_prints_what_loads_back(tmp_path: Path) -> None:
 
 def test_help_and_print_config_do_not_import_torch() -> None:
     for words in (["--help"], ["--config", "configs/quickstart.yaml", "--print-config"]):
-        code = f"import sys, train.__main__ as m\ntry: m.main({words!r})\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+        code = f"import sys, train.__main__ as m\ntry: m.main({words!r})\nexcept SystemExit: pass\n"
+        code += "assert 'torch' not in sys.modules"
         result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert result.returncode == 0, result.stderr
