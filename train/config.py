@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -171,6 +172,12 @@ _TYPE_NAMES = {
     type(None): "null",
     dict: "keys",
 }
+_BOUNDS: dict[str, Callable[[Any, Any], bool]] = {
+    "at_least": operator.ge,
+    "above": operator.gt,
+    "at_most": operator.le,
+    "below": operator.lt,
+}
 _FLOATS = (float, float | str)
 
 
@@ -236,13 +243,9 @@ def _check_value(name: str, value: Any) -> None:
         return
     if not math.isfinite(value):
         raise ConfigError(f"{name}: {value} is not a finite number")
-    for bound, holds, words in (
-        ("at_least", lambda b: value >= b, "at least"),
-        ("above", lambda b: value > b, "above"),
-        ("at_most", lambda b: value <= b, "at most"),
-        ("below", lambda b: value < b, "below"),
-    ):
-        if bound in f.metadata and not holds(f.metadata[bound]):
+    for bound, holds in _BOUNDS.items():
+        if bound in f.metadata and not holds(value, f.metadata[bound]):
+            words = bound.replace("_", " ")
             raise ConfigError(f"{name}: {value} is out of range, must be {words} {f.metadata[bound]}")
 
 

@@ -25,7 +25,7 @@ from net.resnet import CustomResNet
 from train.checkpoint import save_checkpoint
 from train.config import Config, checkpoint_interval, to_dict
 from train.distributed import Group
-from train.evaluation import Evaluation, evaluate
+from train.evaluation import Evaluation, Score, evaluate
 from train.lr_finder import borrowed_state
 from train.optim import OneCycle, make_optimizer, set_learning_rate
 from train.progress import EpochDisplay, NonFiniteLoss, StepMeter, duration
@@ -418,7 +418,9 @@ class Run:
             "images_per_second": images / seconds,
             "eval_seconds": eval_seconds,
         }
-        others = {"test_tta": plain.flip, "ema_test": ema and ema.plain, "ema_test_tta": ema and ema.flip}
+        others: dict[str, Score | None] = {"test_tta": plain.flip}
+        if ema is not None:
+            others |= {"ema_test": ema.plain, "ema_test_tta": ema.flip}
         for name, other in others.items():
             if other is not None:
                 record |= {f"{name}_loss": other.loss, f"{name}_accuracy": other.accuracy}

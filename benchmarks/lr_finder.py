@@ -1,0 +1,90 @@
+"""Does the range test pay? Its suggestions over seeds, and training with them against a hand-made grid of peak rates.
+
+python benchmarks/lr_finder.py data.root=DIR --json benchmarks/results/lr_finder.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from train.config import ConfigError, load_config
+from train.fit import find_only, fit
+from train.lr_finder import RangeTest, suggest
+from train.record import Log, cpu_name, git_commit
+
+GRID = (0.05, 0.1, 0.2, 0.4, 0.8)
+RECIPE = ["net.width=16", "train.epochs=4", "schedule.peak_epoch=1.5", "train.compile=off", "run.analyse=false"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"on top of {' '.join(RECIPE)}")
+    parser.add_argument("--config", default="configs/onecycle.yaml", help="the recipe (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=5, help="range tests, and trainings with what they found")
+    parser.add_argument("--grid-seeds", type=int, default=1, help="trainings for each rate of the grid")
+    parser.add_argument("--work", type=Path, default=Path("runs/lr_finder"), help="run folders; what is there is not repeated")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    options = parser.parse_intermixed_args()
+    given = {word.partition("=")[0] for word in options.overrides}
+    words = [word for word in RECIPE if word.partition("=")[0] not in given] + options.overrides
+    try:
+        load_config(options.config, words)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    quiet = Log(quiet=True)
+
+    def accuracy(name: str, seed: int, lr_max: float, lr_min: float) -> float:
+        summary = options.work / name / "summary.json"
+        if not summary.exists():
+            rates = [f"schedule.lr_max={lr_max!r}", f"schedule.lr_min={lr_min!r}", f"train.seed={seed}"]
+            fit(load_config(options.config, words + rates), summary.parent, log=quiet, overwrite=True)
+        value: float = json.loads(summary.read_text())["last_accuracy"]
+        return value
+
+    found: list[dict[str, Any]] = []
+    for seed in range(options.seeds):
+        folder = options.work / f"find-{seed}"
+        if not (folder / "lr_finder.csv").exists():
+            config = load_config(options.config, [*words, f"train.seed={seed}"])
+            find_only(config, folder, log=quiet, overwrite=True)
+        suggestion = suggest(RangeTest.read_csv(folder / "lr_finder.csv"))
+        percent = accuracy(f"found-{seed}", seed, suggestion.lr_max, suggestion.lr_min)
+        found.append({"seed": seed, "lr_max": suggestion.lr_max, "lr_min": suggestion.lr_min, "accuracy": percent})
+        print(f"seed {seed}: found {suggestion.lr_max:.3f} / {suggestion.lr_min:.4f}, ends at {percent:.2f}%", flush=True)
+
+    grid: list[dict[str, Any]] = []
+    for lr_max in GRID:
+        lr_min = lr_max / 200
+        accuracies = [accuracy(f"grid-{lr_max}-{seed}", seed, lr_max, lr_min) for seed in range(options.grid_seeds)]
+        grid.append({"lr_max": lr_max, "lr_min": lr_min, "accuracies": accuracies})
+        print(f"grid {lr_max:g} / {lr_min:g}: {', '.join(f'{a:.2f}%' for a in accuracies)}", flush=True)
+
+    best = max(grid, key=lambda row: statistics.mean(row["accuracies"]))
+    result = {
+        "command": f"python benchmarks/lr_finder.py {' '.join(options.overrides)}".strip(),
+        "recipe": words,
+        "commit": git_commit(),
+        "machine": {"cpu": cpu_name()},
+        "found": found,
+        "grid": grid,
+        "ratio_of_found_lr_max": max(f["lr_max"] for f in found) / min(f["lr_max"] for f in found),
+        "ratio_of_found_lr_min": max(f["lr_min"] for f in found) / min(f["lr_min"] for f in found),
+        "mean_accuracy_found": statistics.mean(f["accuracy"] for f in found),
+        "best_of_grid": {"lr_max": best["lr_max"], "accuracy": statistics.mean(best["accuracies"])},
+    }
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
