@@ -26,7 +26,7 @@ from train.fit import differences, find_only, fit
 from train.loop import Trainer, long_run_advice
 from train.progress import NonFiniteLoss, StepMeter, duration
 from train.record import Log, RunFolder, RunFolderError, default_run_dir, read_metrics
-from train.runtime import prepare
+from train.runtime import RuntimeUnavailable, prepare
 from train.steps import EvalStep
 
 ROOT = CONFIGS.parent
@@ -303,6 +303,23 @@ def test_ema_is_the_running_average_of_the_weights(quick_config: Config) -> None
         expected = 0.8 * expected + 0.2 * weight
     assert trainer.ema is not None
     torch.testing.assert_close(trainer.ema.module.classifier.weight.detach(), expected)
+
+
+def test_tensorboard_gets_every_figure_or_is_refused_at_once(
+    quick_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick_config.run.tensorboard = True
+    with monkeypatch.context() as patch, pytest.raises(RuntimeUnavailable, match=r"pip install -e '\.\[tensorboard\]'"):
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        fit(quick_config, tmp_path / "refused", log=Lines())
+    pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
+    fit(quick_config, tmp_path / "run", log=Lines())
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    expected = [m["test_accuracy"] for m in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert [e.value for e in events.Scalars("test_accuracy")] == pytest.approx(expected)
 
 
 def test_find_only_writes_the_curve_and_no_checkpoint(quick_config: Config, tmp_path: Path) -> None:

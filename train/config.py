@@ -190,6 +190,14 @@ def _describe(hint: Any) -> str:
     return names[hint]
 
 
+def _default_and_values(name: str, f: Field[Any], hint: Any) -> tuple[str, str]:
+    """A key's default and its type with its bounds, as a person reads them."""
+    default = "null" if f.default is None else str(f.default).lower() if isinstance(f.default, bool) else str(f.default)
+    values = {"schedule.lr_max": "float | find", "schedule.lr_min": "float | find"}.get(name, _describe(hint))
+    bounds = [f"{bound.replace('_', ' ')} {f.metadata[bound]}" for bound in _BOUNDS if bound in f.metadata]
+    return default, ", ".join([values, *bounds])
+
+
 def help_text() -> str:
     """All keys, a paragraph a section: key, type, default, meaning."""
     lines = []
@@ -197,15 +205,8 @@ def help_text() -> str:
         lines.append(f"{section}: {(cls.__doc__ or '').splitlines()[0]}")
         for name, (f, hint) in KEYS.items():
             if name.startswith(section + "."):
-                kind = _describe(hint) if name not in ("schedule.lr_max", "schedule.lr_min") else "float | find"
-                default = (
-                    "null"
-                    if f.default is None
-                    else str(f.default).lower()
-                    if isinstance(f.default, bool)
-                    else f.default
-                )
-                lines.append(f"  {name}={default}  ({kind})")
+                default, values = _default_and_values(name, f, hint)
+                lines.append(f"  {name}={default}  ({values})")
                 lines.append(f"      {f.metadata['help']}")
         lines.append("")
     return "\n".join(lines).rstrip()
@@ -429,3 +430,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         return from_dict(tree)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}" if not seen else str(error)) from None
+
+
+def reference_table() -> str:
+    """All keys as a Markdown table, for the README: key, default, values, meaning."""
+    rows = ["| key | default | values | meaning |", "|---|---|---|---|"]
+    for name, (f, hint) in KEYS.items():
+        default, values = _default_and_values(name, f, hint)
+        rows.append(f"| `{name}` | {default} | {values.replace('|', '&#124;')} | {f.metadata['help']} |")
+    return "\n".join(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,7 +20,7 @@ from train.lr_finder import range_test, suggest
 from train.optim import OneCycle
 from train.progress import duration
 from train.record import Log, RunFolder, git_commit, system_record
-from train.runtime import Runtime, prepare, seed_everything, versions
+from train.runtime import Runtime, RuntimeUnavailable, prepare, seed_everything, versions
 
 # what may differ between a run and its resumption: none of these changes a weight
 HARMLESS = {
@@ -48,6 +49,8 @@ class Setup:
             channels_last=train.channels_last,
             local_rank=group.local_rank,
         )
+        if config.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise RuntimeUnavailable("run.tensorboard=true: tensorboard is missing; pip install -e '.[tensorboard]'")
         self.backend: BackendChoice = choose_backend(config.data.backend, self.runtime.device)
         for note in self.runtime.notes:
             log(note)
