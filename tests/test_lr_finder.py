@@ -90,6 +90,20 @@ def test_state_comes_back_when_the_block_raises() -> None:
     assert not optimizer.state and all(p.grad is None for p in net.parameters())
 
 
+def test_the_scaler_comes_back() -> None:
+    net = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
+    before = scaler.state_dict()
+    with borrowed_state(net, optimizer, scaler):
+        for _ in range(5):
+            scaler.scale(net(torch.ones(1, 2)).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.state_dict() != before
+    assert scaler.state_dict() == before and scaler.get_scale() == 64.0
+
+
 def curve(lowest: float, limit: float, steps: int = 100, noise: float = 0.02, seed: int = 0) -> RangeTest:
     """A loss that falls until `lowest`, rises to a plateau, and ends at `limit`."""
     rng = np.random.default_rng(seed)
