@@ -74,6 +74,8 @@ class DaliGraph:
             cutout_by = "erase" if self._device.type == "cuda" else "paste"
         if padded is None:
             padded = self._device.type == "cuda"
+        if augment.pad >= min(split.height, split.width):  # a window may lie wholly in the border: nothing to paste
+            padded = True
         border = augment.pad if augment.crop and (padded or reflect) else 0
         patch = augment.cutout > 0 and cutout_by == "paste"
         used = len(records) * (2 if augment.flip else 1)

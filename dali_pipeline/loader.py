@@ -143,7 +143,9 @@ class _Engine:
         raise RuntimeError("the loader is closed")
 
     def close(self) -> None:
-        if self._dali is not None and os.getpid() == self._pid:
+        if os.getpid() != self._pid:  # stopping threads that fork() did not copy would wait for ever
+            return
+        if self._dali is not None:
             self._dali.close()
         self._dali = self._torch = None
 
