@@ -22,11 +22,11 @@ from dali_pipeline.datasets import Dataset
 from dali_pipeline.loader import BackendChoice, EvalLoader, TrainLoader
 from dali_pipeline.plan import Augment
 from net.resnet import CustomResNet
+from train.borrow import borrowed_state
 from train.checkpoint import save_checkpoint
 from train.config import Config, checkpoint_interval, to_dict
 from train.distributed import Group
 from train.evaluation import Evaluation, Score, evaluate
-from train.lr_finder import borrowed_state
 from train.optim import OneCycle, make_optimizer, set_learning_rate
 from train.progress import EpochDisplay, NonFiniteLoss, StepMeter, duration
 from train.record import Log, RunFolder

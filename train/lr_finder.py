@@ -2,66 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import io
 import math
-import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
+from train.borrow import borrowed_state
 from train.checkpoint import write_atomic
-
-if TYPE_CHECKING:
-    from train.loop import Trainer
+from train.loop import Trainer
 
 SMOOTHING = 0.9  # of the running mean that decides on divergence: about ten steps
 DIVERGED = 4.0  # a loss of four times the best one does not come back
 FIRST_EPOCH = 2**32  # of the augmentation plan: far beyond any training, which so sees its own draws first
-
-
-@contextmanager
-def borrowed_state(
-    module: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
-) -> Iterator[None]:
-    """Whatever happens inside, weights, buffers, gradients, train mode, optimizer, scaler and RNG come back bit for bit.
-
-    Tensors are restored in place: a compiled or captured graph that holds them stays valid.
-    """
-    saved = {name: tensor.detach().clone() for name, tensor in module.state_dict(keep_vars=True).items()}
-    modes = [(part, part.training) for part in module.modules()]
-    gradients = [None if p.grad is None else p.grad.detach().clone() for p in module.parameters()]
-    optimizer_state = copy.deepcopy(optimizer.state_dict())
-    scaler_state = copy.deepcopy(scaler.state_dict()) if scaler is not None else None
-    generators = (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002
-    cuda_generators = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, tensor in module.state_dict(keep_vars=True).items():
-                tensor.copy_(saved[name])
-        for parameter, gradient in zip(module.parameters(), gradients, strict=True):
-            parameter.grad = gradient
-        for part, mode in modes:
-            part.training = mode
-        optimizer.load_state_dict(optimizer_state)
-        if scaler is not None and scaler_state:
-            scaler.load_state_dict(scaler_state)
-        random.setstate(generators[0])
-        np.random.set_state(generators[1])  # noqa: NPY002
-        torch.set_rng_state(generators[2])
-        if cuda_generators is not None:
-            torch.cuda.set_rng_state_all(cuda_generators)
 
 
 class RangeTestError(Exception):
