@@ -106,7 +106,7 @@ def test_the_scaler_comes_back() -> None:
 
 
 def curve(lowest: float, limit: float, steps: int = 100, noise: float = 0.02, seed: int = 0) -> RangeTest:
-    """A loss that falls until `lowest`, rises to a plateau, and ends at `limit`."""
+    """A loss that falls until `lowest`, rises steeply from there, and ends at `limit`."""
     rng = np.random.default_rng(seed)
     rates = np.geomspace(1e-4, limit, steps)
     x = np.log10(rates / lowest)
@@ -119,10 +119,24 @@ def curve(lowest: float, limit: float, steps: int = 100, noise: float = 0.02, se
 @pytest.mark.parametrize("seed", range(3))
 def test_suggestion_finds_the_rates_that_the_curve_was_made_with(lowest: float, limit: float, seed: int) -> None:
     found = suggest(curve(lowest, limit, seed=seed))
-    assert found.lowest == pytest.approx(lowest, rel=0.5)
+    edge = lowest * 10 ** math.sqrt(0.05 * 1.5 / 4)  # where 1.5 + 4 x^2 reaches 1.05 * 1.5
+    assert found.edge == pytest.approx(edge, rel=0.3)
     assert found.limit == limit
-    assert found.lr_max == pytest.approx(math.sqrt(lowest * limit), rel=0.25)
-    assert found.lr_min == pytest.approx(lowest / 10, rel=0.5)
+    assert found.lr_max == pytest.approx(math.sqrt(edge * limit), rel=0.15)
+    assert found.lr_min == pytest.approx(edge / 10, rel=0.3)
+
+
+def test_edge_is_read_off_between_two_steps() -> None:
+    rates = tuple(10.0 ** (i / 4 - 4) for i in range(20))
+    losses = tuple([4.0 - 0.25 * i for i in range(12)] + [1.0 + 0.25 * i for i in range(8)])
+    found = suggest(RangeTest(rates, losses, True))
+    smoothed = RangeTest(rates, losses, True).smoothed()
+    low = min(smoothed)
+    right = smoothed.index(low)
+    while smoothed[right + 1] <= 1.05 * low:
+        right += 1
+    share = (1.05 * low - smoothed[right]) / (smoothed[right + 1] - smoothed[right])
+    assert math.log10(found.edge) == pytest.approx(math.log10(rates[right]) + share / 4)
 
 
 def test_suggestion_does_not_depend_on_the_number_of_steps() -> None:
