@@ -12,11 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.colors import to_rgb
 
 from analysis.predictions import Floats, Ints, checked_predictions, prediction_options
 from analysis.run import AnalysisError, command, load_for
 from analysis.style import BLUE, GREY, ORANGE, new_figure, save
 from train.record import Log
+
+FEW = 10  # images below which a bin says little
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,28 +68,28 @@ def draw_calibration(found: Reliability, path: Path, *, caption: str = "") -> No
     title = f"Calibration: expected error {100 * found.ece:.2f} points"
     figure = new_figure(6.0, 6.4, title, caption)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    full = found.counts > 0
     width = 100 / bins
     centres = edges[:-1] + width / 2
-    accuracy, confidence = 100 * found.accuracy[full], 100 * found.confidence[full]
-    upper.bar(centres[full], accuracy, width=width * 0.94, color=BLUE, label="accuracy of the bin")
-    upper.bar(
-        centres[full],
-        confidence - accuracy,
-        width=width * 0.94,
-        bottom=accuracy,
-        color=ORANGE,
-        alpha=0.45,
-        edgecolor=ORANGE,
-        hatch="//",
-        label="gap to its mean confidence",
-    )
+    for some, strength in ((found.counts >= FEW, 1.0), ((found.counts > 0) & (found.counts < FEW), 0.3)):
+        accuracy, confidence = 100 * found.accuracy[some], 100 * found.confidence[some]
+        name = "accuracy of the bin" if strength == 1 else f"of fewer than {FEW} images"
+        upper.bar(centres[some], accuracy, width=width * 0.94, color=BLUE, alpha=strength, label=name if some.any() else None)
+        upper.bar(
+            centres[some],
+            confidence - accuracy,
+            width=width * 0.94,
+            bottom=accuracy,
+            facecolor=(*to_rgb(ORANGE), 0.4 * strength),
+            edgecolor=(*to_rgb(ORANGE), strength),
+            hatch="//",
+            label="gap to its mean confidence" if strength == 1 else None,
+        )
     upper.plot([0, 100], [0, 100], color=GREY, linestyle="--", linewidth=1, label="perfect")
     upper.set_ylabel("accuracy (%)")
     upper.set_ylim(0, 100)
     upper.set_xlim(0, 100)
-    upper.legend(fontsize=8, loc="upper left")
-    upper.set_title(f"on average {abs(100 * found.overconfidence):.2f} points {verdict}", fontsize=9)
+    upper.legend(fontsize=7.5, loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=4, frameon=False, columnspacing=1.2)
+    lower.set_title(f"on average {abs(100 * found.overconfidence):.2f} points {verdict}; how many answers there are:", fontsize=8)
     lower.bar(centres, found.counts, width=width * 0.94, color=GREY)
     lower.set_yscale("symlog", linthresh=1)
     lower.set_yticks([t for t in (1, 10, 100, 1000, 10_000, 100_000) if t <= max(10, found.counts.max() * 2)])

@@ -139,7 +139,7 @@ def draw_per_class(scores: list[ClassScore], path: Path, *, caption: str = "") -
     axes.set_ylim(-0.7, len(ordered) - 0.3)
     axes.set_xlabel("percent; in brackets the number of test images")
     axes.grid(alpha=0.3, linewidth=0.5)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=7, frameon=False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.42, 1.0), ncols=3, fontsize=7, frameon=False)
     save(figure, path)
 
 

@@ -111,13 +111,12 @@ def draw_learning_rate(
         )
     peak, rate = max(zip(steps, rates, strict=True), key=lambda point: point[1])
     last = schedule.total_steps - 1
-    for step, value, name, colour, marker in (
-        (peak, rate, "peak", VERMILLION, "^"),
-        (last, schedule(last), "end", GREEN, "s"),
+    for step, value, text, colour, marker in (
+        (peak, rate, f"peak: {rate:.4g} at step {peak:,}, {peak / steps_per_epoch:.3g} epochs in", VERMILLION, "^"),
+        (last, schedule(last), f"end: {schedule(last):.4g} at step {last:,}, the last", GREEN, "s"),
     ):
-        text = f"{name}: {value:.4g} at step {step:,} (epoch {(step + 1) / steps_per_epoch:.4g})"
         axes.plot([step / steps_per_epoch], [value], marker, color=colour, markersize=9, label=text)
-    axes.set_ylim(0, schedule.lr_max * 1.3)
+    axes.set_ylim(-0.04 * schedule.lr_max, schedule.lr_max * 1.3)
     axes.set_xlabel("epoch")
     axes.set_ylabel("learning rate")
     axes.grid(alpha=0.3, linewidth=0.5)
@@ -135,7 +134,7 @@ def draw_lr_finder(csv_path: Path, png_path: Path, *, caption: str = "") -> None
         found, title = None, str(error)
     else:
         end = "diverged" if test.diverged else "the highest rate tried"
-        title = f"LR range test: lowest loss at {found.lowest:.3g}, {end} at {found.limit:.3g}"
+        title = f"LR range test: loss low up to {found.edge:.3g}, {end} at {found.limit:.3g}"
     figure = new_figure(7.4, 4.2, title, caption)
     if found is None:
         figure.suptitle(plain(title, 200), fontsize=8, wrap=True)

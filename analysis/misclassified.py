@@ -13,7 +13,7 @@ import numpy as np
 
 from analysis.predictions import Ints, Predictions, checked_predictions, prediction_options, worst_first
 from analysis.run import class_index, command, load_for
-from analysis.style import BLUE, VERMILLION, Pixels, Tile, draw_sheet, pretty
+from analysis.style import BLUE, VERMILLION, Pixels, Tile, draw_sheet, percent, pretty
 from train.record import Log
 
 ORDERS = {
@@ -59,7 +59,7 @@ def draw_misclassified(
         Tile(
             images[index],
             (
-                (f"said {pretty(class_names[predictions.predicted[index]])} {_percent(predictions.confidence[index])}", VERMILLION),
+                (f"said {pretty(class_names[predictions.predicted[index]])} {percent(predictions.confidence[index])}", VERMILLION),
                 (f"is {pretty(class_names[predictions.labels[index]])}", BLUE),
             ),
         )
@@ -77,11 +77,6 @@ def draw_misclassified(
         empty="every image is classified correctly",
     )
     return chosen
-
-
-def _percent(share: float) -> str:
-    """A rounded percentage that says 100% only of what is."""
-    return f"{min(100 * share, 99.9):.1f}%" if share >= 0.995 else f"{100 * share:.0f}%"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -166,9 +166,9 @@ def write_predictions(predictions: Predictions, class_names: tuple[str, ...], pa
             )
 
 
-def prediction_options(module: str, description: str) -> argparse.ArgumentParser:
+def prediction_options(module: str, description: str, *, one_run: bool = True) -> argparse.ArgumentParser:
     """The shared options of modules that look at the test set's predictions."""
-    result = parser(module, description)
+    result = parser(module, description, one_run=one_run)
     result.add_argument(
         "--accept-difference", action="store_true", help="go on where the accuracy is not the one that the run recorded"
     )

@@ -34,6 +34,13 @@ def pretty(class_name: str) -> str:
     return plain(class_name.replace("_", " "), 18)
 
 
+def percent(share: float) -> str:
+    """A probability 0..1 in percent; 100% and 0% only for what is."""
+    if share >= 0.995:
+        return f"{min(100 * share, 99.9):.1f}%" if share < 1 else "100%"
+    return f"{100 * share:.0f}%" if share >= 0.01 else "<1%"
+
+
 def new_figure(width: float, height: float, title: str, caption: str) -> Figure:
     """A figure of inches, its title on top and the caption in grey below."""
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -1,0 +1,309 @@
+"""grad_cam.png: where the network looks for the class that it answers and for the one that it should have.
+
+python -m analysis.grad_cam runs/NAME --layer layer3.0 --method gradcam++ --class cat --count 16
+
+The default layers come from looking at all of them, and from a measurement: the 510 correct ones of CIFAR-10's first 600 test
+images, a network of width 16 and 84.2%; the answer's confidence, 0.918 on the whole images, after painting the map's top 15%
+of pixels in the mean colour (the lower the better the map), and with all but its top 30% painted (the higher the better):
+
+    map                       side   without its 15%   with its 30% alone
+    Grad-CAM at layer3           4   0.630             0.594
+    Grad-CAM at layer2           8   0.650             0.493
+    Grad-CAM at layer1          16   0.671             0.368
+    LayerCAM at layer2           8   0.531             0.685
+    LayerCAM at layer3           4   0.635             0.549
+    a disc in the centre             0.653             0.440
+
+Grad-CAM weighs a channel by its gradient's mean over all positions. That suits layer3, coarse as it is: the maps lie on the
+object. Before it the mean mixes what counts here with what counts there: maps scatter over the background, and 1 to 3% are
+empty. Methods that weigh every position by its own gradient (LayerCAM, HiResCAM, element-wise) are sharpest at layer2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from analysis.predictions import Ints, Predictions, checked_predictions, prediction_options, worst_first
+from analysis.run import AnalysisError, class_index, command, load_for, nearest
+from analysis.style import BLUE, GREY, VERMILLION, Pixels, Tile, draw_sheet, percent, pretty
+from train.record import Log
+
+DEFAULT_LAYER = "layer3"
+DEFAULT_LAYERS = {"layercam": "layer2", "hirescam": "layer2", "elementwise": "layer2"}  # where another one is sharper
+# the classes of pytorch_grad_cam that take a network and a layer, and answer for a class
+METHODS = {
+    "gradcam": "GradCAM",
+    "gradcam++": "GradCAMPlusPlus",
+    "hirescam": "HiResCAM",
+    "layercam": "LayerCAM",
+    "xgradcam": "XGradCAM",
+    "elementwise": "GradCAMElementWise",
+    "eigengradcam": "EigenGradCAM",
+    "scorecam": "ScoreCAM",
+    "ablationcam": "AblationCAM",
+    "shapleycam": "ShapleyCAM",
+    "eigencam": "EigenCAM",
+    "kpcacam": "KPCA_CAM",
+    "fem": "FEM",
+}
+CLASSLESS = ("eigencam", "kpcacam", "fem")  # look at the activations alone: the same map for every class
+
+Maps = npt.NDArray[np.float32]
+
+
+class GradCamUnavailable(AnalysisError):
+    """pytorch_grad_cam cannot be imported."""
+
+
+def method_class(method: str) -> Any:
+    """The package's class. Raises AnalysisError for an unknown name, GradCamUnavailable where the import fails."""
+    if method.lower() not in METHODS:
+        raise AnalysisError(f"--method {method}: unknown method{nearest(method, list(METHODS))}")
+    try:
+        import pytorch_grad_cam
+    except (ImportError, RuntimeError, AttributeError) as error:  # RuntimeError: torchvision made for another torch
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise GradCamUnavailable(
+            f"pytorch_grad_cam does not import ({reason}); torch {torch.__version__} wants the torchvision of its release: "
+            "pip install --upgrade grad-cam torchvision"
+        ) from None
+    return getattr(pytorch_grad_cam, METHODS[method.lower()])
+
+
+def find_layer(net: nn.Module, name: str) -> nn.Module:
+    """A module of `net` by its name. Raises AnalysisError with the nearest name."""
+    modules = {known: module for known, module in net.named_modules() if known}
+    if name not in modules:
+        raise AnalysisError(f"--layer {name}: unknown layer{nearest(name, list(modules))}")
+    return modules[name]
+
+
+def normalise(images: Pixels, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(N, H, W, 3) uint8 to (N, 3, H, W) float32, as the training step does."""
+    x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float()
+    offset = torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1)
+    return (x - offset) * (1 / torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
+
+
+def heat_maps(
+    net: nn.Module, inputs: Tensor, targets: Sequence[int], *, layer: str | None = None, method: str = "gradcam"
+) -> Maps:
+    """A map (N, H, W) in 0..1 for normalised inputs (N, 3, H, W) and a class each; all zero where nothing speaks for it.
+
+    `layer` is a module's name in `net`; None takes the method's default of CustomResNet.
+
+    Each map is scaled to its own largest value. The network stays as it is, whatever its precision, mode, hooks or
+    compilation: the maps come from an fp32 copy. Raises AnalysisError for an unknown layer or method, or a layer that has
+    no map of its own.
+    """
+    cam_class = method_class(method)
+    layer = layer or default_layer(method)
+    plain = _plain_copy(net)
+    chosen = find_layer(plain, layer)
+    inputs = inputs.detach().to(next(plain.parameters()).device, torch.float32)
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
+        inputs = inputs.clone()
+        check_layer(plain, layer, inputs[:1])
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+        # ScoreCAM and AblationCAM print a progress bar an image
+        with contextlib.redirect_stderr(io.StringIO()):
+            cam = cam_class(plain, [chosen])
+            try:
+                maps = cam(input_tensor=inputs, targets=[ClassifierOutputTarget(int(target)) for target in targets])
+            finally:
+                cam.activations_and_grads.release()
+    return np.nan_to_num(np.asarray(maps, np.float32))
+
+
+def _plain_copy(net: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(net).float().eval().requires_grad_(True)
+    for module in twin.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
+    return twin
+
+
+def check_layer(net: nn.Module, name: str, inputs: Tensor) -> None:
+    """AnalysisError unless `net` has the layer, and it gives a map (N, C, H, W) of more than one place."""
+    layer = find_layer(net, name)
+    shapes: list[tuple[int, ...]] = []
+    handle = layer.register_forward_hook(lambda _module, _inputs, output: shapes.append(tuple(output.shape)))
+    try:
+        with torch.no_grad():
+            net(inputs)
+    finally:
+        handle.remove()
+    if not shapes or len(shapes[0]) != 4 or shapes[0][2] * shapes[0][3] == 1:
+        gives = f"gives {shapes[0]}" if shapes else "is not called by itself"
+        raise AnalysisError(f"--layer {name}: {gives}, which has no height and width to draw; take {DEFAULT_LAYER} or one before it")
+
+
+def default_layer(method: str) -> str:
+    """The layer of CustomResNet at which the method's maps are best; see the head of this file."""
+    return DEFAULT_LAYERS.get(method.lower(), DEFAULT_LAYER)
+
+
+def overlay(image: Pixels, heat: Maps) -> Pixels:
+    """The image (H, W, 3) in grey under its map (H, W) in 0..1, from clear dark violet over green to dense yellow."""
+    from matplotlib import colormaps
+
+    grey = (image @ np.array([0.299, 0.587, 0.114]))[..., None]
+    colours = colormaps["viridis"](heat)[..., :3] * 255
+    strength = (0.35 + 0.35 * heat)[..., None]
+    mixed: Pixels = np.clip((1 - strength) * grey + strength * colours, 0, 255).round().astype(np.uint8)
+    return mixed
+
+
+def choose_correct(predictions: Predictions, count: int, *, label: int | None = None, seed: int = 0) -> Ints:
+    """Indices of correct test images drawn at random, one of each class before a second of any."""
+    drawn = np.random.default_rng(seed).permutation(np.flatnonzero(predictions.hits))
+    if label is not None:
+        return drawn[predictions.labels[drawn] == label][:count]
+    labels = predictions.labels[drawn]
+    turn = np.zeros(len(drawn), np.int64)
+    for one in np.unique(labels):
+        turn[labels == one] = np.arange((labels == one).sum())
+    return drawn[np.argsort(turn, kind="stable")][:count]
+
+
+def draw_grad_cam(
+    net: nn.Module,
+    images: Pixels,
+    predictions: Predictions,
+    class_names: tuple[str, ...],
+    path: Path,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    count: int = 12,
+    layer: str | None = None,
+    method: str = "gradcam",
+    label: int | None = None,
+    seed: int = 0,
+    caption: str = "",
+) -> Ints:
+    """Half correct, half misclassified test images (N, H, W, 3) uint8, three tiles each, and their indices.
+
+    The image, the map of the class that the network answers, and the map of the true class (of the second choice where the
+    answer is right).
+    """
+    layer = layer or default_layer(method)
+    wrong = worst_first(predictions)
+    if label is not None:
+        wrong = wrong[predictions.labels[wrong] == label]
+    wrong = wrong[: count // 2]
+    right = choose_correct(predictions, count - len(wrong) if len(wrong) < count // 2 else count - count // 2, label=label, seed=seed)
+    chosen = np.concatenate([right, wrong])
+    second = np.where(predictions.hits, predictions.runner_up(), predictions.labels)
+    if len(chosen):
+        inputs = normalise(images[chosen], mean, std)
+        first_maps = heat_maps(net, inputs, predictions.predicted[chosen].tolist(), layer=layer, method=method)
+        second_maps = heat_maps(net, inputs, second[chosen].tolist(), layer=layer, method=method)
+
+    def triple(place: int) -> list[Tile | None]:
+        index = int(chosen[place])
+        image, said, other = images[index], int(predictions.predicted[index]), int(second[index])
+        sure = np.exp(predictions.log_probabilities[index])
+        hit = bool(predictions.hits[index])
+        word = "next" if hit else "is"
+        return [
+            Tile(image, ((f"is {pretty(class_names[predictions.labels[index]])}", BLUE),)),
+            Tile(
+                overlay(image, first_maps[place]),
+                ((f"said {pretty(class_names[said])} {percent(sure[said])}", BLUE if hit else VERMILLION),),
+            ),
+            Tile(
+                overlay(image, second_maps[place]),
+                ((f"{word} {pretty(class_names[other])} {percent(sure[other])}", GREY if hit else BLUE),),
+            ),
+        ]
+
+    blank: list[Tile | None] = [None, None, None]
+    tiles: list[Tile | None] = []
+    if len(wrong) < len(right) - 1:  # hardly a mistake to show: fill both columns with what there is
+        order = list(range(len(chosen)))
+        tiles = [tile for place in order for tile in triple(place)]
+    else:
+        for row in range(max(len(right), len(wrong))):
+            tiles += triple(row) if row < len(right) else blank
+            tiles += triple(len(right) + row) if row < len(wrong) else blank
+    of_class = "" if label is None else f", class {class_names[label]}"
+    notes = [
+        "left: correct, drawn at random; right: misclassified, highest loss first"
+        if len(wrong) >= len(right) - 1
+        else f"correct, drawn at random{', and last the misclassified' if len(wrong) else ''}",
+        "each: the image; what speaks for the answer; what speaks for the truth, or for the second choice of a correct answer",
+        "yellow: most; each map is scaled to its own maximum"
+        + ("; this method gives one map for all classes" if method.lower() in CLASSLESS else ""),
+    ]
+    draw_sheet(
+        tiles,
+        path,
+        columns=6,
+        group=3,
+        title=f"Where the network looks: {METHODS[method.lower()]} at {layer}{of_class}",
+        notes=notes,
+        caption=caption,
+        scale=max(1, round(112 / images.shape[1])),
+    )
+    return chosen
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = prediction_options("analysis.grad_cam", "Draw grad_cam.png: where the network looks, for right and wrong answers.")
+    options.add_argument("--count", type=int, default=12, help="how many images, half of them misclassified (default: 12)")
+    options.add_argument(
+        "--layer", metavar="NAME", help=f"any layer by its name, such as layer3.0 (default: {DEFAULT_LAYER}, or the method's own)"
+    )
+    options.add_argument("--method", default="gradcam", metavar="NAME", help=f"one of {', '.join(METHODS)} (default: gradcam)")
+    options.add_argument("--class", dest="label", metavar="NAME", help="images of this true class alone")
+    options.add_argument("--seed", type=int, default=0, help="of the correct images")
+
+    def body(options: argparse.Namespace, log: Log) -> None:
+        if options.count < 1:
+            raise AnalysisError(f"--count {options.count}: must be at least 1")
+        method_class(options.method)
+        run = load_for(options, log)
+        label = None if options.label is None else class_index(options.label, run.class_names)
+        if options.layer is not None:
+            size = (1, 3, run.checkpoint["height"], run.checkpoint["width"])
+            check_layer(run.net, options.layer, torch.zeros(size, device=run.runtime.device))
+        predictions, _ = checked_predictions(run, log, options.accept_difference)
+        path = run.output_dir(options.output) / ("layer_cam.png" if options.method == "layercam" else "grad_cam.png")
+        draw_grad_cam(
+            run.net,
+            run.dataset.test.images,
+            predictions,
+            run.class_names,
+            path,
+            mean=run.checkpoint["mean"],
+            std=run.checkpoint["std"],
+            count=options.count,
+            layer=options.layer,
+            method=options.method,
+            label=label,
+            seed=options.seed,
+            caption=run.caption(predictions.accuracy),
+        )
+        log(str(path))
+
+    return command(options, arguments, body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
