@@ -98,7 +98,7 @@ class TrainConfig:
         "auto", "arithmetic: auto is bf16 on CUDA and fp32 elsewhere; fp16 scales its gradients"
     )
     compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = _key(
-        "auto", "torch.compile mode; auto is default where a compiler is found, else off"
+        "auto", "torch.compile mode; auto is default where a compiler is found and it pays"
     )
     channels_last: Literal["auto", "on", "off"] = _key("auto", "memory format; auto is on for CUDA and the CPU")
     eval_batch_size: int = _key(1000, "images a step of evaluation", at_least=1)
