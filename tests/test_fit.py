@@ -16,18 +16,21 @@ import torch
 from conftest import CONFIGS
 from torch import Tensor
 
-import train.loop
+import train.fit
+import train.trainer
 from dali_pipeline.datasets import load
 from dali_pipeline.loader import BackendChoice, EvalLoader
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.config import Config, ConfigError, load_config, to_yaml
+from train.estimate import long_run_advice
 from train.evaluation import evaluate
 from train.fit import differences, find_only, fit
-from train.loop import Trainer, long_run_advice
+from train.optim import OneCycle
 from train.progress import NonFiniteLoss, StepMeter, duration
 from train.record import Log, RunFolder, RunFolderError, default_run_dir, read_metrics
 from train.runtime import RuntimeUnavailable, prepare
 from train.steps import EvalStep
+from train.trainer import Trainer
 
 ROOT = CONFIGS.parent
 
@@ -253,7 +256,7 @@ def test_non_finite_loss_stops_with_the_step_and_keeps_the_last_good_checkpoint(
         loss, correct = original(self, images, labels, rate)
         return (loss * math.nan if steps == 11 + 4 else loss), correct
 
-    monkeypatch.setattr(train.loop.Trainer, "train_one", poisoned)
+    monkeypatch.setattr(train.trainer.Trainer, "train_one", poisoned)
     with pytest.raises(NonFiniteLoss, match=r"epoch 2, step 3.*images"):
         fit(quick_config, tmp_path / "run", log=Lines())
     state = load_checkpoint(tmp_path / "run" / "last.pt")
@@ -293,7 +296,7 @@ def test_ema_is_the_running_average_of_the_weights(quick_config: Config) -> None
         quick_config, load("digits", Path("x")), prepare(device="cpu", compile="off"), BackendChoice("torch", "t")
     )
     seen: list[Tensor] = []
-    schedule = train.loop.OneCycle(0.1, 0.01, 5, trainer.total_steps)
+    schedule = OneCycle(0.1, 0.01, 5, trainer.total_steps)
     meter = StepMeter(0, trainer.steps_per_epoch, torch.device("cpu"))
     trainer.train_epoch(
         0, schedule, meter, after_step=lambda done: seen.append(trainer.net.classifier.weight.detach().clone())

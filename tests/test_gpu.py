@@ -14,11 +14,11 @@ from dali_pipeline.loader import choose_backend
 from train.checkpoint import load_checkpoint
 from train.config import Config
 from train.fit import fit
-from train.loop import Trainer
 from train.optim import OneCycle
 from train.progress import StepMeter
 from train.record import read_metrics
 from train.runtime import prepare
+from train.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 

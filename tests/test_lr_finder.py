@@ -16,9 +16,9 @@ from dali_pipeline.datasets import load
 from dali_pipeline.loader import BackendChoice
 from train.borrow import borrowed_state
 from train.config import Config
-from train.loop import Trainer
 from train.lr_finder import RangeTest, RangeTestError, range_test, suggest
 from train.runtime import prepare
+from train.trainer import Trainer
 
 
 def make_trainer(config: Config) -> Trainer:

@@ -14,11 +14,11 @@ from dali_pipeline.datasets import DataError
 from dali_pipeline.loader import BackendError
 from train.checkpoint import CheckpointError
 from train.config import Config, ConfigError
-from train.loop import Interrupted
 from train.lr_finder import RangeTestError
 from train.progress import NonFiniteLoss
 from train.record import Log, RunFolderError
 from train.runtime import RuntimeUnavailable
+from train.signals import Interrupted
 
 UNUSABLE = (ConfigError, DataError, BackendError, CheckpointError, RuntimeUnavailable, RunFolderError, RangeTestError)
 

@@ -15,12 +15,16 @@ from dali_pipeline.loader import BackendChoice, choose_backend
 from train.checkpoint import CheckpointError, load_checkpoint
 from train.config import Config, ConfigError, to_dict, to_yaml
 from train.distributed import Group, from_environment, process_group
-from train.loop import Position, Run, SignalWatch, Times, Trainer, restore, summary_lines
+from train.estimate import LongRunNotice
+from train.loop import Position, Run, Times, restore
 from train.lr_finder import range_test, suggest
 from train.optim import OneCycle
 from train.progress import duration
 from train.record import Log, RunFolder, git_commit, system_record
 from train.runtime import Runtime, RuntimeUnavailable, prepare, seed_everything, versions
+from train.signals import SignalWatch
+from train.summary import summary_lines
+from train.trainer import Trainer
 
 # what may differ between a run and its resumption: none of these changes a weight
 HARMLESS = {
@@ -148,7 +152,7 @@ def environment(setup: Setup, dataset: Dataset) -> dict[str, Any]:
     return record
 
 
-def find_rates(setup: Setup, trainer: Trainer, folder: RunFolder | None) -> tuple[float, float]:
+def find_rates(setup: Setup, trainer: Trainer, folder: RunFolder | None, notice: LongRunNotice) -> tuple[float, float]:
     """Run the range test, write lr_finder.csv, and give (lr_max, lr_min), given values standing as they are."""
     schedule = setup.config.schedule
     with setup.times.on("lr_search", setup.runtime.device):
@@ -159,6 +163,7 @@ def find_rates(setup: Setup, trainer: Trainer, folder: RunFolder | None) -> tupl
             steps=schedule.find_steps,
             log=setup.log,
             bar=setup.log.terminal and not setup.log.quiet,
+            after_step=notice.step,
         )
         if folder is not None and setup.group.first:
             result.write_csv(folder.path / "lr_finder.csv")
@@ -249,12 +254,13 @@ def fit(
         times.set_up += time.perf_counter() - begun
         setup.warm_up(trainer)
 
+        notice = LongRunNotice(trainer.total_steps, config, setup.runtime, log)
         position = Position()
         if state is not None:
             position = restore(trainer, state, times)
             log(f"resumed from {run_dir} at epoch {position.epoch}, step {position.step}")
         elif "find" in (config.schedule.lr_max, config.schedule.lr_min):
-            lr_max, lr_min = find_rates(setup, trainer, folder)
+            lr_max, lr_min = find_rates(setup, trainer, folder, notice)
             config.schedule.lr_max, config.schedule.lr_min = lr_max, lr_min
             if folder is not None and on_range_test is not None:
                 on_range_test(folder.path)
@@ -268,7 +274,7 @@ def fit(
         if folder is not None:
             folder.write_text("config.yaml", to_yaml(config))
             folder.write_json("environment.json", environment(setup, dataset))
-        run = Run(trainer, schedule, folder, log, times, position, signals)
+        run = Run(trainer, schedule, folder, log, times, position, signals, notice)
         run.train()
         summary, lines = summary_lines(run, run_dir)
         if folder is not None:
@@ -302,7 +308,8 @@ def find_only(
         trainer = setup.build(dataset)
         stack.callback(trainer.close)
         setup.warm_up(trainer)
-        rates = find_rates(setup, trainer, folder)
+        notice = LongRunNotice(config.schedule.find_steps, config, setup.runtime, log)
+        rates = find_rates(setup, trainer, folder, notice)
         if folder is not None and on_range_test is not None:
             on_range_test(folder.path)
         return rates

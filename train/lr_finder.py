@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from train.borrow import borrowed_state
 from train.checkpoint import write_atomic
-from train.loop import Trainer
+from train.trainer import Trainer
 
 SMOOTHING = 0.9  # of the running mean that decides on divergence: about ten steps
 DIVERGED = 4.0  # a loss of four times the best one does not come back
@@ -121,7 +121,14 @@ def _edge(rates: tuple[float, ...], smoothed: list[float], place: int) -> float:
 
 
 def range_test(
-    trainer: Trainer, *, start: float, end: float, steps: int, log: Callable[[str], None], bar: bool = False
+    trainer: Trainer,
+    *,
+    start: float,
+    end: float,
+    steps: int,
+    log: Callable[[str], None],
+    bar: bool = False,
+    after_step: Callable[[], None] = lambda: None,
 ) -> RangeTest:
     """Train for `steps` steps at rates growing geometrically from `start` to `end`, on borrowed state.
 
@@ -143,6 +150,7 @@ def range_test(
             images, labels = next(batches)
             loss = _mean_over_processes(trainer.train_one(images, labels, rate)[0])
             shown.update()
+            after_step()
             if not math.isfinite(loss):
                 diverged = True
                 break

@@ -1,0 +1,197 @@
+"""The network with everything that trains it: one training step, one epoch of them, one evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dali_pipeline.datasets import Dataset
+from dali_pipeline.loader import BackendChoice, EvalLoader, TrainLoader
+from dali_pipeline.plan import Augment
+from net.resnet import CustomResNet
+from train.borrow import borrowed_state
+from train.config import Config
+from train.distributed import Group
+from train.evaluation import Evaluation, evaluate
+from train.optim import OneCycle, make_optimizer, set_learning_rate
+from train.progress import StepMeter
+from train.runtime import Runtime
+from train.steps import EvalStep, TrainStep
+
+
+class Trainer:
+    """The network with everything that trains it, on one process.
+
+    `step` is the compiled training step, under DistributedDataParallel where there are several processes; `net` is the
+    plain network inside, whose state-dict keys are clean.
+    """
+
+    def __init__(
+        self, config: Config, dataset: Dataset, runtime: Runtime, backend: BackendChoice, group: Group | None = None
+    ) -> None:
+        self.config, self.dataset, self.runtime, self.group = config, dataset, runtime, group or Group()
+        device = runtime.device
+        net: nn.Module = CustomResNet(dataset.num_classes, config.net.width).to(device)
+        if config.train.sync_bn and self.group.world_size > 1:
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        if runtime.channels_last:
+            net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net = net
+        self.ema: AveragedModel | None = None
+        if config.train.ema_decay > 0:
+            average = get_ema_multi_avg_fn(config.train.ema_decay)
+            self.ema = AveragedModel(net, multi_avg_fn=average, use_buffers=True)
+        self.optimizer = make_optimizer(
+            net,
+            momentum=config.optim.momentum,
+            nesterov=config.optim.nesterov,
+            weight_decay=config.optim.weight_decay,
+            norm_bias_weight_decay=config.optim.norm_bias_weight_decay,
+            device=device,
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=runtime.precision == "fp16")
+        self._build_steps(runtime.compile_mode)
+        augment = config.augment
+        self.train_loader = TrainLoader(
+            dataset.train,
+            batch_size=config.train.batch_size,
+            augment=Augment(
+                crop=augment.crop,
+                pad=augment.pad,
+                padding_mode=augment.padding_mode,
+                flip=augment.flip,
+                cutout=augment.cutout,
+            ),
+            fill=dataset.fill,
+            seed=config.train.seed,
+            device=device,
+            backend=backend,
+            tail=config.train.tail,
+            rank=self.group.rank,
+            world_size=self.group.world_size,
+            compiled=runtime.compile_mode is not None,
+        )
+        self.eval_loader = EvalLoader(
+            dataset.test,
+            batch_size=config.train.eval_batch_size,
+            device=device,
+            backend=backend,
+            rank=self.group.rank,
+            world_size=self.group.world_size,
+        )
+        self.steps_per_epoch = self.train_loader.steps_per_epoch
+        self.total_steps = config.train.epochs * self.steps_per_epoch
+        self.local_batch = config.train.batch_size // self.group.world_size
+
+    def _build_steps(self, compile_mode: str | None) -> None:
+        dataset, runtime = self.dataset, self.runtime
+        common: dict[str, Any] = {"autocast_dtype": runtime.autocast_dtype, "channels_last": runtime.channels_last}
+        tta = self.config.train.tta
+        train_step = TrainStep(
+            self.net, dataset.mean, dataset.std, label_smoothing=self.config.optim.label_smoothing, **common
+        ).to(runtime.device)
+        self.eval_step = EvalStep(self.net, dataset.mean, dataset.std, tta=tta, **common).to(runtime.device)
+        self.ema_step: EvalStep | None = None
+        if self.ema is not None:
+            self.ema_step = EvalStep(self.ema.module, dataset.mean, dataset.std, tta=tta, **common).to(runtime.device)
+        if compile_mode is not None:
+            for step in (train_step, self.eval_step, self.ema_step):
+                if step is not None:
+                    step.compile(mode=compile_mode, dynamic=False)
+        self.step: nn.Module = train_step
+        if self.group.world_size > 1:
+            devices = [runtime.device.index] if runtime.device.type == "cuda" else None
+            self.step = DistributedDataParallel(train_step, device_ids=devices)
+
+    def compiled_off(self) -> None:
+        """Go on without torch.compile."""
+        self._build_steps(None)
+
+    def warm_up(self) -> None:
+        """Compile (and on CUDA capture) the training and the evaluation graph on random batches; all state comes back."""
+        height, width = self.dataset.train.height, self.dataset.train.width
+
+        def batch(size: int) -> tuple[Tensor, Tensor]:
+            images = torch.randint(0, 256, (size, height, width, 3), dtype=torch.uint8, device=self.runtime.device)
+            labels = torch.randint(0, self.dataset.num_classes, (size,), device=self.runtime.device)
+            return images.permute(0, 3, 1, 2), labels
+
+        with borrowed_state(self.net, self.optimizer, self.scaler):
+            images, labels = batch(self.local_batch)
+            for _ in range(3 if self.runtime.device.type == "cuda" else 1):
+                self.train_one(images, labels, 0.0)
+            images, _ = batch(self.config.train.eval_batch_size // self.group.world_size)
+            with torch.no_grad():
+                for step in (self.eval_step, self.ema_step):
+                    if step is not None:
+                        step.eval()
+                        for _ in range(3 if self.runtime.device.type == "cuda" else 1):
+                            step(images)
+        # the pipeline last: DALI prefetches from its first batch on, which would break a capture of CUDA graphs
+        next(self.train_loader.epoch(0))
+        # the average shares no memory with the network, but its batch-norm mode was switched
+        self.net.train()
+
+    def train_one(self, images: Tensor, labels: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+        """One step: forward, loss, backward, update at the given rate. Gives (loss, correct), on the device."""
+        set_learning_rate(self.optimizer, rate)
+        loss, correct = self.step(images, labels)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach(), correct
+
+    def train_epoch(
+        self,
+        epoch: int,
+        schedule: OneCycle,
+        meter: StepMeter,
+        start_step: int = 0,
+        after_step: Callable[[int], None] | None = None,
+    ) -> None:
+        """Steps `start_step` to the end of the epoch; `after_step(done)` runs on the host after each.
+
+        No step waits for the device.
+        """
+        self.step.train()
+        ema_every = self.config.train.ema_every
+        for step, (images, labels) in enumerate(self.train_loader.epoch(epoch, start_step), start_step):
+            global_step = epoch * self.steps_per_epoch + step
+            loss, correct = self.train_one(images, labels, schedule(global_step))
+            meter.record(step, loss, correct)
+            if self.ema is not None and (global_step + 1) % ema_every == 0:
+                self.ema.update_parameters(self.net)
+            if after_step is not None:
+                after_step(step + 1)
+
+    def evaluate(self) -> tuple[Evaluation, Evaluation | None]:
+        """The test set through the network, and through the weights' average where one is kept."""
+        plain = evaluate(self.eval_step, self.eval_loader)
+        return plain, evaluate(self.ema_step, self.eval_loader) if self.ema_step is not None else None
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a step changes, as plain dicts."""
+        return {
+            "model": self.net.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+        self.net.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+    def close(self) -> None:
+        self.train_loader.close()
+        self.eval_loader.close()
