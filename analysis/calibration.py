@@ -73,7 +73,9 @@ def draw_calibration(found: Reliability, path: Path, *, caption: str = "") -> No
     for some, strength in ((found.counts >= FEW, 1.0), ((found.counts > 0) & (found.counts < FEW), 0.3)):
         accuracy, confidence = 100 * found.accuracy[some], 100 * found.confidence[some]
         name = "accuracy of the bin" if strength == 1 else f"of fewer than {FEW} images"
-        upper.bar(centres[some], accuracy, width=width * 0.94, color=BLUE, alpha=strength, label=name if some.any() else None)
+        upper.bar(
+            centres[some], accuracy, width=width * 0.94, color=BLUE, alpha=strength, label=name if some.any() else None
+        )
         upper.bar(
             centres[some],
             confidence - accuracy,
@@ -88,8 +90,12 @@ def draw_calibration(found: Reliability, path: Path, *, caption: str = "") -> No
     upper.set_ylabel("accuracy (%)")
     upper.set_ylim(0, 100)
     upper.set_xlim(0, 100)
-    upper.legend(fontsize=7.5, loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=4, frameon=False, columnspacing=1.2)
-    lower.set_title(f"on average {abs(100 * found.overconfidence):.2f} points {verdict}; how many answers there are:", fontsize=8)
+    upper.legend(
+        fontsize=7.5, loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=4, frameon=False, columnspacing=1.2
+    )
+    lower.set_title(
+        f"on average {abs(100 * found.overconfidence):.2f} points {verdict}; how many answers there are:", fontsize=8
+    )
     lower.bar(centres, found.counts, width=width * 0.94, color=GREY)
     lower.set_yscale("symlog", linthresh=1)
     lower.set_yticks([t for t in (1, 10, 100, 1000, 10_000, 100_000) if t <= max(10, found.counts.max() * 2)])
@@ -104,7 +110,9 @@ def draw_calibration(found: Reliability, path: Path, *, caption: str = "") -> No
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = prediction_options("analysis.calibration", "Draw calibration.png: reliability diagram and calibration error.")
+    options = prediction_options(
+        "analysis.calibration", "Draw calibration.png: reliability diagram and calibration error."
+    )
     options.add_argument("--bins", type=int, default=15, help="bins of confidence (default: 15)")
 
     def body(options: argparse.Namespace, log: Log) -> None:
@@ -115,7 +123,9 @@ def main(arguments: list[str] | None = None) -> int:
         found = reliability(predictions.confidence, predictions.hits, options.bins)
         path = run.output_dir(options.output) / "calibration.png"
         draw_calibration(found, path, caption=run.caption(predictions.accuracy))
-        log(f"expected calibration error {100 * found.ece:.2f} points, overconfident by {100 * found.overconfidence:+.2f}")
+        log(
+            f"expected calibration error {100 * found.ece:.2f} points, overconfident by {100 * found.overconfidence:+.2f}"
+        )
         log(str(path))
 
     return command(options, arguments, body)

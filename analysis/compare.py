@@ -101,30 +101,34 @@ class Contender:
         return images / self.seconds if self.seconds else math.nan
 
 
-def contender(run: LoadedRun, hits: Hits) -> Contender:
+def fingerprint(run: LoadedRun) -> str:
+    """sha256 over the test images and labels."""
+    return hashlib.sha256(run.dataset.test.records.tobytes()).hexdigest()
+
+
+def contender(run: LoadedRun, name: str, hits: Hits) -> Contender:
     """Keep what a comparison needs of a run."""
     environment = run.environment
     return Contender(
-        name=run.name,
+        name=name,
         file=run.file,
         epoch=run.epoch,
         config=to_dict(run.config),
         metrics=run.metrics,
-        test_set=hashlib.sha256(run.dataset.test.records.tobytes()).hexdigest(),
+        test_set=fingerprint(run),
         hits=hits,
         where=f"{environment.get('device_name') or environment.get('device', '?')}, {environment.get('precision', '?')}",
     )
 
 
-def check_same_test_set(first: Contender, other: Contender) -> None:
+def check_same_test_set(first: Contender, other: LoadedRun, name: str) -> None:
     """AnalysisError where the two were not tested on the same images."""
-    if first.test_set == other.test_set:
+    if first.test_set == fingerprint(other):
         return
-    ours, theirs = first.config["data"]["name"], other.config["data"]["name"]
-    what = f"{theirs}, not {ours}" if ours != theirs else f"other test images of {ours} (another folder or version of the data)"
+    ours, theirs = first.config["data"]["name"], other.config.data.name
+    found = theirs if ours != theirs else f"other test images of {ours}, of another folder or version"
     raise AnalysisError(
-        f"{other.name} was tested on {what} as {first.name} was: a difference in accuracy would say nothing; compare runs over "
-        "the same data"
+        f"{name} is tested on {found}, {first.name} on {ours}: their accuracies cannot be compared; give runs over the same data"
     )
 
 
@@ -154,7 +158,10 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows as aligned lines, the first column left, the others right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
-        "  ".join(text.ljust(width) if column == 0 else text.rjust(width) for column, (text, width) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            text.ljust(width) if column == 0 else text.rjust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]
 
@@ -174,15 +181,26 @@ def describe(runs: Sequence[Contender]) -> list[str]:
     for run in runs[1:]:
         d = paired_difference(run.hits, first.hits)
         rows.append(
-            [run.name, f"{d.points:+.2f}", f"{d.low:+.2f} to {d.high:+.2f}", f"{d.gained:,}", f"{d.lost:,}", f"{d.p_value:.2g}"]
+            [
+                run.name,
+                f"{d.points:+.2f}",
+                f"{d.low:+.2f} to {d.high:+.2f}",
+                f"{d.gained:,}",
+                f"{d.lost:,}",
+                f"{d.p_value:.2g}",
+            ]
         )
     lines += table(rows)
-    lines += [f"paired over the {len(first.hits):,} test images; of these networks, not of their recipes: other seeds give others"]
+    lines += [
+        f"paired over the {len(first.hits):,} test images; of these networks, not of their recipes: other seeds give others"
+    ]
     differing = differing_keys([run.config for run in runs])
     lines.append("")
     if not differing:
         return [*lines, "the recipes are equal"]
-    return lines + table([["key", *(run.name for run in runs)], *([name, *map(_short, values)] for name, values in differing)])
+    return lines + table(
+        [["key", *(run.name for run in runs)], *([name, *map(_short, values)] for name, values in differing)]
+    )
 
 
 def _short(value: object) -> str:
@@ -193,7 +211,9 @@ def draw_comparison(runs: Sequence[Contender], path: Path) -> None:
     """Test accuracy by epoch and by training time, and the differences from the first run with their intervals."""
     count = len(runs)
     caption = f"tested on the same {len(runs[0].hits):,} images of {runs[0].config['data']['name']}"
-    figure = new_figure(10.5, 4.6 + 0.22 * count, " against ".join(r.name for r in runs) if count < 4 else f"{count} runs", caption)
+    figure = new_figure(
+        10.5, 4.6 + 0.22 * count, " against ".join(r.name for r in runs) if count < 4 else f"{count} runs", caption
+    )
     grid = figure.add_gridspec(2, 2, height_ratios=(3.2, 0.5 + 0.35 * (count - 1)))
     by_epoch, by_time = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
     differences = figure.add_subplot(grid[1, :])
@@ -208,7 +228,9 @@ def draw_comparison(runs: Sequence[Contender], path: Path) -> None:
             "marker": "os^Dvx"[number % 6] if len(accuracy) <= 40 else "",
             "markersize": 3.5,
         }
-        by_epoch.plot([m["epoch"] for m in run.metrics], accuracy, label=f"{plain(run.name, 40)}: {run.accuracy:.2f}%", **style)
+        by_epoch.plot(
+            [m["epoch"] for m in run.metrics], accuracy, label=f"{plain(run.name, 40)}: {run.accuracy:.2f}%", **style
+        )
         by_time.plot(np.cumsum([float(m["seconds"]) for m in run.metrics]), accuracy, **style)
     by_epoch.set_xlabel("epoch")
     by_epoch.set_ylabel("test accuracy (%)")
@@ -233,16 +255,22 @@ def draw_comparison(runs: Sequence[Contender], path: Path) -> None:
     differences.set_ylim(len(found) - 0.4, -0.9)
     reach = 1.25 * max(max(abs(d.low), abs(d.high)) for d in found)
     differences.set_xlim(-reach, reach)
-    differences.set_xlabel(f"points more than {plain(runs[0].name, 40)}, with the 95% interval (paired); p by McNemar's exact test")
+    differences.set_xlabel(
+        f"points more than {plain(runs[0].name, 40)}, with the 95% interval (paired); p by McNemar's exact test"
+    )
     for axes in (by_epoch, by_time, differences):
         axes.grid(alpha=0.3, linewidth=0.5)
     save(figure, path)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = prediction_options("analysis.compare", "Compare runs over the same test images: prints a table, draws compare.png.", one_run=False)
+    options = prediction_options(
+        "analysis.compare", "Compare runs over the same test images: prints a table, draws compare.png.", one_run=False
+    )
     options.add_argument("runs", nargs="+", type=Path, metavar="runs/NAME", help="two or more run folders")
-    options.add_argument("--output", type=Path, default=Path("compare.png"), metavar="FILE", help="default: compare.png")
+    options.add_argument(
+        "--output", type=Path, default=Path("compare.png"), metavar="FILE", help="default: compare.png"
+    )
     return command(options, arguments, _compare)
 
 
@@ -253,10 +281,10 @@ def _compare(options: argparse.Namespace, log: Log) -> None:
     runs: list[Contender] = []
     for path, name in zip(options.runs, names, strict=True):
         run = load_for(options, log, path)
+        if runs:
+            check_same_test_set(runs[0], run, name)
         predictions, _ = checked_predictions(run, log, options.accept_difference)
-        found = contender(run, predictions.hits)
-        runs.append(Contender(**{**vars(found), "name": name}))
-        check_same_test_set(runs[0], runs[-1])
+        runs.append(contender(run, name, predictions.hits))
     log("")
     for line in describe(runs):
         log(line)

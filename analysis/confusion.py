@@ -158,7 +158,8 @@ def draw_for(
 
 def main(arguments: list[str] | None = None) -> int:
     options = prediction_options(
-        "analysis.confusion", "Draw and write confusion_matrix.png/.csv and per_class.png/.csv; print the worst confusions."
+        "analysis.confusion",
+        "Draw and write confusion_matrix.png/.csv and per_class.png/.csv; print the worst confusions.",
     )
 
     def body(options: argparse.Namespace, log: Log) -> None:

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.run import LoadedRun, Say, command, load_for, parser
 from analysis.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, new_figure, plain, save
-from train.lr_finder import RangeTest, RangeTestError, suggest
+from train.lr_finder import RangeTest, RangeTestError, Suggestion, suggest
 from train.optim import OneCycle
 from train.record import Log
 
@@ -40,7 +40,14 @@ def draw_curves(metrics: Records, path: Path, *, title: str = "Loss and accuracy
     left, right = figure.subplots(1, 2)
     marks = {"marker": "o", "markersize": 3.5} if len(epochs) <= 40 else {}
     for axes, key in ((left, "loss"), (right, "accuracy")):
-        axes.plot(epochs, [m[f"train_{key}"] for m in metrics], color=BLUE, linestyle="--", label="training, augmented", **marks)
+        axes.plot(
+            epochs,
+            [m[f"train_{key}"] for m in metrics],
+            color=BLUE,
+            linestyle="--",
+            label="training, augmented",
+            **marks,
+        )
         axes.plot(epochs, [m[f"test_{key}"] for m in metrics], color=VERMILLION, label="test", **marks)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3, linewidth=0.5)
@@ -57,9 +64,13 @@ def draw_curves(metrics: Records, path: Path, *, title: str = "Loss and accuracy
     best = max(metrics, key=lambda m: float(m["test_accuracy"]))
     for axes in (left, right):
         axes.axvline(best["epoch"], color=GREY, linewidth=1, linestyle=":")
-    right.plot([best["epoch"]], [best["test_accuracy"]], marker="*", markersize=13, color=VERMILLION, markeredgecolor="white")
+    right.plot(
+        [best["epoch"]], [best["test_accuracy"]], marker="*", markersize=13, color=VERMILLION, markeredgecolor="white"
+    )
     low = min(float(m[key]) for m in metrics for key in ("train_accuracy", "test_accuracy"))
-    right.set_ylim(max(0, low - 5), min(102, max(float(best["test_accuracy"]), float(metrics[-1]["train_accuracy"])) + 4))
+    right.set_ylim(
+        max(0, low - 5), min(102, max(float(best["test_accuracy"]), float(metrics[-1]["train_accuracy"])) + 4)
+    )
     right.set_title(f"best: {best['test_accuracy']:.2f}% in epoch {best['epoch']}", fontsize=10)
     left.set_title(f"test loss there: {best['test_loss']:.4f}", fontsize=10)
     left.legend(fontsize=8, loc="upper right")
@@ -125,13 +136,17 @@ def draw_learning_rate(
     save(figure, path)
 
 
-def draw_lr_finder(csv_path: Path, png_path: Path, *, caption: str = "") -> None:
-    """The range test's curve with the suggested rates marked; the curve alone where it suggests none."""
+def draw_lr_finder(
+    csv_path: Path, png_path: Path, *, used: tuple[float, float] | None = None, caption: str = ""
+) -> None:
+    """The range test's curve with the rates `used` (lr_max, lr_min), by default those that it suggests, marked; the curve
+    alone where there are none."""
     test = RangeTest.read_csv(csv_path)
+    found: Suggestion | None = None
     try:
         found = suggest(test)
     except RangeTestError as error:
-        found, title = None, str(error)
+        title = str(error)
     else:
         end = "diverged" if test.diverged else "the highest rate tried"
         title = f"LR range test: loss low up to {found.edge:.3g}, {end} at {found.limit:.3g}"
@@ -141,12 +156,11 @@ def draw_lr_finder(csv_path: Path, png_path: Path, *, caption: str = "") -> None
     axes = figure.subplots()
     axes.plot(test.rates, test.losses, color="0.75", linewidth=1, label="loss of each step")
     axes.plot(test.rates, test.smoothed(), color=BLUE, linewidth=2, label="smoothed")
-    if found is not None:
-        axes.axvspan(found.lr_min, found.lr_max, color=BLUE, alpha=0.08)
-        for rate, name, colour, style in (
-            (found.lr_max, "lr_max", VERMILLION, "-"),
-            (found.lr_min, "lr_min", GREEN, "--"),
-        ):
+    if used is None and found is not None:
+        used = found.lr_max, found.lr_min
+    if used is not None:
+        axes.axvspan(used[1], used[0], color=BLUE, alpha=0.08)
+        for rate, name, colour, style in ((used[0], "lr_max", VERMILLION, "-"), (used[1], "lr_min", GREEN, "--")):
             axes.axvline(rate, color=colour, linewidth=1.5, linestyle=style, label=f"{name} {rate:.3g}")
     if test.losses:
         low, high = min(test.smoothed()), test.losses[0]
@@ -193,7 +207,8 @@ def draw_all(run: LoadedRun, folder: Path, say: Say = print) -> list[Path]:
     drawn.append(folder / "learning_rate.png")
     if (run.path / "lr_finder.csv").exists():
         try:
-            draw_lr_finder(run.path / "lr_finder.csv", folder / "lr_finder.png", caption=caption)
+            used = float(run.checkpoint["lr_max"]), float(run.checkpoint["lr_min"])
+            draw_lr_finder(run.path / "lr_finder.csv", folder / "lr_finder.png", used=used, caption=caption)
             drawn.append(folder / "lr_finder.png")
         except (ValueError, KeyError, TypeError) as error:
             say(f"lr_finder.csv is damaged ({error}): no lr_finder.png")

@@ -129,7 +129,8 @@ def heat_maps(
 
 
 def _plain_copy(net: nn.Module) -> nn.Module:
-    twin = copy.deepcopy(net).float().eval().requires_grad_(True)
+    twin: nn.Module = copy.deepcopy(net)
+    twin.float().eval().requires_grad_(True)
     for module in twin.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
@@ -150,7 +151,9 @@ def check_layer(net: nn.Module, name: str, inputs: Tensor) -> None:
         handle.remove()
     if not shapes or len(shapes[0]) != 4 or shapes[0][2] * shapes[0][3] == 1:
         gives = f"gives {shapes[0]}" if shapes else "is not called by itself"
-        raise AnalysisError(f"--layer {name}: {gives}, which has no height and width to draw; take {DEFAULT_LAYER} or one before it")
+        raise AnalysisError(
+            f"--layer {name}: {gives}, which has no height and width to draw; take {DEFAULT_LAYER} or one before it"
+        )
 
 
 def default_layer(method: str) -> str:
@@ -171,7 +174,7 @@ def overlay(image: Pixels, heat: Maps) -> Pixels:
 
 def choose_correct(predictions: Predictions, count: int, *, label: int | None = None, seed: int = 0) -> Ints:
     """Indices of correct test images drawn at random, one of each class before a second of any."""
-    drawn = np.random.default_rng(seed).permutation(np.flatnonzero(predictions.hits))
+    drawn: Ints = np.random.default_rng(seed).permutation(np.flatnonzero(predictions.hits))
     if label is not None:
         return drawn[predictions.labels[drawn] == label][:count]
     labels = predictions.labels[drawn]
@@ -207,7 +210,9 @@ def draw_grad_cam(
     if label is not None:
         wrong = wrong[predictions.labels[wrong] == label]
     wrong = wrong[: count // 2]
-    right = choose_correct(predictions, count - len(wrong) if len(wrong) < count // 2 else count - count // 2, label=label, seed=seed)
+    right = choose_correct(
+        predictions, count - len(wrong) if len(wrong) < count // 2 else count - count // 2, label=label, seed=seed
+    )
     chosen = np.concatenate([right, wrong])
     second = np.where(predictions.hits, predictions.runner_up(), predictions.labels)
     if len(chosen):
@@ -265,12 +270,20 @@ def draw_grad_cam(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = prediction_options("analysis.grad_cam", "Draw grad_cam.png: where the network looks, for right and wrong answers.")
-    options.add_argument("--count", type=int, default=12, help="how many images, half of them misclassified (default: 12)")
-    options.add_argument(
-        "--layer", metavar="NAME", help=f"any layer by its name, such as layer3.0 (default: {DEFAULT_LAYER}, or the method's own)"
+    options = prediction_options(
+        "analysis.grad_cam", "Draw grad_cam.png: where the network looks, for right and wrong answers."
     )
-    options.add_argument("--method", default="gradcam", metavar="NAME", help=f"one of {', '.join(METHODS)} (default: gradcam)")
+    options.add_argument(
+        "--count", type=int, default=12, help="how many images, half of them misclassified (default: 12)"
+    )
+    options.add_argument(
+        "--layer",
+        metavar="NAME",
+        help=f"any layer by its name, such as layer3.0 (default: {DEFAULT_LAYER}, or the method's own)",
+    )
+    options.add_argument(
+        "--method", default="gradcam", metavar="NAME", help=f"one of {', '.join(METHODS)} (default: gradcam)"
+    )
     options.add_argument("--class", dest="label", metavar="NAME", help="images of this true class alone")
     options.add_argument("--seed", type=int, default=0, help="of the correct images")
 

@@ -59,7 +59,10 @@ def draw_misclassified(
         Tile(
             images[index],
             (
-                (f"said {pretty(class_names[predictions.predicted[index]])} {percent(predictions.confidence[index])}", VERMILLION),
+                (
+                    f"said {pretty(class_names[predictions.predicted[index]])} {percent(predictions.confidence[index])}",
+                    VERMILLION,
+                ),
                 (f"is {pretty(class_names[predictions.labels[index]])}", BLUE),
             ),
         )
@@ -72,7 +75,9 @@ def draw_misclassified(
         path,
         columns=min(columns, max(len(tiles), 1)),
         title=f"Misclassified test images{of_class}: {len(chosen)} of {total:,}, {ORDERS[order]}",
-        notes=(f"orange: the answer and its confidence; blue: the truth ({total:,} of {count_all:,} images{of_class} are wrong)",),
+        notes=(
+            f"orange: the answer and its confidence; blue: the truth ({total:,} of {count_all:,} images{of_class} are wrong)",
+        ),
         caption=caption,
         empty="every image is classified correctly",
     )

@@ -59,7 +59,7 @@ def read_image(path: Path, height: int, width: int, fit: str = "crop") -> Pixels
     except IsADirectoryError:
         raise ImageError(f"{path}: is a folder; give the images in it, {path}/*") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{path}: is no image, or of a kind that Pillow {Image.__version__} does not read") from None
+        raise ImageError(f"{path}: is no image, or of a kind that Pillow does not read") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(f"{path}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels; shrink it first") from None
     except (OSError, SyntaxError, ValueError, EOFError, OverflowError) as error:
@@ -131,20 +131,29 @@ def draw_explanation(
         columns=(1 + len(maps)) * (1 if len(answers) == 1 else 2),
         group=1 + len(maps),
         title="What the network sees in your images",
-        notes=[f"each: the image as the network sees it; what speaks for its first and second answer ({method} at {layer})"],
+        notes=[
+            f"each: the image as the network sees it; what speaks for its first and second answer ({method} at {layer})"
+        ],
         caption=caption,
     )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser("analysis.predict", "Classify your own image files: the five likeliest classes of each.", data=False)
-    options.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files that Pillow reads: PNG, JPEG, WebP ...")
+    options = parser(
+        "analysis.predict", "Classify your own image files: the five likeliest classes of each.", data=False
+    )
+    options.add_argument(
+        "images", nargs="+", type=Path, metavar="IMAGE", help="files that Pillow reads: PNG, JPEG, WebP ..."
+    )
     options.add_argument("--top", type=int, default=5, help="how many classes (default: 5)")
     options.add_argument("--explain", action="store_true", help="draw predict.png: where the network looked")
     options.add_argument("--method", default="gradcam", help="of --explain (default: gradcam)")
     options.add_argument("--layer", help="of --explain (default: the method's own)")
     options.add_argument(
-        "--fit", choices=("crop", "squash"), default="crop", help="how a file takes the network's proportions (default: crop)"
+        "--fit",
+        choices=("crop", "squash"),
+        default="crop",
+        help="how a file takes the network's proportions (default: crop)",
     )
     return command(options, arguments, _predict)
 

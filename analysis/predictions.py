@@ -64,7 +64,7 @@ class Predictions:
 
     @cached_property
     def hits(self) -> npt.NDArray[np.bool_]:
-        return self.predicted == self.labels
+        return np.equal(self.predicted, self.labels)
 
     @property
     def accuracy(self) -> float:
@@ -162,7 +162,15 @@ def write_predictions(predictions: Predictions, class_names: tuple[str, ...], pa
         rows = zip(predictions.labels, predictions.predicted, predictions.confidence, predictions.losses, strict=True)
         for index, (label, predicted, confidence, loss) in enumerate(rows):
             writer.writerow(
-                [index, label, predicted, f"{confidence:.6f}", f"{loss:.6g}", class_names[label], class_names[predicted]]
+                [
+                    index,
+                    label,
+                    predicted,
+                    f"{confidence:.6f}",
+                    f"{loss:.6g}",
+                    class_names[label],
+                    class_names[predicted],
+                ]
             )
 
 
@@ -176,7 +184,9 @@ def prediction_options(module: str, description: str, *, one_run: bool = True) -
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = prediction_options("analysis.predictions", "Write predictions.csv: what the network answers for every test image.")
+    options = prediction_options(
+        "analysis.predictions", "Write predictions.csv: what the network answers for every test image."
+    )
 
     def body(options: argparse.Namespace, log: Log) -> None:
         run = load_for(options, log)

@@ -79,7 +79,7 @@ class LoadedRun:
         return self.data
 
     def caption(self, accuracy: float | None = None) -> str:
-        """"run NAME · best.pt · epoch 6 of 8 · test accuracy 99.44%"."""
+        """For under a picture: run NAME · best.pt · epoch 6 of 8 · test accuracy 99.44%."""
         where = f"epoch {self.epoch} of {self.config.train.epochs}"
         if self.step:
             where += f" and {self.step} steps"
@@ -95,7 +95,7 @@ class LoadedRun:
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """", did you mean ...?" or "; known: ..."."""
+    """The end of an error message: ", did you mean ...?" or "; known: ..."."""
     folded = {name.lower(): name for name in known}
     close = difflib.get_close_matches(word.lower(), list(folded), n=1, cutoff=0.5)
     if close:
@@ -144,7 +144,7 @@ def load_run(
     class_names = tuple(str(name) for name in state["class_names"])
     net = _build_net(state["model"], len(class_names), config.net.width, where)
     if runtime.channels_last:
-        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        net = net.to(memory_format=torch.channels_last)
     run = LoadedRun(
         path=path,
         file=file,
@@ -229,7 +229,9 @@ def _metrics(path: Path, state: dict[str, Any], notes: list[str]) -> list[dict[s
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
-        notes.append(f"metrics.jsonl is damaged ({error}): the curves are those that {path.name}'s checkpoint remembers")
+        notes.append(
+            f"metrics.jsonl is damaged ({error}): the curves are those that {path.name}'s checkpoint remembers"
+        )
     return list(state.get("metrics", []))
 
 
@@ -248,7 +250,9 @@ def _runtime(device: str, precision: str, config: Config, environment: dict[str,
         wanted = recorded if precision == "auto" else precision
         return prepare(device=device, precision=wanted, compile="off", channels_last=layout)
     except RuntimeUnavailable as error:
-        raise AnalysisError(str(error).replace("train.device=", "--device ").replace("train.precision=", "--precision ")) from None
+        raise AnalysisError(
+            str(error).replace("train.device=", "--device ").replace("train.precision=", "--precision ")
+        ) from None
 
 
 def _build_net(state: dict[str, Any], num_classes: int, width: int, where: str) -> CustomResNet:
@@ -289,7 +293,9 @@ def _load_data(
             synthetic_count=data.synthetic_count,
         )
     except DataError as error:
-        raise DataError(f"{error}\n  --data-root DIR names the folder here that holds the data; --download fetches it") from None
+        raise DataError(
+            f"{error}\n  --data-root DIR names the folder here that holds the data; --download fetches it"
+        ) from None
     fit_data(dataset, state, where)
     if list(dataset.mean) != list(state["mean"]) or list(dataset.std) != list(state["std"]):
         notes.append(
@@ -311,7 +317,9 @@ def fit_data(dataset: Dataset, state: dict[str, Any], where: str) -> None:
             "the checkpoint belongs to other data"
         )
     if list(dataset.class_names) != list(state["class_names"]):
-        raise AnalysisError(f"{where}: its class names are not those of {dataset.name}; the checkpoint belongs to other data")
+        raise AnalysisError(
+            f"{where}: its class names are not those of {dataset.name}; the checkpoint belongs to other data"
+        )
     size, seen = (dataset.test.height, dataset.test.width), (state["height"], state["width"])
     if size != seen:
         raise AnalysisError(
@@ -346,9 +354,13 @@ def parser(module: str, description: str, *, data: bool = True, one_run: bool = 
     if one_run:
         result.add_argument("run", type=Path, metavar="runs/NAME", help="the run folder")
     result.add_argument(
-        "--checkpoint", choices=("best", "last"), help="which weights (default: best, or last where there is no best.pt)"
+        "--checkpoint",
+        choices=("best", "last"),
+        help="which weights (default: best, or last where there is no best.pt)",
     )
-    result.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one")
+    result.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one"
+    )
     result.add_argument(
         "--precision",
         choices=("auto", "fp32", "bf16", "fp16"),
@@ -356,7 +368,9 @@ def parser(module: str, description: str, *, data: bool = True, one_run: bool = 
         help="arithmetic of the evaluation (default: the run's own on its kind of device, else fp32)",
     )
     if data:
-        result.add_argument("--data-root", type=Path, metavar="DIR", help="where the data lie here (default: the run's data.root)")
+        result.add_argument(
+            "--data-root", type=Path, metavar="DIR", help="where the data lie here (default: the run's data.root)"
+        )
         result.add_argument("--download", action="store_true", help="fetch missing data into the data root")
     if one_run:
         result.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: runs/NAME/analysis)")

@@ -54,10 +54,12 @@ def augmented_images(run: LoadedRun, count: int, epoch: int = 0) -> tuple[Pixels
 
 
 def describe(augment: AugmentConfig) -> str:
-    """"crop from 4 pixels of black padding, flip, cutout 8 x 8"."""
+    """In words: crop from 4 pixels of black padding, flip, cutout 8 x 8."""
     parts = []
     if augment.crop and augment.pad:
-        parts.append(f"crop from {augment.pad} pixels of {'black' if augment.padding_mode == 'zero' else 'reflected'} padding")
+        parts.append(
+            f"crop from {augment.pad} pixels of {'black' if augment.padding_mode == 'zero' else 'reflected'} padding"
+        )
     if augment.flip:
         parts.append("flip")
     if augment.cutout:

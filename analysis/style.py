@@ -87,7 +87,9 @@ def draw_sheet(
     point = DPI / 72
     font, line = 7.0, 7.0 * point * 1.3
     # a character of DejaVu Sans is about 0.6 of its size wide, bold ones 0.68
-    longest = max((len(text) * (0.68 if i == 0 else 0.6) for tile in present for i, (text, _) in enumerate(tile.lines)), default=0)
+    longest = max(
+        (len(text) * (0.68 if i == 0 else 0.6) for tile in present for i, (text, _) in enumerate(tile.lines)), default=0
+    )
     pitch_x = max(tile_w + 12, math.ceil(longest * font * point) + 10)
     lines = max((len(tile.lines) for tile in present), default=0)
     pitch_y = tile_h + (round(lines * line) + 16 if lines else 8)
@@ -127,7 +129,14 @@ def draw_sheet(
     middle = canvas_w / 2
     axes.text(middle, 10, plain(title), fontsize=12, fontweight="bold", ha="center", va="top")
     for number, text in enumerate(notes):
-        axes.text(middle, 10 + 22 * point * 0.95 + number * 8 * point * 1.35, plain(text, 200), fontsize=8, ha="center", va="top")
+        axes.text(
+            middle,
+            10 + 22 * point * 0.95 + number * 8 * point * 1.35,
+            plain(text, 200),
+            fontsize=8,
+            ha="center",
+            va="top",
+        )
     axes.text(middle, canvas_h - 10, plain(caption, 160), fontsize=8, color=GREY, ha="center", va="bottom")
     if not present:
         axes.text(middle, head + 30, plain(empty), fontsize=10, color=GREY, ha="center", va="center")
