@@ -3,9 +3,14 @@
 DALI's cost at 32 x 32 is bookkeeping for each sample, so an image is no sample here: the data set lies on the device as
 a few tall pictures of images stacked on top of each other, and `multi_paste` builds a batch as a few tall pictures too,
 one pasted rectangle an image. That one operator gathers, flips (every image lies there mirrored as well), pads, crops,
-and on the CPU cuts out. Images a second, batch 512, all augmentations, uint8, on one free core of a shared 2-core
-2.6 GHz Xeon, median of 3 (benchmarks/dali_candidates.py): this graph 550k, with `erase` for the cutout 330k, one sample
-an image (gather in numpy, slice, erase) 115-140k.
+and on the CPU cuts out. Images per second of processor time at batch 512, uint8, all augmentations, on a busy 2-core
+2.6 GHz Xeon (two runs of 5 rounds of benchmarks/dali_candidates.py --threads 1):
+
+    this graph, as the CPU takes it              349k, 376k; on a free core and a half, 460-630k a second
+    the same with `erase` for the cutout         304k, 295k
+    one sample an image: gather, slice, erase     91k,  91k
+    torch_graph, eager and compiled              261k, 267k and 467k, 492k
+    torchvision's DataLoader, PIL, 2 workers     3.0k, 3.7k a second, on the same busy cores
 """
 
 from __future__ import annotations
@@ -81,17 +86,17 @@ class DaliGraph:
         used = len(records) * (2 if augment.flip else 1)
         pictures = next(n for n in range(min(MAX_PICTURES, batch_size), 0, -1) if batch_size % n == 0)
         stack = -(-(used + patch) // pictures)
-        images = decode_images(
-            records, split, border=border, reflect=reflect, mirrored=augment.flip, slots=stack * pictures
-        )
-        if patch:
-            images[used] = torch.tensor(fill, dtype=torch.uint8, device=self._device)
-        _, height, width, _ = images.shape
+        height, width = split.height + 2 * border, split.width + 2 * border
         if stack * height * width * 3 > _MAX_PICTURE_BYTES:
             raise ValueError(
                 f"{used} images of {height} x {width} in {pictures} pictures exceed DALI's 2 GiB a picture; "
                 f"take a batch size divisible by {MAX_PICTURES}, or data.backend=torch"
             )
+        images = decode_images(
+            records, split, border=border, reflect=reflect, mirrored=augment.flip, slots=stack * pictures
+        )
+        if patch:
+            images[used] = torch.tensor(fill, dtype=torch.uint8, device=self._device)
         self._resident = images.view(pictures, stack * height, width, 3)
         regions = _Regions(
             source=source,
