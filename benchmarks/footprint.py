@@ -1,0 +1,164 @@
+"""What a run costs its machine, seen from a process of its own: time to the first step, memory and what it consists of,
+growth over 50 epochs of the pipeline.
+
+python benchmarks/footprint.py [section.key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+
+if TYPE_CHECKING:
+    from train.config import Config
+
+STEPS = 3
+PIPELINE_EPOCHS = 50
+
+
+def memory_mib(name: str) -> float:
+    """VmRSS or VmHWM (its peak) of this process; 0 where there is no /proc. getrusage's peak would be the parent's too."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith(name + ":"):
+                return int(line.split()[1]) / 1024
+    except OSError:
+        pass
+    return 0.0
+
+
+def children_mib() -> float:
+    """Proportional memory of the processes that this one started (the compiler's workers), and that they started."""
+    total = 0.0
+    waiting = [Path("/proc/self")]
+    while waiting:
+        process = waiting.pop()
+        for children in process.glob("task/*/children"):
+            try:
+                waiting += [Path("/proc") / pid for pid in children.read_text(encoding="ascii").split()]
+            except OSError:
+                continue
+        if process.name == "self":
+            continue
+        try:
+            lines = (process / "smaps_rollup").read_text(encoding="ascii").splitlines()
+            total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+        except OSError:
+            continue
+    return total
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """As `python -m train` goes: data, network, compilation, a few steps, evaluation, a checkpoint; then the pipeline."""
+    resident: dict[str, float] = {"interpreter": memory_mib("VmRSS")}
+    from dali_pipeline.datasets import load
+    from train.checkpoint import save_checkpoint
+    from train.distributed import Group
+    from train.fit import Setup
+    from train.loop import Times
+    from train.optim import OneCycle
+    from train.progress import StepMeter
+    from train.record import Log
+
+    resident["imports"] = memory_mib("VmRSS")
+    times = Times()
+    setup = Setup(config, Log(quiet=True), times, Group())
+    data = config.data
+    dataset = load(data.name, data.root, download=False, progress=False, synthetic_count=data.synthetic_count)
+    resident["data"] = memory_mib("VmRSS")
+    trainer = setup.build(dataset)
+    resident["trainer and resident images"] = memory_mib("VmRSS")
+    setup.warm_up(trainer)
+    resident["compiled"] = memory_mib("VmRSS")
+    workers = children_mib()
+    peak_of_compilation = memory_mib("VmHWM")
+
+    schedule = OneCycle(1e-3, 1e-3, 1.0, 10**12)
+    meter = StepMeter(0, trainer.steps_per_epoch, trainer.runtime.device)
+
+    def after_step(done: int) -> None:
+        meter.poll(done)
+        if done == first + 1:
+            if trainer.runtime.device.type == "cuda":
+                meter.finish(done)  # waits for the step
+            print("first step", flush=True)
+
+    first = trainer.steps_per_epoch - STEPS
+    trainer.train_epoch(0, schedule, meter, first, after_step)
+    resident["steps"] = memory_mib("VmRSS")
+    trainer.evaluate()
+    resident["evaluation"] = memory_mib("VmRSS")
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoint(Path(folder) / "last.pt", trainer.state())
+    peak = memory_mib("VmHWM")
+    growth = []
+    for epoch in range(PIPELINE_EPOCHS + 3):  # the first few fill the caches of allocators
+        for _ in trainer.train_loader.epoch(epoch):
+            pass
+        gc.collect()
+        growth.append(memory_mib("VmRSS"))
+    trainer.close()
+    return {
+        "peak_mib": peak,
+        "peak_of_compilation_mib": peak_of_compilation,
+        "compiler_workers_mib": workers,
+        "resident_mib": resident,
+        "growth_mib_over_50_epochs": growth[-1] - growth[2],
+        "compile_seconds": times.compile,
+        "images": len(dataset.train),
+    }
+
+
+def footprint_of(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
+    """Measure the configuration in a new process, whose compile cache is warm if this one has compiled the same."""
+    from train.config import to_yaml
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(to_yaml(config), encoding="utf-8")
+        begun = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve()), "--config", str(path)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        first_step, last = 0.0, ""
+        for line in process.stdout:
+            if line.startswith("first step"):
+                first_step = time.perf_counter() - begun
+            last = line
+        if process.wait() != 0:
+            raise RuntimeError(f"benchmarks/footprint.py ended with exit code {process.returncode}")
+    found: dict[str, Any] = json.loads(last) | {"seconds_to_first_step": first_step}
+    say(
+        f"a run from the outside: first step after {first_step:.1f} s (compile {found['compile_seconds']:.1f} s), peak memory "
+        f"{found['peak_mib'] / 1024:.2f} GiB, {found['growth_mib_over_50_epochs']:+.0f} MiB over {PIPELINE_EPOCHS} epochs of the "
+        "pipeline"
+    )
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--config", default=str(ROOT / "configs" / "onecycle.yaml"))
+    options = parser.parse_intermixed_args()
+    from train.config import load_config
+
+    print(json.dumps(measure(load_config(options.config, options.overrides))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

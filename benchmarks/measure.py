@@ -1,0 +1,171 @@
+"""Timing and statistics: work is measured in chunks, what will be compared takes turns, and ratios are medians of pairs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What one stage gave, a sample a repeat, in units a second (images, or floating-point operations)."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """Distance between the first and the third quartile; half of the samples lie within it."""
+        return quantile(self.samples, 0.75) - quantile(self.samples, 0.25)
+
+    def record(self) -> dict[str, Any]:
+        return {"median": self.median, "spread": self.spread, "repeats": len(self.samples)}
+
+    def over(self, other: Rate) -> float:
+        """Median of the ratios of samples that were taken in the same round."""
+        if len(self.samples) != len(other.samples):
+            raise ValueError(f"{len(self.samples)} samples do not pair with {len(other.samples)}")
+        return statistics.median(a / b for a, b in zip(self.samples, other.samples, strict=True))
+
+
+def quantile(samples: Sequence[float], q: float) -> float:
+    """Linear interpolation between order statistics, as numpy's default."""
+    ordered = sorted(samples)
+    place = q * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+class Sampled(Protocol):
+    """Something that can be timed in turn with others."""
+
+    name: str
+
+    def warm_up(self) -> None: ...
+    def sample(self) -> float:
+        """Units a second over one chunk."""
+        ...
+
+
+@dataclass
+class Stage:
+    """`run(n)` does n steps and returns how many units (images) they were; a chunk is as many steps as take `seconds`,
+    in whole epochs of `epoch` steps where that is not much more: each then pays its share of what an epoch costs once.
+
+    The clock is the host's, between two synchronisations: on a GPU too, a stage that the host holds up is that slow.
+    """
+
+    name: str
+    run: Callable[[int], float]
+    device: torch.device
+    seconds: float
+    epoch: int = 1
+    steps: int = field(default=0, init=False)
+
+    def warm_up(self) -> None:
+        """Run it until its speed is known, and fix the length of a chunk."""
+        self._timed(1)
+        steps = 1
+        while True:
+            taken, _ = self._timed(steps)
+            wanted = max(1, math.ceil(steps * self.seconds / max(taken, 1e-9)))
+            if taken > self.seconds / 4 or steps >= wanted:
+                self.steps = self.epoch * math.ceil(wanted / self.epoch) if 2 * wanted >= self.epoch else wanted
+                return
+            steps = min(wanted, 8 * steps)
+
+    def sample(self) -> float:
+        taken, units = self._timed(self.steps)
+        return units / taken
+
+    def _timed(self, steps: int) -> tuple[float, float]:
+        synchronize(self.device)
+        begun = time.perf_counter()
+        units = self.run(steps)
+        synchronize(self.device)
+        return time.perf_counter() - begun, units
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def interleave(
+    stages: Sequence[Sampled], repeats: int, progress: Callable[[str], None] | None = None
+) -> dict[str, Rate]:
+    """Warm all stages up, then sample them in turn, every other round backwards (A B B A), so that a machine that gets
+    slower meanwhile slows all alike."""
+    for stage in stages:
+        stage.warm_up()
+    samples: dict[str, list[float]] = {stage.name: [] for stage in stages}
+    if len(samples) != len(stages):
+        raise ValueError(f"stages need different names: {[stage.name for stage in stages]}")
+    for repeat in range(repeats):
+        for stage in stages if repeat % 2 == 0 else reversed(stages):
+            samples[stage.name].append(stage.sample())
+        if progress is not None:
+            progress(f"{repeat + 1}/{repeats}")
+    return {name: Rate(tuple(values)) for name, values in samples.items()}
+
+
+def matrix_stage(device: torch.device, precision: str, seconds: float) -> Stage:
+    """Multiplication of large square matrices in the given precision; its unit is the floating-point operation."""
+    n = 8192 if device.type == "cuda" else 2048
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+
+    def run(steps: int) -> float:
+        for _ in range(steps):
+            torch.mm(a, b, out=out)
+        return 2.0 * n**3 * steps
+
+    return Stage("matrix", run, device, seconds)
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """(mean, sample standard deviation, half-width of the 95% interval by Student's t); None where one value says nothing."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None, None
+    deviation = statistics.stdev(values)
+    return mean, deviation, student_t(len(values) - 1) * deviation / math.sqrt(len(values))
+
+
+def student_t(freedom: int, inside: float = 0.95) -> float:
+    """The t with probability `inside` between -t and t, for a whole number of degrees of freedom."""
+    if freedom < 1:
+        raise ValueError(f"{freedom} degrees of freedom, expected 1 or more")
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _between(middle, freedom) < inside else (low, middle)
+    return (low + high) / 2
+
+
+def _between(t: float, freedom: int) -> float:
+    """Probability between -t and t: the finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    angle = math.atan(t / math.sqrt(freedom))
+    squared = math.cos(angle) ** 2
+    odd = freedom % 2
+    term = math.cos(angle) if odd else 1.0
+    total = 0.0
+    for k in range(1 + odd, freedom, 2):
+        total += term
+        term *= squared * k / (k + 1)
+    if odd:
+        return 2 / math.pi * (angle + math.sin(angle) * total)
+    return math.sin(angle) * total

@@ -1,0 +1,51 @@
+"""A torch.profiler trace of training end to end, and the kernels that cost most."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as torch_profile
+
+from benchmarks.measure import synchronize
+from benchmarks.stages import Training
+
+STEPS = {"cuda": 20, "cpu": 3}
+
+
+def profile(training: Training, path: Path) -> list[str]:
+    """Write the trace (chrome://tracing, Perfetto) and give the ten costliest kernels as lines of a table."""
+    on_gpu = training.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
+    steps = STEPS["cuda" if on_gpu else "cpu"]
+    training.run_end_to_end(2)
+    with torch_profile(activities=activities) as profiler:
+        training.run_end_to_end(steps)
+        synchronize(training.device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(path))
+    rows = costliest(profiler.events(), on_gpu)
+    total = sum(time for _, time, _ in rows)
+    lines = [f"\n{'kernel':<72}{'us a step':>12}{'share':>8}{'calls':>7}"]
+    for name, time, calls in rows[:10]:
+        lines.append(f"{name[:70]:<72}{time / steps:>12,.0f}{time / total:>8.1%}{calls / steps:>7.1f}")
+    return [*lines, f"trace: {path}"]
+
+
+def costliest(events: Any, on_gpu: bool) -> list[tuple[str, float, int]]:
+    """(name, microseconds, calls), by time: what ran on the GPU, or on a CPU the operators without what they call."""
+    time: defaultdict[str, float] = defaultdict(float)
+    calls: defaultdict[str, int] = defaultdict(int)
+    for event in events:
+        if on_gpu and event.device_type == torch.autograd.DeviceType.CUDA:
+            spent = event.time_range.elapsed_us()
+        elif not on_gpu and event.device_type == torch.autograd.DeviceType.CPU:
+            spent = event.self_cpu_time_total
+        else:
+            continue
+        time[event.name] += spent
+        calls[event.name] += 1
+    return sorted(((name, spent, calls[name]) for name, spent in time.items()), key=lambda row: -row[1])

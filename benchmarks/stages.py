@@ -1,0 +1,217 @@
+"""What is measured of this project: its pipelines alone, the training step alone, both together, evaluation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Stage, synchronize
+from dali_pipeline.datasets import Dataset
+from dali_pipeline.loader import BackendError, TrainLoader, choose_backend
+from dali_pipeline.plan import Augment
+from net.resnet import flops_per_image
+from train.config import Config
+from train.distributed import Group
+from train.fit import Setup
+from train.loop import Times
+from train.optim import OneCycle
+from train.progress import StepMeter
+from train.record import Log
+from train.runtime import find_compiler
+
+RATE = 1e-3  # of learning; speed does not depend on it, and random labels do not diverge with it
+
+
+class _Enough(Exception):
+    """Ends Trainer.train_epoch after the steps that were asked for."""
+
+
+class TimedLoader:
+    """A loader whose batches are the given one's, and which knows how long its user waited for them."""
+
+    def __init__(self, loader: TrainLoader) -> None:
+        self._loader = loader
+        self.waited = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        batches = self._loader.epoch(epoch, start_step)
+        while True:
+            begun = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - begun
+            if batch is None:
+                return
+            yield batch
+
+
+class Training:
+    """The trainer of a recipe, compiled and warm, as stages. All of them go on where the last one stopped in the plan."""
+
+    def __init__(self, config: Config, dataset: Dataset, log: Log | None = None) -> None:
+        times = Times()
+        setup = Setup(config, log or Log(quiet=True), times, Group())
+        self.config, self.runtime, self.backend = config, setup.runtime, setup.backend
+        self.device = setup.runtime.device
+        self.trainer = setup.build(dataset)
+        setup.warm_up(self.trainer)
+        self.compile_seconds = times.compile
+        self.loader = TimedLoader(self.trainer.train_loader)
+        self.trainer.train_loader = self.loader  # type: ignore[assignment]
+        self.batch_size = config.train.batch_size
+        self.schedule = OneCycle(RATE, RATE, 1.0, 10**12)
+        self.waited = self.spent = 0.0  # by the training thread, end to end: for the pipeline, and in all
+        self._epoch = self._step = 0
+        self._new_meter()
+        height, width = dataset.train.height, dataset.train.width
+        shape = (self.batch_size, height, width, 3)
+        self._images = torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device).permute(0, 3, 1, 2)
+        self._labels = torch.randint(0, dataset.num_classes, (self.batch_size,), device=self.device)
+        self.training_flops = training_flops(config.net.width, dataset.num_classes, height)
+
+    def _new_meter(self) -> None:
+        self._meter = StepMeter(self._epoch, self.trainer.steps_per_epoch, self.device)
+
+    def _spans(self, steps: int) -> Iterator[tuple[int, int, int]]:
+        """The next steps as (epoch, first, one past the last)."""
+        while steps:
+            first = self._step
+            stop = min(first + steps, self.trainer.steps_per_epoch)
+            yield self._epoch, first, stop
+            steps -= stop - first
+            self._step = stop
+            if stop == self.trainer.steps_per_epoch:
+                self._epoch, self._step = self._epoch + 1, 0
+                self._new_meter()
+
+    def run_pipeline(self, steps: int) -> float:
+        for epoch, first, stop in self._spans(steps):
+            for _ in zip(range(stop - first), self.loader.epoch(epoch, first), strict=False):
+                pass
+        return steps * self.batch_size
+
+    def run_step(self, steps: int) -> float:
+        self.trainer.step.train()
+        for _ in range(steps):
+            self.trainer.train_one(self._images, self._labels, RATE)
+        return steps * self.batch_size
+
+    def run_end_to_end(self, steps: int) -> float:
+        """Trainer.train_epoch, with what a run does on the host after each step."""
+        begun, waited = time.perf_counter(), self.loader.waited
+        for epoch, first, stop in self._spans(steps):
+            meter = self._meter
+
+            def after_step(done: int, meter: StepMeter = meter, stop: int = stop) -> None:
+                meter.poll(done)
+                if done == stop < self.trainer.steps_per_epoch:
+                    raise _Enough
+
+            with suppress(_Enough):
+                self.trainer.train_epoch(epoch, self.schedule, meter, first, after_step)
+            if stop == self.trainer.steps_per_epoch:
+                meter.finish(stop)
+        synchronize(self.device)
+        self.spent += time.perf_counter() - begun
+        self.waited += self.loader.waited - waited
+        return steps * self.batch_size
+
+    def run_evaluation(self, steps: int) -> float:
+        for _ in range(steps):
+            self.trainer.evaluate()
+        return steps * len(self.trainer.dataset.test)
+
+    def stage(self, name: str, seconds: float) -> Stage:
+        """pipeline, step, end_to_end or evaluation."""
+        epoch = 1 if name == "evaluation" else self.trainer.steps_per_epoch
+        return Stage(name, getattr(self, f"run_{name}"), self.device, seconds, epoch)
+
+    def close(self) -> None:
+        self.trainer.close()
+
+
+def training_flops(width: int, num_classes: int = 10, size: int = 32) -> int:
+    """Floating-point operations of one image's training: forward, and as much again for the gradients of activations and
+    of weights, two for a multiply-add; the images themselves need no gradient."""
+    first_layer = 9 * 3 * width * size**2
+    return 6 * flops_per_image(width, num_classes, size) - 2 * first_layer
+
+
+class Pipeline:
+    """One loader, endlessly."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        device: torch.device,
+        backend: str,
+        augment: Augment | None = None,
+        compiled: bool = False,
+    ) -> None:
+        self.device, self.batch_size = device, batch_size
+        self.loader = TrainLoader(
+            dataset.train,
+            batch_size=batch_size,
+            augment=augment or Augment(),
+            fill=dataset.fill,
+            seed=0,
+            device=device,
+            backend=backend,
+            compiled=compiled,
+        )
+        self._batches = endless(self.loader)
+
+    def run(self, steps: int) -> float:
+        for _ in range(steps):
+            next(self._batches)
+        return steps * self.batch_size
+
+    def stage(self, name: str, seconds: float) -> Stage:
+        return Stage(name, self.run, self.device, seconds, self.loader.steps_per_epoch)
+
+    def close(self) -> None:
+        self.loader.close()
+
+
+def endless(loader: TrainLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    for epoch in count():
+        yield from loader.epoch(epoch)
+
+
+def pipeline_kinds(devices: Sequence[torch.device]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Arguments of Pipeline for every backend that runs here, by name; and those that do not, with the reason."""
+    kinds: dict[str, dict[str, Any]] = {}
+    left_out: dict[str, str] = {}
+    for device in devices:
+        name = f"pipeline_dali_{device.type}"
+        try:
+            choose_backend("dali", device)
+            kinds[name] = {"device": device, "backend": "dali"}
+        except BackendError as error:
+            left_out[name] = str(error)
+        kinds[f"pipeline_torch_eager_{device.type}"] = {"device": device, "backend": "torch"}
+        able, why = find_compiler(device)
+        if able:
+            kinds[f"pipeline_torch_compiled_{device.type}"] = {"device": device, "backend": "torch", "compiled": True}
+        else:
+            left_out[f"pipeline_torch_compiled_{device.type}"] = why
+    return kinds, left_out
+
+
+AUGMENTATIONS = {
+    "none": Augment(crop=False, pad=0, flip=False, cutout=0),
+    "crop": Augment(flip=False, cutout=0),
+    "flip": Augment(crop=False, pad=0, cutout=0),
+    "cutout": Augment(crop=False, pad=0, flip=False),
+    "all": Augment(),
+}

@@ -1,0 +1,395 @@
+"""How many images a second the pipeline delivers, the network takes, training does; what holds it back; how others fare.
+
+python benchmarks/throughput.py [--quick] [--json FILE] [--ablations] [--profile FILE] [section.key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # instead of this folder, whose files could hide packages of the same name
+
+if TYPE_CHECKING:
+    from benchmarks.measure import Rate
+    from benchmarks.stages import Training
+    from dali_pipeline.datasets import Dataset
+    from train.config import Config
+
+KIND = "throughput"  # of the JSON, for whoever reads the folder of results
+REFERENCE_PEER = "torchvision_pil_2_workers"
+CPU_WIDTH, GPU_WIDTH = 16, 64
+ABLATIONS = ("channels_last", "compile", "precision", "batch", "pipelines", "prefetch", "graph")
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help=f"on top of the recipe; net.width is {GPU_WIDTH} on a GPU and {CPU_WIDTH} elsewhere by default",
+    )
+    result.add_argument("--config", default=str(ROOT / "configs" / "onecycle.yaml"), help="the recipe (onecycle.yaml)")
+    result.add_argument("--data-root", metavar="DIR", help="measure on the CIFAR-10 in DIR; default: random images")
+    result.add_argument("--quick", action="store_true", help="within a minute: few repeats, one peer, 10,000 images")
+    result.add_argument("--repeats", type=int, help="samples a stage (default: 9, with --quick 3)")
+    result.add_argument(
+        "--peers",
+        action=argparse.BooleanOptionalAction,
+        help=f"all other pipelines that are installed (default), none, or with --quick {REFERENCE_PEER} alone",
+    )
+    result.add_argument("--ablations", action="store_true", help="also vary one thing at a time; takes long on a CPU")
+    result.add_argument(
+        "--ablate",
+        action="append",
+        default=[],
+        metavar="NAME",
+        choices=ABLATIONS,
+        help=f"only this of the ablations (repeatable): {', '.join(ABLATIONS)}",
+    )
+    result.add_argument("--picture", type=Path, metavar="FILE", help="with --ablations: default throughput.png")
+    result.add_argument(
+        "--profile", type=Path, metavar="FILE", help="write a torch.profiler trace, list costly kernels"
+    )
+    result.add_argument("--json", type=Path, metavar="FILE", help="write the last line of the output here too")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_intermixed_args(arguments)
+    from benchmarks.peers import PeerError  # torch from here on: --help answers without it
+    from dali_pipeline.datasets import DataError
+    from dali_pipeline.loader import BackendError
+    from train.config import ConfigError
+    from train.runtime import RuntimeUnavailable
+
+    try:
+        report = measure(options, lambda line: print(line, flush=True))
+    except (ConfigError, DataError, BackendError, RuntimeUnavailable, PeerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    report["command"] = " ".join(
+        ["python benchmarks/throughput.py", *(sys.argv[1:] if arguments is None else arguments)]
+    )
+    text = json.dumps(report)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(text)
+    return 0
+
+
+def recipe(options: argparse.Namespace) -> Config:
+    """The recipe with what a benchmark needs: data without a download, no range test, a width for the machine."""
+    import torch
+
+    from train.config import load_config
+
+    wanted = {
+        "data.name": "cifar10" if options.data_root else "synthetic",
+        "data.root": options.data_root or "data",
+        "data.download": "false",
+        "data.synthetic_count": "10000" if options.quick else "50000",
+        "net.width": str(GPU_WIDTH if torch.cuda.is_available() else CPU_WIDTH),
+        "schedule.lr_max": "0.1",
+        "schedule.lr_min": "0.01",
+    }
+    given = {word.partition("=")[0] for word in options.overrides}
+    words = [f"{key}={value}" for key, value in wanted.items() if key not in given]
+    return load_config(options.config, [*words, *options.overrides])
+
+
+def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
+    """All that is asked for, in an order in which each can use the whole machine."""
+    from benchmarks.machine import machine_record
+    from dali_pipeline.datasets import load
+    from train.record import git_commit
+    from train.runtime import prepare, versions
+
+    begun = time.perf_counter()
+    config = recipe(options)
+    train = config.train
+    runtime = prepare(
+        device=train.device, precision=train.precision, compile=train.compile, channels_last=train.channels_last
+    )
+    data = config.data
+    dataset = load(data.name, data.root, download=False, progress=False, synthetic_count=data.synthetic_count)
+    repeats = options.repeats or (3 if options.quick else 9)
+    seconds = 0.15 if options.quick else 0.3
+    report: dict[str, Any] = {
+        "kind": KIND,
+        "machine": machine_record(runtime.device),
+        "versions": {**versions(), **_peer_versions()},
+        "commit": git_commit(),
+        "command": "",
+        "settings": {
+            "device": runtime.device.type,
+            "precision": runtime.precision,
+            "compile": runtime.compile_mode or "off",
+            "channels_last": runtime.channels_last,
+            "width": config.net.width,
+            "batch_size": train.batch_size,
+            "images": len(dataset.train),
+            "data": dataset.name,
+            "quick": options.quick,
+        },
+        "stages": {},
+        "peers": {},
+        "left_out": {},
+        "ratios": {},
+    }
+    say(f"machine: {describe(report['machine'])}")
+    say(
+        f"{dataset.name}, {len(dataset.train):,} images; width {config.net.width}, batch {train.batch_size}, "
+        f"{runtime.precision}, compile {runtime.compile_mode or 'off'}"
+    )
+    say(f"\n{'images/s':<44}{'median':>12}{'spread':>10}{'n':>4}")
+    _pipelines_and_peers(options, config, dataset, runtime.device, repeats, seconds, report, say)
+    if not options.quick:
+        _augmentations(config, dataset, runtime.device, repeats, seconds, report, say)
+    from benchmarks.stages import Training
+
+    training = Training(config, dataset)
+    try:
+        _training(training, repeats, seconds, report, say)
+        if options.profile:
+            from benchmarks.profiling import profile
+
+            for line in profile(training, options.profile):
+                say(line)
+    finally:
+        training.close()
+    if not options.quick:
+        from benchmarks.footprint import footprint_of
+
+        report["footprint"] = footprint_of(config, say)
+    if options.ablations or options.ablate:
+        from benchmarks.ablations import draw, run_ablations
+
+        names = options.ablate or list(ABLATIONS)
+        report["ablations"] = run_ablations(names, config, dataset, max(3, repeats // 2), seconds, say)
+        picture = options.picture or Path("throughput.png")
+        draw(report, picture)
+        say(f"\npicture: {picture}")
+    report["load_average"] = _load_average()
+    report["seconds"] = time.perf_counter() - begun
+    say("")
+    for line in conclusions(report):
+        say(line)
+    return report
+
+
+def _say_rates(rates: dict[str, Rate], say: Callable[[str], None], labels: dict[str, str] | None = None) -> None:
+    for name, rate in rates.items():
+        label = (labels or {}).get(name, name.replace("_", " "))
+        say(f"{label:<44}{rate.median:>12,.0f}{rate.spread / rate.median:>10.1%}{len(rate.samples):>4}")
+
+
+def _pipelines_and_peers(
+    options: argparse.Namespace,
+    config: Config,
+    dataset: Dataset,
+    device: Any,
+    repeats: int,
+    seconds: float,
+    report: dict[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    import torch
+
+    from benchmarks.measure import Sampled, interleave
+    from benchmarks.peers import PeerError, PeerHost, Task, check_loader, peers
+    from benchmarks.stages import Pipeline, pipeline_kinds
+    from dali_pipeline.loader import TrainLoader
+
+    batch_size = min(config.train.batch_size, len(dataset.train))
+    devices = [torch.device("cpu")] + ([device] if device.type != "cpu" else [])
+    kinds, left_out = pipeline_kinds(devices)
+    report["left_out"] |= left_out
+    with ExitStack() as stack:
+        stages: list[Sampled] = []
+        names: list[str] = []
+        if options.peers is not False:
+            names = [REFERENCE_PEER] if options.quick and not options.peers else list(peers())
+            task = Task(dataset.train.images, dataset.train.labels, batch_size, dataset.fill, device)
+            host = PeerHost(task)  # before any DALI pipeline exists
+            stack.callback(host.close)
+            for name in names:
+                try:
+                    stages.append(host.stage(name, seconds))
+                except PeerError as error:
+                    report["left_out"][name] = str(error)
+        for name, kind in kinds.items():
+            check_loader(
+                lambda split, augment, kind=kind: TrainLoader(
+                    split, batch_size=64, augment=augment, fill=(125, 123, 114), seed=1, **kind
+                ).epoch(0)
+            )
+            pipeline = Pipeline(dataset, batch_size=batch_size, **kind)
+            stack.callback(pipeline.close)
+            stages.append(pipeline.stage(name, seconds))
+        rates = interleave(stages, repeats)
+    known = peers()
+    _say_rates(rates, say, {name: peer.what for name, peer in known.items()})
+    for name, reason in report["left_out"].items():
+        say(f"left out: {name}: {reason}")
+    for name, rate in rates.items():
+        report["peers" if name in known else "stages"][name] = rate.record()
+    ours = {
+        "dali": f"pipeline_dali_{device.type}",
+        "torch_eager": f"pipeline_torch_eager_{device.type}",
+        "torch_compiled": f"pipeline_torch_compiled_{device.type}",
+    }
+    for name, stage in ours.items():
+        for other in (*names, *(ours.values() if name == "dali" else ())):
+            if stage in rates and other in rates and stage != other:
+                short = next((key for key, value in ours.items() if value == other), other)
+                report["ratios"][f"{name}_over_{short}"] = rates[stage].over(rates[other])
+
+
+def _augmentations(
+    config: Config,
+    dataset: Dataset,
+    device: Any,
+    repeats: int,
+    seconds: float,
+    report: dict[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    """Each alone on top of none, by the backend that training takes; and what that costs an image."""
+    from benchmarks.measure import interleave
+    from benchmarks.stages import AUGMENTATIONS, Pipeline
+    from dali_pipeline.loader import choose_backend
+
+    backend = choose_backend(config.data.backend, device).name
+    with ExitStack() as stack:
+        stages = []
+        for name, augment in AUGMENTATIONS.items():
+            pipeline = Pipeline(
+                dataset, batch_size=config.train.batch_size, device=device, backend=backend, augment=augment
+            )
+            stack.callback(pipeline.close)
+            stages.append(pipeline.stage(f"augment_{name}", seconds))
+        rates = interleave(stages, repeats)
+    _say_rates(rates, say, {f"augment_{name}": f"{backend}, augmentation: {name}" for name in AUGMENTATIONS})
+    none = rates["augment_none"]
+    costs = {}
+    for name in AUGMENTATIONS:
+        if name != "none":
+            rate = rates[f"augment_{name}"]
+            costs[name] = 1e9 / none.median * (1 / rate.over(none) - 1)
+    report["stages"] |= {name: rate.record() for name, rate in rates.items()}
+    report["augmentation_ns_per_image"] = costs
+    say("cost an image: " + ", ".join(f"{name} {cost:,.0f} ns" for name, cost in costs.items()))
+
+
+def _training(
+    training: Training, repeats: int, seconds: float, report: dict[str, Any], say: Callable[[str], None]
+) -> None:
+    from benchmarks.measure import interleave, matrix_stage
+
+    # chunks as short as one step and many of them: bursts of other work on the machine hit both sides of a ratio alike
+    stages = [training.stage(name, seconds) for name in ("pipeline", "step", "end_to_end")]
+    matrix = matrix_stage(training.device, training.runtime.precision, seconds)
+    training_repeats = 3 * repeats if training.device.type == "cpu" else repeats
+    rates = interleave([*stages, matrix], training_repeats)
+    rates |= interleave([training.stage("evaluation", seconds)], repeats)
+    multiplied = rates.pop("matrix")
+    _say_rates(rates, say, {"pipeline": f"pipeline as training uses it ({training.backend.name})"})
+    say(f"matrix product, {training.runtime.precision}: {multiplied.median / 1e12:,.2f} TFLOP/s")
+    report["stages"] |= {name: rate.record() for name, rate in rates.items()}
+    report["matrix_flops"] = multiplied.record()
+    report["compile_seconds"] = training.compile_seconds
+    report["settings"]["backend"] = training.backend.name
+    report["ratios"] |= training_ratios(
+        rates, multiplied, training.training_flops, training.waited / max(training.spent, 1e-9)
+    )
+    report["verdict"] = verdict(*(rates[name].median for name in ("pipeline", "step", "end_to_end")))
+
+
+def training_ratios(
+    rates: dict[str, Rate], matrix: Rate, flops_per_image: int, pipeline_share: float
+) -> dict[str, float]:
+    """What the stages of training say together. `matrix` is in floating-point operations a second."""
+    pipeline, step, both = rates["pipeline"], rates["step"], rates["end_to_end"]
+    slower = pipeline if pipeline.median < step.median else step
+    return {
+        "pipeline_over_step": pipeline.over(step),
+        "end_to_end_over_step": both.over(step),
+        "overlap": both.over(slower),
+        "pipeline_share_of_training_thread": pipeline_share,
+        "model_flop_utilisation": step.over(matrix) * flops_per_image,
+    }
+
+
+def verdict(pipeline: float, step: float, end_to_end: float) -> str:
+    """What limits training, in one sentence; all in images/s."""
+    slower = min(pipeline, step)
+    reached = end_to_end / slower
+    times = pipeline / step
+    delivers = f"{times:.1f}x" if times < 100 else f"{times:.0f}x"
+    if reached < 0.9:
+        which = "pipeline" if pipeline < step else "step"
+        return (
+            f"overlap-bound: end to end reaches {reached:.0%} of the slower stage alone (the {which}), pipeline and network get "
+            f"in each other's way; the pipeline alone delivers {delivers} what the network takes"
+        )
+    if pipeline < step:
+        return f"input-bound: the pipeline delivers {times:.0%} of what the network takes"
+    return (
+        f"compute-bound: the pipeline delivers {delivers} what the network takes, and training does {end_to_end / step:.1%} "
+        "of the step alone"
+    )
+
+
+def conclusions(report: dict[str, Any]) -> list[str]:
+    """The ratios for a person."""
+    ratios = report["ratios"]
+    lines = []
+    for name in ("dali", "torch_compiled"):
+        key = f"{name}_over_{REFERENCE_PEER}"
+        if key in ratios:
+            lines.append(f"{name.replace('_', ' ')} over torchvision's DataLoader (PIL, 2 workers): {ratios[key]:.0f}x")
+    lines += [
+        f"overlap (end to end over the slower stage): {ratios['overlap']:.1%}",
+        f"share of the training thread that the pipeline takes: {ratios['pipeline_share_of_training_thread']:.2%}",
+        f"model FLOP utilisation, of this machine's matrix products: {ratios['model_flop_utilisation']:.1%}",
+        f"verdict: {report['verdict']}",
+    ]
+    return lines
+
+
+def describe(machine: dict[str, Any]) -> str:
+    gpu = f"{machine['gpu']}, " if machine.get("gpu") else ""
+    return f"{gpu}{machine['cpus_usable']} cores of {machine['cpu']}"
+
+
+def _load_average() -> list[float] | None:
+    import os
+
+    return [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None
+
+
+def _peer_versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("torchvision", "kornia", "albumentations", "airbench"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
