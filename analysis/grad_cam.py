@@ -84,7 +84,7 @@ def method_class(method: str) -> Any:
 
 def find_layer(net: nn.Module, name: str) -> nn.Module:
     """A module of `net` by its name. Raises AnalysisError with the nearest name."""
-    modules = {known: module for known, module in net.named_modules() if known}
+    modules: dict[str, nn.Module] = {known: module for known, module in net.named_modules() if known}
     if name not in modules:
         raise AnalysisError(f"--layer {name}: unknown layer{nearest(name, list(modules))}")
     return modules[name]
@@ -110,11 +110,11 @@ def heat_maps(
     """
     cam_class = method_class(method)
     layer = layer or default_layer(method)
-    plain = _plain_copy(net)
-    chosen = find_layer(plain, layer)
-    inputs = inputs.detach().to(next(plain.parameters()).device, torch.float32)
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
-        inputs = inputs.clone()
+    device = next(net.parameters()).device
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        plain = _plain_copy(net)
+        chosen = find_layer(plain, layer)
+        inputs = inputs.detach().to(device, torch.float32).clone()
         check_layer(plain, layer, inputs[:1])
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
@@ -176,12 +176,13 @@ def choose_correct(predictions: Predictions, count: int, *, label: int | None = 
     """Indices of correct test images drawn at random, one of each class before a second of any."""
     drawn: Ints = np.random.default_rng(seed).permutation(np.flatnonzero(predictions.hits))
     if label is not None:
-        return drawn[predictions.labels[drawn] == label][:count]
+        drawn = drawn[predictions.labels[drawn] == label]
     labels = predictions.labels[drawn]
     turn = np.zeros(len(drawn), np.int64)
     for one in np.unique(labels):
         turn[labels == one] = np.arange((labels == one).sum())
-    return drawn[np.argsort(turn, kind="stable")][:count]
+    drawn = drawn[np.argsort(turn, kind="stable")][:count]
+    return drawn
 
 
 def draw_grad_cam(
