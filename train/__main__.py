@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -51,7 +52,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    _open_standard_streams()
     options = parser().parse_intermixed_args(arguments)
+    for flag in ("fallback", "extend"):
+        if getattr(options, flag) and not options.resume:
+            return _fail(f"--{flag} goes with --resume")
+    if options.find_lr and options.resume:
+        return _fail("--find-lr cannot resume; it is over in one go")
     try:
         config = load_config(options.config, options.overrides)
     except ConfigError as error:
@@ -59,7 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.print_config:
         print(to_yaml(config), end="")
         return 0
-    return _run(options, config)
+    try:
+        return _run(options, config)
+    except KeyboardInterrupt:  # while torch was imported
+        return 130
 
 
 def _run(options: argparse.Namespace, config: Config) -> int:
@@ -68,7 +78,7 @@ def _run(options: argparse.Namespace, config: Config) -> int:
     from train.fit import find_only, fit
     from train.record import Log, default_run_dir
 
-    log = Log()
+    log = Log(quiet=os.environ.get("RANK", "0") != "0")
     with explained(config, log) as outcome:
         name = f"{Path(options.config).stem}-lr" if options.find_lr else options.config
         folder = Path(config.run.dir).expanduser() if config.run.dir else default_run_dir(name, options.resume)
@@ -96,8 +106,19 @@ def _draw_range_test(folder: Path) -> None:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes of this machine read the same
+        print(f"error: {message}", file=sys.stderr)
     return USAGE
+
+
+def _open_standard_streams() -> None:
+    """Where a standard stream is closed (`>&-`), put the null device there: the next file opened would get its number,
+    and whatever a library prints would go into that file."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
 
 
 if __name__ == "__main__":

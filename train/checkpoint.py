@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,10 @@ _COMMENT = len(_MARK) + 64  # the digest in hexadecimal
 
 class CheckpointError(Exception):
     """A checkpoint that cannot be used: one line naming the file, what is wrong and the remedy."""
+
+
+class WriteError(OSError):
+    """A file that cannot be written; the one before it is intact. `filename` names it."""
 
 
 def seal(content: bytes) -> bytes:
@@ -55,7 +61,7 @@ def fsync_folder(folder: Path) -> None:
 def write_atomic(path: Path, content: bytes, keep_previous: Path | None = None) -> None:
     """Replace `path` by `content` so that at every moment it is whole: the old file or the new one.
 
-    With `keep_previous`, what `path` held before stays under that name.
+    With `keep_previous`, what `path` held before stays under that name. Raises WriteError.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -64,15 +70,31 @@ def write_atomic(path: Path, content: bytes, keep_previous: Path | None = None) 
             file.flush()
             os.fsync(file.fileno())
         if keep_previous is not None and path.exists():
-            link = keep_previous.with_name(f".{keep_previous.name}.{os.getpid()}.tmp")
-            link.unlink(missing_ok=True)
-            os.link(path, link)  # a second name, so that `path` itself is never missing
-            link.replace(keep_previous)
+            _keep(path, keep_previous)
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        fsync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise WriteError(error.errno, error.strerror or str(error), str(path)) from error
         raise
-    fsync_folder(path.parent)
+
+
+def _keep(path: Path, keep_previous: Path) -> None:
+    """Give `path` a second name, so that it is never missing itself."""
+    link = keep_previous.with_name(f".{keep_previous.name}.{os.getpid()}.tmp")
+    try:
+        link.unlink(missing_ok=True)
+        try:
+            os.link(path, link)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, link)
+        link.replace(keep_previous)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            link.unlink(missing_ok=True)
+        raise
 
 
 def remove_stale(folder: Path) -> None:
@@ -109,7 +131,7 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         state = torch.load(io.BytesIO(unseal(content)), map_location=map_location, weights_only=True)
     except ValueError as error:
         raise CheckpointError(f"{path}: not usable, {error}{_other(path)}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, KeyError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path}: refused, it does not hold plain tensors and numbers: {reason}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:

@@ -276,10 +276,23 @@ def _check_tree(tree: Any) -> dict[str, dict[str, Any]]:
     return tree
 
 
+# known without reading the data, so that a wrong batch size is refused before torch is imported or anything downloaded
+TRAINING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "digits": 1442}
+
+
 def _check_together(config: Config) -> None:
     """What only two keys together can get wrong."""
     checkpoint_interval(config.run.checkpoint_every)
     schedule, train, optim = config.schedule, config.train, config.optim
+    images = TRAINING_IMAGES.get(config.data.name, config.data.synthetic_count)
+    if train.batch_size > images:
+        raise ConfigError(
+            f"train.batch_size: {train.batch_size} is more than the {images} training images of {config.data.name}"
+        )
+    if config.data.synthetic_size % 8:
+        raise ConfigError(
+            f"data.synthetic_size: {config.data.synthetic_size} is no multiple of 8, as the network halves images three times"
+        )
     if schedule.peak_epoch > train.epochs:
         raise ConfigError(
             f"schedule.peak_epoch: {schedule.peak_epoch:g} lies after the end of the training "

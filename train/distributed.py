@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-TIMEOUT = timedelta(seconds=float(os.environ.get("TRAIN_DISTRIBUTED_TIMEOUT", "1800")))
+TIMEOUT_VARIABLE = "TRAIN_DISTRIBUTED_TIMEOUT"
+TIMEOUT_SECONDS = 1800.0  # the others wait as long for the first process's download
+
+T = TypeVar("T")
+
+
+class GroupError(Exception):
+    """The processes cannot work together: one line with the cause and the remedy."""
+
+
+class OtherProcessFailed(Exception):
+    """Another process failed, and says why itself; this one ends with it."""
 
 
 @dataclass(frozen=True)
@@ -26,27 +38,52 @@ class Group:
     def first(self) -> bool:
         return self.rank == 0
 
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, in the order of their ranks (pickled: for small plain ones)."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     @contextmanager
-    def first_does_it(self) -> Iterator[None]:
-        """The first process runs the block (a download) while the others wait, then they run it on what it left."""
-        if not self.first:
-            self.barrier()
-        yield
-        if self.first:
-            self.barrier()
+    def together(self) -> Iterator[None]:
+        """Every process runs the block, and waits for the others at its end. Where it raised on some, all of them stop:
+        the first of these raises its error, the others OtherProcessFailed."""
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            if self.world_size == 1:
+                raise
+            failure = error
+        failed = self.gather(failure is not None)
+        if not any(failed):
+            return
+        if failure is not None and failed.index(True) == self.rank:
+            raise failure
+        raise OtherProcessFailed(f"process {failed.index(True)} failed")
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` gives on the first process, on all of them; its error too."""
+        value: list[Any] = [None]
+        with self.together():
+            if self.first:
+                value[0] = make()
+        if self.world_size > 1:
+            dist.broadcast_object_list(value, 0)
+        return value[0]  # type: ignore[no-any-return]
+
+    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+        """For each flag, whether it is set on any process: all of them get the same answer."""
+        if self.world_size == 1:
+            return list(flags)
+        total = torch.tensor([int(flag) for flag in flags])
+        dist.all_reduce(total, op=dist.ReduceOp.MAX)
+        return [bool(value) for value in total.tolist()]
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process: all of them get the same answer."""
-        if self.world_size == 1:
-            return flag
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        total = torch.tensor([int(flag)], device=device)
-        dist.all_reduce(total, op=dist.ReduceOp.MAX)
-        return bool(total.item())
+        return self.any_of([flag])[0]
 
 
 def from_environment() -> Group:
@@ -57,14 +94,46 @@ def from_environment() -> Group:
     return Group(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", env["RANK"])))
 
 
+def under_torchrun() -> bool:
+    """Whether torchrun started this process, and passes on the signals that it gets."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _timeout() -> timedelta:
+    text = os.environ.get(TIMEOUT_VARIABLE, str(TIMEOUT_SECONDS))
+    try:
+        seconds = float(text)
+        if not 0 < seconds < 1e8:
+            raise ValueError
+    except ValueError:
+        raise GroupError(f"{TIMEOUT_VARIABLE}={text}: expected a number of seconds above 0") from None
+    return timedelta(seconds=seconds)
+
+
 @contextmanager
-def process_group(group: Group, device_type: str) -> Iterator[None]:
-    """The group's connection, for as long as the block runs."""
+def process_group(group: Group, device: str) -> Iterator[None]:
+    """The group's connection, for as long as the block runs. `device` is train.device.
+
+    Tensors on a GPU go over NCCL; flags and objects go over gloo from the host, and make no GPU wait.
+    """
     if group.world_size == 1:
         yield
         return
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=TIMEOUT)
+    cuda = device in ("auto", "cuda") and torch.cuda.is_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_timeout())
+    whole = False
     try:
         yield
+        whole = True
     finally:
-        dist.destroy_process_group()
+        # closing NCCL waits for what is under way, which a lost process would never answer; the exit closes it too
+        if whole or not cuda:
+            dist.destroy_process_group()
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether the error says that another process went away or does not answer."""
+    if isinstance(error, getattr(dist, "DistError", ())):
+        return True
+    words = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "process group")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -39,31 +39,24 @@ class Evaluation:
 
 
 def evaluate(
-    step: nn.Module, loader: Iterable[tuple[Tensor, Tensor, Tensor]], *, keep_logits: bool = False
+    step: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor, Tensor]],
+    *,
+    keep_logits: bool = False,
+    after_batch: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Run `step` (EvalStep) over batches (images, labels, valid); rows that are not `valid` are padding and count nothing.
 
     Totals stay on the device until the end, and are summed over the processes where torch.distributed runs. The network
-    is put into eval mode and given back in the mode it had.
+    is put into eval mode and given back in the mode it had. `after_batch(done)` runs on the host after each batch, and
+    may raise to end the evaluation.
     """
     was_training = step.training
     step.eval()
-    totals: Tensor | None = None
-    kept: list[tuple[Tensor, Tensor]] = []
-    with torch.no_grad():
-        for images, labels, valid in loader:
-            logits = step(images)
-            views = logits if logits.ndim == 3 else logits[None]  # (views, N, C)
-            losses = torch.stack([F.cross_entropy(view, labels, reduction="none") for view in views])
-            hits = (views.argmax(2) == labels) & valid
-            # a padded row may hold anything, so it is selected away, not multiplied by zero
-            batch = torch.stack([torch.where(valid, losses, 0.0).sum(1), hits.sum(1)])
-            count = valid.sum().expand(1, batch.shape[1])
-            batch = torch.cat([batch, count]).to(torch.float32 if batch.device.type == "mps" else torch.float64)
-            totals = batch if totals is None else totals + batch
-            if keep_logits:
-                kept.append((views[0][valid].cpu(), labels[valid].cpu()))
-    step.train(was_training)
+    try:
+        totals, kept = _totals(step, loader, keep_logits, after_batch)
+    finally:
+        step.train(was_training)
     if totals is None:
         raise ValueError("nothing to evaluate: the loader gave no batch")
     if dist.is_available() and dist.is_initialized():
@@ -75,3 +68,30 @@ def evaluate(
         logits=torch.cat([logits for logits, _ in kept]) if kept else None,
         labels=torch.cat([labels for _, labels in kept]) if kept else None,
     )
+
+
+def _totals(
+    step: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor, Tensor]],
+    keep_logits: bool,
+    after_batch: Callable[[int], None] | None,
+) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
+    """Sums of (loss, correct, count), a column a view, and (logits, labels) of every batch where they are kept."""
+    totals: Tensor | None = None
+    kept: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad():
+        for done, (images, labels, valid) in enumerate(loader, 1):
+            logits = step(images)
+            views = logits if logits.ndim == 3 else logits[None]  # (views, N, C)
+            losses = torch.stack([F.cross_entropy(view, labels, reduction="none") for view in views])
+            hits = (views.argmax(2) == labels) & valid
+            # a padded row may hold anything, so it is selected away, not multiplied by zero
+            batch = torch.stack([torch.where(valid, losses, 0.0).sum(1), hits.sum(1)])
+            count = valid.sum().expand(1, batch.shape[1])
+            batch = torch.cat([batch, count]).to(torch.float32 if batch.device.type == "mps" else torch.float64)
+            totals = batch if totals is None else totals + batch
+            if keep_logits:
+                kept.append((views[0][valid].cpu(), labels[valid].cpu()))
+            if after_batch is not None:
+                after_batch(done)
+    return totals, kept

@@ -6,17 +6,18 @@ import importlib.util
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dali_pipeline.datasets import Dataset
 from dali_pipeline.datasets import load as load_dataset
 from dali_pipeline.loader import BackendChoice, choose_backend
-from train.checkpoint import CheckpointError, load_checkpoint
+from train.checkpoint import CheckpointError, load_checkpoint, write_atomic
 from train.config import Config, ConfigError, to_dict, to_yaml
-from train.distributed import Group, from_environment, process_group
+from train.distributed import Group, from_environment, process_group, under_torchrun
 from train.estimate import LongRunNotice
-from train.loop import Position, Run, Times, restore
+from train.loop import RESUMED, Position, Run, Times, machine, restore
 from train.lr_finder import range_test, suggest
 from train.optim import OneCycle
 from train.progress import duration
@@ -58,26 +59,33 @@ class Setup:
         self.backend: BackendChoice = choose_backend(config.data.backend, self.runtime.device)
         for note in self.runtime.notes:
             log(note)
-        log(f"pipeline: {self.backend.name} ({self.backend.reason})")
+        fallback = config.data.backend == "auto" and self.backend.name != "dali"
+        log(f"{'WARNING: ' if fallback else ''}pipeline: {self.backend.name} ({self.backend.reason})")
 
     def load_data(self) -> Dataset:
-        data = self.config.data
-        with self.group.first_does_it():
-            dataset = load_dataset(
-                data.name,
-                Path(data.root),
-                download=data.download and self.group.first,
-                progress=not self.log.quiet,
-                synthetic_size=data.synthetic_size,
-                synthetic_classes=data.synthetic_classes,
-                synthetic_count=data.synthetic_count,
-            )
-        self._check_fit(dataset)
+        # the first process downloads what is missing, the others wait and then read it
+        with self.group.together():
+            dataset = self._load(self.config.data.download) if self.group.first else None
+        with self.group.together():
+            dataset = dataset or self._load(download=False)
+            self._check_fit(dataset)
         self.log(
             f"data: {dataset.name}, {len(dataset.train):,} training and {len(dataset.test):,} test images of "
             f"{dataset.train.height} x {dataset.train.width}, {dataset.num_classes} classes ({dataset.source})"
         )
         return dataset
+
+    def _load(self, download: bool) -> Dataset:
+        data = self.config.data
+        return load_dataset(
+            data.name,
+            Path(data.root).expanduser(),
+            download=download,
+            progress=not self.log.quiet,
+            synthetic_size=data.synthetic_size,
+            synthetic_classes=data.synthetic_classes,
+            synthetic_count=data.synthetic_count,
+        )
 
     def _check_fit(self, dataset: Dataset) -> None:
         train, world = self.config.train, self.group.world_size
@@ -111,15 +119,21 @@ class Setup:
             return
         self.log(f"compiling the training and the evaluation step (mode {mode}) ...")
         begun = time.perf_counter()
+        reason = None
         with self.times.on("compile", self.runtime.device):
-            try:
-                trainer.warm_up()
-            except Exception as error:
-                if self.config.train.compile != "auto" or not _is_compile_failure(error):
-                    raise
-                reason = str(error).strip().splitlines()[0]
-                self.log(f"WARNING: torch.compile failed, training goes on uncompiled and slower: {reason}")
+            with self.group.together():
+                try:
+                    trainer.warm_up()
+                except Exception as error:
+                    if self.config.train.compile != "auto" or not _is_compile_failure(error):
+                        raise
+                    reason = str(error).strip().splitlines()[0]
+            failures = [found for found in self.group.gather(reason) if found is not None]
+            if failures:
+                note = f"compile: off (torch.compile failed, training goes on uncompiled and slower: {failures[0]})"
+                self.log(f"WARNING: {note}")
                 trainer.compiled_off()
+                self.runtime = replace(self.runtime, compile_mode=None, notes=(*self.runtime.notes, note))
                 return
         self.log(f"compiled in {duration(time.perf_counter() - begun)}")
 
@@ -190,13 +204,19 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return changed
 
 
-def _load_for_resume(path: Path, config: Config, fallback: bool, extend: bool) -> dict[str, Any]:
+def _load_for_resume(path: Path, config: Config, fallback: bool, extend: bool, log: Log) -> dict[str, Any]:
+    last, previous = path / "last.pt", path / "previous.pt"
     try:
-        state = load_checkpoint(path / "last.pt")
-    except CheckpointError:
+        state = load_checkpoint(last)
+    except CheckpointError as error:
         if not fallback:
-            raise
-        state = load_checkpoint(path / "previous.pt")
+            hint = "; --fallback continues from previous.pt" if previous.exists() else ""
+            raise CheckpointError(f"{error}{hint}") from None
+        state = load_checkpoint(previous)
+        log(f"WARNING: {error}; continuing from {previous}")
+    missing = [key for key in RESUMED if key not in state]
+    if missing:
+        raise CheckpointError(f"{path}: the checkpoint is no training state, it lacks {', '.join(missing)}")
     old, new = state["config"], to_dict(config)
     longer = config.train.epochs > old["train"]["epochs"]
     if extend and longer:
@@ -208,9 +228,35 @@ def _load_for_resume(path: Path, config: Config, fallback: bool, extend: bool) -
             f"{path}: --resume continues the recipe that the run began with, but these keys differ: "
             f"{'; '.join(changed)}. Leave them as they were, or start a new run{hint}"
         )
-    # the rates that were found are part of the recipe now
-    config.schedule.lr_max, config.schedule.lr_min = state["lr_max"], state["lr_min"]
     return state
+
+
+def _restore_last(path: Path) -> None:
+    """Where last.pt is damaged, put previous.pt in its place, lest the next save keep the damaged one as previous.pt."""
+    try:
+        load_checkpoint(path / "last.pt")
+    except CheckpointError:
+        write_atomic(path / "last.pt", (path / "previous.pt").read_bytes())
+
+
+def _check_same_data(state: dict[str, Any], dataset: Dataset) -> None:
+    """data.root may change, what lies there may not."""
+    now = {"mean": list(dataset.mean), "std": list(dataset.std), "class_names": list(dataset.class_names)}
+    for name, value in now.items():
+        if state[name] != value:
+            raise ConfigError(
+                f"data.root: the {dataset.name} found now is not what the run was trained on: {name} was {state[name]}, "
+                f"is {value} ({dataset.source})"
+            )
+
+
+def _note_changes(state: dict[str, Any], trainer: Trainer, log: Log) -> None:
+    old, new = state.get("machine", {}), machine(trainer)
+    changed = [f"{key} {old[key]} -> {value}" for key, value in new.items() if key in old and old[key] != value]
+    if changed:
+        log(
+            f"WARNING: resumed under other conditions, the results will differ by rounding or more: {', '.join(changed)}"
+        )
 
 
 def fit(
@@ -233,31 +279,42 @@ def fit(
     group = from_environment()
     log = log or Log(quiet=not group.first)
     times = Times()
-    signals = SignalWatch()
+    signals = SignalWatch(repeats=under_torchrun(), announce=group.first)
     with ExitStack() as stack:
         stack.enter_context(signals.watching())
         begun = time.perf_counter()
-        setup = Setup(config, log, times, group)
-        stack.enter_context(process_group(group, setup.runtime.device.type))
-        folder = None
-        if run_dir is not None and group.first:
-            folder = RunFolder(run_dir, resume=resume, overwrite=overwrite)
-            stack.callback(folder.close)
-        group.barrier()
-        state = None
+        stack.enter_context(process_group(group, config.train.device))
+        with group.together():
+            setup = Setup(config, log, times, group)
+        folder, state = None, None
+        with group.together():
+            if run_dir is not None and group.first:
+                folder = RunFolder(run_dir, resume=resume, overwrite=overwrite)
+                stack.callback(folder.close)
         if resume:
             assert run_dir is not None, "resuming needs the folder that holds last.pt"
-            state = _load_for_resume(run_dir, config, fallback, extend)
+            state = group.from_first(lambda: _load_for_resume(run_dir, config, fallback, extend, log))
+            # the rates that were found are part of the recipe now
+            config.schedule.lr_max, config.schedule.lr_min = state["lr_max"], state["lr_min"]
         dataset = setup.load_data()
-        trainer = setup.build(dataset)
+        with group.together():
+            if state is not None:
+                _check_same_data(state, dataset)
+            trainer = setup.build(dataset)
         stack.callback(trainer.close)
         times.set_up += time.perf_counter() - begun
         setup.warm_up(trainer)
 
         notice = LongRunNotice(trainer.total_steps, config, setup.runtime, log)
         position = Position()
+        if folder is not None and overwrite:
+            folder.start_over()
         if state is not None:
-            position = restore(trainer, state, times)
+            with group.together():
+                position = restore(trainer, state, times)
+            _note_changes(state, trainer, log)
+            if folder is not None and fallback:
+                _restore_last(folder.path)
             log(f"resumed from {run_dir} at epoch {position.epoch}, step {position.step}")
         elif "find" in (config.schedule.lr_max, config.schedule.lr_min):
             lr_max, lr_min = find_rates(setup, trainer, folder, notice)
@@ -271,9 +328,10 @@ def fit(
             config.schedule.peak_epoch * trainer.steps_per_epoch,
             trainer.total_steps,
         )
-        if folder is not None:
-            folder.write_text("config.yaml", to_yaml(config))
-            folder.write_json("environment.json", environment(setup, dataset))
+        with group.together():
+            if folder is not None:
+                folder.write_text("config.yaml", to_yaml(config))
+                folder.write_json("environment.json", environment(setup, dataset))
         run = Run(trainer, schedule, folder, log, times, position, signals, notice)
         run.train()
         summary, lines = summary_lines(run, run_dir)
@@ -298,16 +356,22 @@ def find_only(
     times = Times()
     config.schedule.lr_max = config.schedule.lr_min = "find"
     with ExitStack() as stack:
-        setup = Setup(config, log, times, group)
-        stack.enter_context(process_group(group, setup.runtime.device.type))
+        stack.enter_context(SignalWatch(repeats=under_torchrun()).watching())
+        stack.enter_context(process_group(group, config.train.device))
+        with group.together():
+            setup = Setup(config, log, times, group)
         folder = None
-        if group.first:
-            folder = RunFolder(run_dir, overwrite=overwrite)
-            stack.callback(folder.close)
+        with group.together():
+            if group.first:
+                folder = RunFolder(run_dir, overwrite=overwrite)
+                stack.callback(folder.close)
         dataset = setup.load_data()
-        trainer = setup.build(dataset)
+        with group.together():
+            trainer = setup.build(dataset)
         stack.callback(trainer.close)
         setup.warm_up(trainer)
+        if folder is not None and overwrite:
+            folder.start_over()
         notice = LongRunNotice(config.schedule.find_steps, config, setup.runtime, log)
         rates = find_rates(setup, trainer, folder, notice)
         if folder is not None and on_range_test is not None:

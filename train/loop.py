@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from train.checkpoint import save_checkpoint
 from train.config import checkpoint_interval, to_dict
@@ -23,7 +21,14 @@ from train.record import Log, RunFolder
 from train.signals import Interrupted, SignalWatch
 from train.trainer import Trainer
 
-STEPS_BETWEEN_QUESTIONS = 20  # between processes: may we stop, may we save
+STEPS_BETWEEN_QUESTIONS = 20  # on GPUs, between processes: may we stop, may we save, is the loss still a number
+_AFTER_NON_FINITE = (
+    "the checkpoint before it is kept. Lower schedule.lr_max, or use train.precision=fp32 where it is not already"
+)
+
+
+class _StopAsked(Exception):
+    """A signal came during the evaluation, which can be had again."""
 
 
 @dataclass
@@ -61,6 +66,24 @@ class Position:
     metrics: list[dict[str, Any]] = field(default_factory=list)
 
 
+POSITION = tuple(f.name for f in fields(Position))
+# what a checkpoint must hold to be resumed from
+RESUMED = (
+    "model",
+    "ema",
+    "optimizer",
+    "scaler",
+    *POSITION,
+    "times",
+    "lr_max",
+    "lr_min",
+    "config",
+    "class_names",
+    "mean",
+    "std",
+)
+
+
 def checkpoint_state(trainer: Trainer, schedule: OneCycle, position: Position, times: Times) -> dict[str, Any]:
     """The content of a checkpoint: the trainer's state, the position, and what an analysis needs to know."""
     dataset = trainer.dataset
@@ -79,6 +102,7 @@ def checkpoint_state(trainer: Trainer, schedule: OneCycle, position: Position, t
         "lr_min": schedule.lr_min,
         "steps_per_epoch": trainer.steps_per_epoch,
         "times": vars(times).copy(),
+        "machine": machine(trainer),
         "config": to_dict(trainer.config),
         "data_name": dataset.name,
         "class_names": list(dataset.class_names),
@@ -90,13 +114,25 @@ def checkpoint_state(trainer: Trainer, schedule: OneCycle, position: Position, t
     }
 
 
+def machine(trainer: Trainer) -> dict[str, Any]:
+    """What changes the results of a run, if only by rounding, and is no key of the recipe."""
+    runtime = trainer.runtime
+    return {
+        "device": runtime.device.type,
+        "precision": runtime.precision,
+        "compile": runtime.compile_mode or "off",
+        "channels_last": runtime.channels_last,
+        "processes": trainer.group.world_size,
+        "torch": str(torch.__version__),
+    }
+
+
 def restore(trainer: Trainer, state: dict[str, Any], times: Times) -> Position:
     """Put trainer and times where a checkpoint left them."""
     trainer.load_state(state)
     for name, seconds in state["times"].items():
         setattr(times, name, getattr(times, name) + seconds)
-    names = ("epoch", "step", "step_losses", "step_correct", "seconds", "best_accuracy", "best_epoch", "metrics")
-    return Position(**{name: state[name] for name in names})
+    return Position(**{name: state[name] for name in POSITION})
 
 
 class Run:
@@ -117,6 +153,7 @@ class Run:
         self.times, self.position, self.signals, self.notice = times, position, signals, notice
         self.every_steps, self.every_seconds = checkpoint_interval(trainer.config.run.checkpoint_every)
         self.last_save = time.perf_counter()
+        self.failure: NonFiniteLoss | None = None  # noticed, and not yet told to the other processes
         self.writer: Any = None
         if trainer.config.run.tensorboard and folder is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -125,74 +162,129 @@ class Run:
 
     def train(self) -> None:
         """All epochs that are left."""
-        while self.position.epoch < self.trainer.config.train.epochs:
-            self._epoch()
+        with self.signals.deferring():
+            if self.position.epoch == 0 and self.position.step == 0:
+                self.save()  # a run can be resumed from the start, and a full disk shows before the first step
+            elif self.folder is not None:
+                self.folder.write_metrics(self.position.metrics)  # a kill may have come between last.pt and this file
+            while self.position.epoch < self.trainer.config.train.epochs:
+                self._epoch()
         if self.writer is not None:
             self.writer.close()
 
     def _epoch(self) -> None:
         trainer, position, config = self.trainer, self.position, self.trainer.config
-        steps, device = trainer.steps_per_epoch, trainer.runtime.device
+        steps, device, processes = trainer.steps_per_epoch, trainer.runtime.device, trainer.group.world_size
         meter = StepMeter(position.epoch, steps, device)
-        if position.step:
-            meter.losses[: position.step] = torch.tensor(position.step_losses, device=device)
-            if trainer.group.first:  # the saved counts are those of all processes together
-                meter.correct[: position.step] = torch.tensor(position.step_correct, device=device)
+        start, saved = position.step, (position.step_losses, position.step_correct)
+        if start:
+            meter.losses[:start] = torch.tensor(saved[0], device=device)
+            # saved are the counts of all processes together; the display shows this one's share
+            meter.correct[:start] = torch.tensor(saved[1], device=device) // processes
         title = f"epoch {position.epoch + 1}/{config.train.epochs}"
-        display = EpochDisplay(self.log, title, steps, position.step, config.train.batch_size)
+        display = EpochDisplay(self.log, title, steps, start, config.train.batch_size, processes)
         begun, before = time.perf_counter(), position.seconds
 
         def after_step(done: int) -> None:
-            if meter.poll(done):
-                display.update(done, meter)
+            with self._noting_failure():
+                if meter.poll(done):
+                    display.update(done, meter)
             self.notice.step()
-            self._maybe_stop_or_save(done, meter, before + time.perf_counter() - begun)
+            self._maybe_stop_or_save(done, meter, before + time.perf_counter() - begun, saved)
 
         try:
-            with self.times.on("training", device), self._naming_the_images():
-                trainer.train_epoch(position.epoch, self.schedule, meter, position.step, after_step)
-                self._over_ranks(meter.losses, meter.correct)
-                meter.seen = 0  # the totals over all processes are new to the host
-                meter.finish(steps)
+            with self.times.on("training", device):
+                trainer.train_epoch(position.epoch, self.schedule, meter, start, after_step)
+                losses, correct = self._totals(meter, steps, saved)
         finally:
             display.close()
         seconds = before + time.perf_counter() - begun
         eval_begun = time.perf_counter()
-        with self.times.on("evaluation", device):
-            plain, ema = trainer.evaluate()
-        self._finish_epoch(meter, seconds, time.perf_counter() - eval_begun, plain, ema)
+        try:
+            with self.times.on("evaluation", device):
+                plain, ema = trainer.evaluate(self._stop_in_evaluation)
+        except _StopAsked:
+            self._save_inside(steps, losses, correct, seconds)
+            raise self._interrupted() from None
+        self._finish_epoch(losses, correct, seconds, time.perf_counter() - eval_begun, plain, ema)
 
     @contextmanager
-    def _naming_the_images(self) -> Iterator[None]:
-        """Add to a NonFiniteLoss which images the step had: the plan knows them."""
+    def _noting_failure(self) -> Iterator[None]:
+        """One process alone raises NonFiniteLoss at once; several tell each other first, so that none waits for it."""
         try:
             yield
         except NonFiniteLoss as error:
-            images = self.trainer.train_loader.plan(error.epoch, error.step).indices.tolist()
-            shown = ", ".join(map(str, images[:8])) + (f" ... {images[-1]}" if len(images) > 8 else "")
-            rate = self.schedule(error.epoch * self.trainer.steps_per_epoch + error.step)
-            error.args = (
-                f"{error} (learning rate {rate:.3g}, training images {shown}); the checkpoint before it is kept. "
-                "Lower schedule.lr_max, or use train.precision=fp32",
-            )
-            raise
+            if self.failure is None:
+                self.failure = self._naming_the_images(error)
+            if self.trainer.group.world_size == 1:
+                raise self.failure from None
 
-    def _over_ranks(self, losses: Tensor, correct: Tensor) -> None:
-        """In place: the mean of the losses and the sum of the correct predictions over all processes."""
-        if self.trainer.group.world_size > 1:
+    def _naming_the_images(self, error: NonFiniteLoss) -> NonFiniteLoss:
+        """Add which images the step had: the plan knows them."""
+        images = self.trainer.train_loader.plan(error.epoch, error.step).indices.tolist()
+        shown = ", ".join(map(str, images[:8])) + (f" ... {images[-1]}" if len(images) > 8 else "")
+        rate = self.schedule(error.epoch * self.trainer.steps_per_epoch + error.step)
+        error.args = (f"{error} (learning rate {rate:.3g}, training images {shown}); {_AFTER_NON_FINITE}",)
+        return error
+
+    def _raise_shared(self, noticed: bool) -> None:
+        """With `noticed`, some process has a NonFiniteLoss: the first one's is raised on all of them."""
+        if noticed:
+            mine = self.failure and (self.failure.epoch, self.failure.step, self.failure.loss, str(self.failure))
+            epoch, step, loss, text = next(found for found in self.trainer.group.gather(mine) if found)
+            error = NonFiniteLoss(epoch, step, loss)
+            error.args = (text,)
+            raise error
+
+    def _interrupted(self) -> Interrupted:
+        """By a signal that came to this process, or to another one."""
+        received = [number for number in self.trainer.group.gather(self.signals.received) if number is not None]
+        return Interrupted(received[0], saved=self.folder is not None)
+
+    def _asking(self, done: int) -> bool:
+        """Whether the processes ask each other now; on GPUs, whose steps are short, every few steps."""
+        alone = self.trainer.group.world_size == 1
+        return alone or self.trainer.runtime.device.type == "cpu" or done % STEPS_BETWEEN_QUESTIONS == 0
+
+    def _stop_in_evaluation(self, done: int) -> None:
+        if self._asking(done) and self.trainer.group.any(self.signals.received is not None):
+            raise _StopAsked
+
+    def _totals(
+        self, meter: StepMeter, done: int, saved: tuple[list[float], list[int]]
+    ) -> tuple[list[float], list[int]]:
+        """Of the first `done` steps: the mean loss and the number of correct predictions over all processes."""
+        group = self.trainer.group
+        with self._noting_failure():
+            meter.finish(done)
+        self._raise_shared(group.any(self.failure is not None))
+        losses, correct = meter.losses[:done].clone(), meter.correct[:done].clone()
+        if group.world_size > 1:
             torch.distributed.all_reduce(losses)
-            losses /= self.trainer.group.world_size
+            losses /= group.world_size
             torch.distributed.all_reduce(correct)
+        start = len(saved[0])
+        return saved[0] + losses[start:].tolist(), saved[1] + correct[start:].tolist()
 
     def _finish_epoch(
-        self, meter: StepMeter, seconds: float, eval_seconds: float, plain: Evaluation, ema: Evaluation | None
+        self,
+        losses: list[float],
+        correct: list[int],
+        seconds: float,
+        eval_seconds: float,
+        plain: Evaluation,
+        ema: Evaluation | None,
     ) -> None:
         trainer, position, config = self.trainer, self.position, self.trainer.config
-        train_loss, train_accuracy = meter.means(config.train.batch_size)
         images = trainer.steps_per_epoch * config.train.batch_size
+        train_loss, train_accuracy = math.fsum(losses) / len(losses), 100 * sum(correct) / images
+        score = plain.plain
+        if not math.isfinite(score.loss):
+            error = NonFiniteLoss(position.epoch, trainer.steps_per_epoch - 1, score.loss)
+            error.args = (f"test loss {score.loss} after epoch {position.epoch + 1}; {_AFTER_NON_FINITE}",)
+            raise error
         position.epoch += 1
         position.step, position.step_losses, position.step_correct, position.seconds = 0, [], [], 0.0
-        score = plain.plain
         record: dict[str, Any] = {
             "epoch": position.epoch,
             "lr": self.schedule(position.epoch * trainer.steps_per_epoch - 1),
@@ -223,8 +315,6 @@ class Run:
         better = score.accuracy > position.best_accuracy
         if better:
             position.best_accuracy, position.best_epoch = score.accuracy, position.epoch
-        if not math.isfinite(score.loss):
-            raise NonFiniteLoss(position.epoch - 1, trainer.steps_per_epoch - 1, score.loss)
         if self.writer is not None:
             for name, value in record.items():
                 if name != "epoch":
@@ -232,41 +322,50 @@ class Run:
             self.writer.flush()
         self.save(best=better)
         if self.trainer.group.any(self.signals.received is not None):
-            raise Interrupted(self.signals.received or signal.SIGTERM)
+            raise self._interrupted()
 
     def save(self, best: bool = False) -> None:
-        """Write last.pt (and best.pt), and metrics.jsonl to match."""
+        """Write last.pt (and best.pt), and metrics.jsonl to match. Raises NonFiniteLoss rather than save such weights."""
         self.last_save = time.perf_counter()
-        if self.folder is None:
-            return
-        state = checkpoint_state(self.trainer, self.schedule, self.position, self.times)
-        path = self.folder.path
-        save_checkpoint(path / "last.pt", state, keep_previous=path / "previous.pt")
-        if best:
-            save_checkpoint(path / "best.pt", state)
-        self.folder.write_metrics(self.position.metrics)
+        with self.trainer.group.together():
+            if self.folder is not None:
+                self._write(self.folder, best)
 
-    def _maybe_stop_or_save(self, done: int, meter: StepMeter, seconds: float) -> None:
-        group = self.trainer.group
+    def _write(self, folder: RunFolder, best: bool) -> None:
+        position = self.position
+        if not self.trainer.finite():
+            error = NonFiniteLoss(position.epoch, max(position.step - 1, 0), math.nan)
+            where = f"epoch {position.epoch + 1}, step {position.step}" if position.step else f"epoch {position.epoch}"
+            error.args = (f"weights or batch-norm statistics are not finite after {where}; {_AFTER_NON_FINITE}",)
+            raise error
+        state = checkpoint_state(self.trainer, self.schedule, position, self.times)
+        if best:  # before last.pt: after a kill between the two, the resumed run writes it again
+            save_checkpoint(folder.path / "best.pt", state)
+        save_checkpoint(folder.path / "last.pt", state, keep_previous=folder.path / "previous.pt")
+        folder.write_metrics(position.metrics)
+
+    def _maybe_stop_or_save(
+        self, done: int, meter: StepMeter, seconds: float, saved: tuple[list[float], list[int]]
+    ) -> None:
         due = self.every_steps is not None and done % self.every_steps == 0
         stop = False
-        # several processes must agree on the step at which they save or stop: they ask each other now and then
-        if group.world_size == 1 or done % STEPS_BETWEEN_QUESTIONS == 0:
-            stop = group.any(self.signals.received is not None)
-            if self.every_seconds is not None:
-                due = due or group.any(time.perf_counter() - self.last_save >= self.every_seconds)
+        if self._asking(done):
+            late = self.every_seconds is not None and time.perf_counter() - self.last_save >= self.every_seconds
+            flags = (self.signals.received is not None, late, self.failure is not None)
+            stop, late, failed = self.trainer.group.any_of(flags)
+            self._raise_shared(failed)
+            due = due or late
         if done == self.trainer.steps_per_epoch:
-            return  # the epoch's end saves and stops by itself
+            return  # the evaluation comes next, and stops by itself
         if due or stop:
-            self._save_inside(done, meter, seconds)
+            self._save_inside(done, *self._totals(meter, done, saved), seconds)
         if stop:
-            raise Interrupted(self.signals.received or signal.SIGTERM)
+            raise self._interrupted()
 
-    def _save_inside(self, done: int, meter: StepMeter, seconds: float) -> None:
-        meter.finish(done)
-        losses, correct = meter.losses[:done].clone(), meter.correct[:done].clone()
-        self._over_ranks(losses, correct)
+    def _save_inside(self, done: int, losses: list[float], correct: list[int], seconds: float) -> None:
+        """Save within an epoch: after `done` of its steps, or after all of them and before the evaluation."""
+        self.trainer.average_statistics()
         position = self.position
         position.step, position.seconds = done, seconds
-        position.step_losses, position.step_correct = losses.tolist(), correct.tolist()
+        position.step_losses, position.step_correct = losses, correct
         self.save()

@@ -93,9 +93,16 @@ class EpochDisplay:
     """A progress bar on a terminal; elsewhere a plain line every `line_seconds`, so that a log file stays readable."""
 
     def __init__(
-        self, log: Log, title: str, steps: int, start: int, batch_size: int, line_seconds: float = 30.0
+        self,
+        log: Log,
+        title: str,
+        steps: int,
+        start: int,
+        batch_size: int,
+        processes: int = 1,
+        line_seconds: float = 30.0,
     ) -> None:
-        self.log, self.title, self.steps, self.batch_size = log, title, steps, batch_size
+        self.log, self.title, self.steps, self.batch_size, self.processes = log, title, steps, batch_size, processes
         self.start, self.begun, self.line_seconds = start, time.perf_counter(), line_seconds
         self.next_line = self.begun + line_seconds
         self.bar = None
@@ -106,11 +113,14 @@ class EpochDisplay:
         now = time.perf_counter()
         if self.bar is None and now < self.next_line:
             return
-        loss, accuracy = meter.means(self.batch_size)
+        loss, accuracy = meter.means(self.batch_size // self.processes)  # of this process's share
         rate = (done - self.start) * self.batch_size / max(now - self.begun, 1e-9)
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2f}%, {rate:,.0f} images/s", refresh=False)
-            self.bar.update(done - self.bar.n)
+            try:
+                self.bar.update(done - self.bar.n)
+            except (OSError, ValueError):  # the terminal is gone, the run goes on
+                self.bar, self.next_line = None, math.inf
         else:
             left = (self.steps - done) * self.batch_size / max(rate, 1e-9)
             self.log(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -18,6 +19,20 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+
+# the files of a run, beside the folders analysis/ and tensorboard/
+WRITTEN = (
+    "config.yaml",
+    "environment.json",
+    "metrics.jsonl",
+    "summary.json",
+    "lr_finder.csv",
+    "lr_finder.png",
+    "last.pt",
+    "previous.pt",
+    "best.pt",
+)
 
 
 class RunFolderError(Exception):
@@ -68,27 +83,17 @@ class RunFolder:
     """Exclusive writer of one run folder.
 
     Raises RunFolderError where the folder holds a run already (unless `resume` or `overwrite`), another process is
-    writing it, or it cannot be written. The lock is the operating system's: it dies with its process.
+    writing it, or it cannot be written. The lock is the operating system's: it dies with its process. What `overwrite`
+    replaces is removed by `start_over`, once the new run is about to begin.
     """
 
     def __init__(self, path: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
         self.path = Path(path)
         self._lock: TextIO | None = None
-        if resume and not (self.path / "last.pt").exists() and not (self.path / "previous.pt").exists():
-            raise RunFolderError(
-                f"{self.path}: nothing to resume, there is no last.pt; start the run without --resume"
-                + (" (with --overwrite)" if self.holds_run() else "")
-            )
-        if self.holds_run() and not (resume or overwrite):
-            raise RunFolderError(
-                f"{self.path} already holds a run; continue it with --resume, replace it with --overwrite, "
-                "or choose another run.dir="
-            )
+        self._check(resume, overwrite)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             self._acquire()
-            if overwrite:
-                self._clear()
+            self._check(resume, overwrite)  # another run may have ended between the first look and the lock
             remove_stale(self.path)
             probe = self.path / ".writable.tmp"
             probe.write_bytes(b"\0" * 4096)
@@ -96,41 +101,67 @@ class RunFolder:
         except OSError as error:
             self.close()
             raise RunFolderError(f"{self.path}: cannot be written: {error.strerror}; choose another run.dir=") from None
+        except RunFolderError:
+            self.close()
+            raise
+
+    def _check(self, resume: bool, overwrite: bool) -> None:
+        held = self.holds_run()
+        if resume and not any(self._has(name) for name in ("last.pt", "previous.pt")):
+            raise RunFolderError(
+                f"{self.path}: nothing to resume, there is no last.pt; start the run without --resume"
+                + (" (with --overwrite)" if held else "")
+            )
+        if held and not (resume or overwrite):
+            raise RunFolderError(
+                f"{self.path} already holds a run; continue it with --resume, replace it with --overwrite, "
+                "or choose another run.dir="
+            )
+
+    def _has(self, name: str) -> bool:
+        # not Path.exists: it raises where a parent is a file or must not be entered, on some versions of Python
+        return os.path.lexists(self.path / name)
 
     def holds_run(self) -> bool:
-        return any((self.path / name).exists() for name in ("config.yaml", "metrics.jsonl", "last.pt", "best.pt"))
+        return any(self._has(name) for name in WRITTEN)
 
     def _acquire(self) -> None:
-        self._lock = (self.path / ".lock").open("a+", encoding="ascii")
-        if fcntl is not None:
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("a+", encoding="ascii")
+            self._lock_file(self._lock)
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self._lock.seek(0)
-                owner = self._lock.read().strip()
-                self._lock.close()
-                self._lock = None  # not ours to clean up after
-                raise RunFolderError(
-                    f"{self.path}: another run (process {owner or 'unknown'}) is writing here; wait for it or choose "
-                    "another run.dir="
-                ) from None
+                if os.path.samestat(os.fstat(self._lock.fileno()), (self.path / ".lock").stat()):
+                    break
+            except FileNotFoundError:
+                pass
+            self._lock.close()  # its owner removed the file between our opening and locking it
         self._lock.seek(0)
         self._lock.truncate()
         self._lock.write(str(os.getpid()))
         self._lock.flush()
 
-    def _clear(self) -> None:
+    def _lock_file(self, lock: TextIO) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip()
+            lock.close()
+            self._lock = None  # not ours to clean up after
+            raise RunFolderError(
+                f"{self.path}: another run (process {owner or 'unknown'}) is writing here; wait for it or choose "
+                "another run.dir="
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise  # else a file system without locks, which is no reason not to train
+
+    def start_over(self) -> None:
         """Remove what a run writes, and nothing else that may lie in the folder."""
-        for name in (
-            "config.yaml",
-            "environment.json",
-            "metrics.jsonl",
-            "summary.json",
-            "lr_finder.csv",
-            "lr_finder.png",
-        ):
-            (self.path / name).unlink(missing_ok=True)
-        for name in ("last.pt", "best.pt", "previous.pt"):
+        for name in WRITTEN:
             (self.path / name).unlink(missing_ok=True)
         for folder in ("analysis", "tensorboard"):
             if (self.path / folder).is_dir():
@@ -140,9 +171,10 @@ class RunFolder:
         """Give up the lock; a folder in which nothing was written goes too."""
         if self._lock is None:
             return
-        if [entry.name for entry in self.path.iterdir()] == [".lock"]:
-            (self.path / ".lock").unlink()
-            self.path.rmdir()
+        with contextlib.suppress(OSError):
+            if [entry.name for entry in self.path.iterdir()] == [".lock"]:
+                (self.path / ".lock").unlink()
+                self.path.rmdir()
         self._lock.close()
         self._lock = None
 
@@ -166,7 +198,7 @@ class Log:
     """Lines for a person. Silent on all ranks but the first; goes on when nobody reads any more (a closed pipe)."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet
+        self.quiet = self.quiet_by_rank = quiet
         self.terminal = bool(
             sys.stderr is not None and sys.stderr.isatty() and sys.stdout is not None and sys.stdout.isatty()
         )

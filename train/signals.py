@@ -1,38 +1,94 @@
-"""SIGINT and SIGTERM: finish the step, save, end; a second one ends at once."""
+"""Signals that ask a run to end: before the training it ends at once, during it after the step and a checkpoint."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+REPEAT_SECONDS = 3.0
 
-class Interrupted(Exception):
-    """A signal asked the run to end; the step is finished and the state saved. `code` is the process's exit code."""
 
-    def __init__(self, number: int) -> None:
+class Interrupted(BaseException):
+    """A signal ends the run; `code` is the process's exit code, `saved` whether there is a state to continue from.
+
+    Not an Exception, as KeyboardInterrupt is none: code that tries one thing after another must not take it for a
+    failed attempt.
+    """
+
+    def __init__(self, number: int, saved: bool) -> None:
         super().__init__(signal.Signals(number).name)
         self.code = 128 + number
+        self.saved = saved
 
 
 class SignalWatch:
-    """The first SIGINT or SIGTERM is noted, for the loop to end at the next step; a second one ends the process at once."""
+    """SIGINT, SIGTERM and SIGHUP raise Interrupted at once, but inside `deferring` the first one is only noted.
 
-    def __init__(self) -> None:
+    A second one takes its default action, which ends the process on the spot: a checkpoint under way is a temporary
+    file until it is whole. With `repeats`, the same request may arrive twice (torchrun passes on the Ctrl-C that the
+    terminal has sent to all its processes already), and what follows within REPEAT_SECONDS is no second one.
+    """
+
+    def __init__(self, repeats: bool = False, announce: bool = True) -> None:
         self.received: int | None = None
+        self._repeats, self._announce = repeats, announce
+        self._deferring = False
+        self._since = 0.0
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        signal.signal(number, signal.SIG_DFL)
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        now = time.monotonic()
+        if self.received is not None:
+            if now - self._since >= REPEAT_SECONDS:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        self.received, self._since = number, now
+        if not self._repeats:
+            for watched in _watched():
+                signal.signal(watched, signal.SIG_DFL)
+        if not self._deferring:
+            raise Interrupted(number, saved=False)
+        if self._announce:
+            # print() is not safe here: the signal may have arrived in the middle of another one
+            text = (
+                f"\n{signal.Signals(number).name}: ending after this step, with a checkpoint; once more ends at once\n"
+            )
+            with contextlib.suppress(OSError):
+                os.write(2, text.encode())
 
     @contextmanager
     def watching(self) -> Iterator[SignalWatch]:
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Handles the signals inside the block; does nothing outside the main thread, which alone may."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {number: signal.signal(number, self._note) for number in _watched()}
         try:
             yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @contextmanager
+    def deferring(self) -> Iterator[None]:
+        """Inside the block the first signal waits for who asks `received`; one left over at its end is raised there."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+        if self.received is not None:
+            raise Interrupted(self.received, saved=True)
+
+
+def _watched() -> list[int]:
+    watched: list[int] = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
+        watched.append(signal.SIGHUP)
+    return watched

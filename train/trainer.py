@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from train.optim import OneCycle, make_optimizer, set_learning_rate
 from train.progress import StepMeter
 from train.runtime import Runtime
 from train.steps import EvalStep, TrainStep
+from train.sync_bn import synchronise_batch_norm
 
 
 class Trainer:
@@ -38,7 +40,7 @@ class Trainer:
         device = runtime.device
         net: nn.Module = CustomResNet(dataset.num_classes, config.net.width).to(device)
         if config.train.sync_bn and self.group.world_size > 1:
-            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+            net = synchronise_batch_norm(net, device)
         if runtime.channels_last:
             net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.net = net
@@ -92,7 +94,7 @@ class Trainer:
         dataset, runtime = self.dataset, self.runtime
         common: dict[str, Any] = {"autocast_dtype": runtime.autocast_dtype, "channels_last": runtime.channels_last}
         tta = self.config.train.tta
-        train_step = TrainStep(
+        self.train_step = TrainStep(
             self.net, dataset.mean, dataset.std, label_smoothing=self.config.optim.label_smoothing, **common
         ).to(runtime.device)
         self.eval_step = EvalStep(self.net, dataset.mean, dataset.std, tta=tta, **common).to(runtime.device)
@@ -100,16 +102,18 @@ class Trainer:
         if self.ema is not None:
             self.ema_step = EvalStep(self.ema.module, dataset.mean, dataset.std, tta=tta, **common).to(runtime.device)
         if compile_mode is not None:
-            for step in (train_step, self.eval_step, self.ema_step):
+            for step in (self.train_step, self.eval_step, self.ema_step):
                 if step is not None:
                     step.compile(mode=compile_mode, dynamic=False)
-        self.step: nn.Module = train_step
+        self.step: nn.Module = self.train_step
         if self.group.world_size > 1:
             devices = [runtime.device.index] if runtime.device.type == "cuda" else None
-            self.step = DistributedDataParallel(train_step, device_ids=devices)
+            # its only buffers are batch norm's statistics, which average_statistics brings together where they are used
+            self.step = DistributedDataParallel(self.train_step, device_ids=devices, broadcast_buffers=False)
 
     def compiled_off(self) -> None:
         """Go on without torch.compile."""
+        self.runtime = replace(self.runtime, compile_mode=None)
         self._build_steps(None)
 
     def warm_up(self) -> None:
@@ -124,7 +128,8 @@ class Trainer:
         with borrowed_state(self.net, self.optimizer, self.scaler):
             images, labels = batch(self.local_batch)
             for _ in range(3 if self.runtime.device.type == "cuda" else 1):
-                self.train_one(images, labels, 0.0)
+                # not through DistributedDataParallel: a compiler may fail on one process alone
+                self.train_one(images, labels, 0.0, self.train_step)
             images, _ = batch(self.config.train.eval_batch_size // self.group.world_size)
             with torch.no_grad():
                 for step in (self.eval_step, self.ema_step):
@@ -137,10 +142,12 @@ class Trainer:
         # the average shares no memory with the network, but its batch-norm mode was switched
         self.net.train()
 
-    def train_one(self, images: Tensor, labels: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    def train_one(
+        self, images: Tensor, labels: Tensor, rate: float, step: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One step: forward, loss, backward, update at the given rate. Gives (loss, correct), on the device."""
         set_learning_rate(self.optimizer, rate)
-        loss, correct = self.step(images, labels)
+        loss, correct = (step or self.step)(images, labels)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -170,10 +177,30 @@ class Trainer:
             if after_step is not None:
                 after_step(step + 1)
 
-    def evaluate(self) -> tuple[Evaluation, Evaluation | None]:
+    def evaluate(self, after_batch: Callable[[int], None] | None = None) -> tuple[Evaluation, Evaluation | None]:
         """The test set through the network, and through the weights' average where one is kept."""
-        plain = evaluate(self.eval_step, self.eval_loader)
-        return plain, evaluate(self.ema_step, self.eval_loader) if self.ema_step is not None else None
+        self.average_statistics()
+        plain = evaluate(self.eval_step, self.eval_loader, after_batch=after_batch)
+        if self.ema_step is None:
+            return plain, None
+        return plain, evaluate(self.ema_step, self.eval_loader, after_batch=after_batch)
+
+    def average_statistics(self) -> None:
+        """In place, over the processes: the mean of batch norm's running statistics, each process's own until then."""
+        if self.group.world_size == 1 or self.config.train.sync_bn:
+            return
+        modules = [self.net] if self.ema is None else [self.net, self.ema.module]
+        buffers = [b for module in modules for b in module.buffers() if b.is_floating_point()]
+        together = torch.cat([b.flatten() for b in buffers])
+        torch.distributed.all_reduce(together)
+        together /= self.group.world_size
+        for buffer, mean in zip(buffers, together.split([b.numel() for b in buffers]), strict=True):
+            buffer.copy_(mean.view_as(buffer))
+
+    def finite(self) -> bool:
+        """Whether all weights and statistics are finite numbers."""
+        tensors = [t for t in self.net.state_dict().values() if t.is_floating_point()]
+        return bool(torch.stack([torch.isfinite(t).all() for t in tensors]).all())
 
     def state(self) -> dict[str, Any]:
         """Everything that a step changes, as plain dicts."""
