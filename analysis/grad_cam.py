@@ -249,6 +249,7 @@ def draw_grad_cam(
             tiles += triple(row) if row < len(right) else blank
             tiles += triple(len(right) + row) if row < len(wrong) else blank
     of_class = "" if label is None else f", class {class_names[label]}"
+    spelled = METHODS[method.lower()].replace("GradCAM", "Grad-CAM").replace("PlusPlus", "++")
     notes = [
         "left: correct, drawn at random; right: misclassified, highest loss first"
         if len(wrong) >= len(right) - 1
@@ -262,7 +263,7 @@ def draw_grad_cam(
         path,
         columns=6,
         group=3,
-        title=f"Where the network looks: {METHODS[method.lower()]} at {layer}{of_class}",
+        title=f"Where the network looks: {spelled} at {layer}{of_class}",
         notes=notes,
         caption=caption,
         scale=max(1, round(112 / images.shape[1])),

@@ -29,6 +29,16 @@ Item = TypeVar("Item")
 Say = Callable[[str], None]
 
 
+# what every part of the analysis may ask of a checkpoint, and of a line of metrics.jsonl
+NEEDED = {
+    "model", "config", "class_names", "mean", "std", "height", "width", "epoch", "step", "test_accuracy", "lr_max", "lr_min",
+    "steps_per_epoch",
+}  # fmt: skip
+MEASURED = {
+    "epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds", "images_per_second",
+}  # fmt: skip
+
+
 class AnalysisError(Exception):
     """What was asked for cannot be drawn: one line with the cause and the remedy."""
 
@@ -134,9 +144,12 @@ def load_run(
     file = _choose_checkpoint(path, checkpoint, notes)
     state = load_checkpoint(path / file)
     where = f"{path / file}"
+    absent = sorted(NEEDED - set(state))
+    if absent:
+        raise AnalysisError(f"{where}: lacks {', '.join(absent)}: not a checkpoint of a run of this version")
     try:
         config = from_dict(state["config"])
-    except (KeyError, ConfigError) as error:
+    except ConfigError as error:
         raise AnalysisError(f"{where}: holds no recipe that this version reads: {error}") from None
     _check_recipe(path, file, config)
     environment = _read_json(path / "environment.json", notes)
@@ -191,7 +204,7 @@ def _choose_checkpoint(path: Path, asked: str | None, notes: list[str]) -> str:
             "or more often with run.checkpoint_every="
         )
     if held[0] == "last":
-        notes.append("there is no best.pt (the run has not finished an epoch): these are the weights of last.pt")
+        notes.append("there is no best.pt: these are the weights of last.pt")
     return f"{held[0]}.pt"
 
 
@@ -225,7 +238,11 @@ def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
 def _metrics(path: Path, state: dict[str, Any], notes: list[str]) -> list[dict[str, Any]]:
     """metrics.jsonl, or what the checkpoint remembers of it."""
     try:
-        return read_metrics(path / "metrics.jsonl")
+        records = read_metrics(path / "metrics.jsonl")
+        for number, record in enumerate(records, 1):
+            if not isinstance(record, dict) or not set(record) >= MEASURED:
+                raise ValueError(f"line {number} is no epoch")
+        return records
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:

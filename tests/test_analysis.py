@@ -58,7 +58,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of three runs: first, second (another width and seed), noise (other data)."""
     folder = tmp_path_factory.mktemp("runs")
@@ -69,17 +69,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def first(runs: Path) -> LoadedRun:
     return load_run(runs / "first", device="cpu", say=QUIET)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def answers(first: LoadedRun) -> predictions.Predictions:
     return predict_test(first, QUIET)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def analysed(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that a whole analysis of the first run wrote."""
     return analyse(runs / "first", output=tmp_path_factory.mktemp("analysis"), device="cpu", log=QUIET).parent
@@ -410,9 +410,10 @@ def test_an_interrupted_run_is_analysed_with_what_is_there(copied: Path, tmp_pat
     assert (copied / "analysis" / "grad_cam.png").exists()
 
 
-def test_damaged_metrics_give_way_to_the_checkpoints_own(copied: Path) -> None:
+@pytest.mark.parametrize("content", ['{"epoch": 1, "lr"', '{"epoch": 1}\n', "5\n", "\xff"])
+def test_damaged_metrics_give_way_to_the_checkpoints_own(copied: Path, content: str) -> None:
     whole = load_run(copied, device="cpu", say=QUIET).metrics
-    (copied / "metrics.jsonl").write_text('{"epoch": 1, "lr"', encoding="utf-8")
+    (copied / "metrics.jsonl").write_text(content, encoding="latin-1")
     run = load_run(copied, checkpoint="last", device="cpu", say=QUIET)
     assert run.metrics == whole
     assert any("metrics.jsonl" in note for note in run.notes)
@@ -480,6 +481,12 @@ def test_a_checkpoint_of_another_width_class_count_or_data_is_refused(
     shutil.copy(copied / "last.pt", copied / "best.pt")
     edit_checkpoint(copied / "best.pt", class_names=[*state["class_names"], "ten"])
     assert "class count 10, its own record says 11" in error_of(report.main, [copied], capsys)
+    edit_checkpoint(copied / "best.pt", class_names=state["class_names"])
+    foreign = {
+        key: value for key, value in load_checkpoint(copied / "best.pt").items() if key not in ("format", "lr_max")
+    }
+    save_checkpoint(copied / "best.pt", foreign)
+    assert "lacks lr_max" in error_of(report.main, [copied], capsys)
     with pytest.raises(AnalysisError, match="knows 10 classes, synthetic has 4"):
         fit_data(synthetic(32, 4, 50), state, "best.pt")
     with pytest.raises(AnalysisError, match="class names are not those"):
