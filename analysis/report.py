@@ -54,8 +54,8 @@ PICTURES = {
     ),
     "lr_finder.png": (
         "Learning rate range test",
-        "The loss while the rate grows from step to step. The rates were chosen by the shaded range: where the loss falls, and "
-        "short of where it diverges.",
+        "The loss while the rate grows from step to step. The run warmed up and down through the shaded range, from lr_min to "
+        "lr_max: from where the loss falls steadily to short of where it diverges.",
     ),
     "samples.png": (
         "Training images",
