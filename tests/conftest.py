@@ -12,6 +12,11 @@ from train.config import Config
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
+def pytest_configure() -> None:
+    # tests are small: a second thread gains little, and waits at every barrier on a machine with other work
+    torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
@@ -30,5 +35,6 @@ def quick_config() -> Config:
     config.net.width = 2
     config.schedule.lr_max, config.schedule.lr_min, config.schedule.peak_epoch = 0.1, 0.002, 1.0
     config.train.epochs, config.train.batch_size, config.train.eval_batch_size = 2, 128, 100
+    config.run.analyse = False
     config.train.compile, config.train.device, config.train.precision = "off", "cpu", "fp32"
     return config

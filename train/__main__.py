@@ -6,10 +6,14 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from train.config import Config, ConfigError, help_text, load_config, to_yaml
 
 USAGE = 2
+
+if TYPE_CHECKING:
+    from train.record import Log
 
 EXAMPLES = """
 examples:
@@ -96,7 +100,24 @@ def _run(options: argparse.Namespace, config: Config) -> int:
                 extend=options.extend,
                 on_range_test=_draw_range_test,
             )
+            if config.run.analyse and not log.quiet:
+                _analyse(folder, config, log)
     return outcome.code
+
+
+def _analyse(folder: Path, config: Config, log: Log) -> None:
+    """The pictures and the report of the finished run; the run stands whatever happens to them."""
+    from analysis.report import analyse
+    from analysis.run import AnalysisError
+    from train.checkpoint import CheckpointError
+
+    log("drawing the pictures and the report ...")
+    try:
+        report = analyse(folder, data_root=Path(config.data.root).expanduser(), device=config.train.device, log=log)
+    except (AnalysisError, CheckpointError, OSError) as error:
+        log(f"WARNING: the run is complete, its analysis is not: {error}. Again with: python -m analysis {folder}")
+        return
+    log(f"next           open {report}; python -m analysis.compare {folder} OTHER-RUN")
 
 
 def _draw_range_test(folder: Path) -> None:

@@ -16,7 +16,7 @@ from dali_pipeline.datasets import DataError
 from dali_pipeline.loader import BackendError
 from train.checkpoint import CheckpointError, WriteError
 from train.config import Config, ConfigError
-from train.distributed import GroupError, OtherProcessFailed, is_lost, under_torchrun
+from train.distributed import GroupError, OtherProcessFailed, from_environment, is_lost
 from train.lr_finder import RangeTestError
 from train.progress import NonFiniteLoss
 from train.record import Log, RunFolderError
@@ -85,7 +85,7 @@ def explained(config: Config, log: Log) -> Iterator[Outcome]:
     except RuntimeError as error:
         if any(words in str(error) for words in _NO_MEMORY):
             end(1, _out_of_memory(config, str(error)))
-        elif under_torchrun() and is_lost(error):
+        elif from_environment().world_size > 1 and is_lost(error):
             rank = os.environ.get("RANK", "0")
             end(1, f"process {rank} lost the others ({_first_line(error)}); continue from last.pt with --resume")
         else:

@@ -61,5 +61,7 @@ def summary_lines(run: Run, path: Path | None) -> tuple[dict[str, Any], list[str
         lines.insert(2, "also, at the end  " + ", ".join(f"{names[k]} {accuracy:.2f}%" for k, accuracy in extra))
         summary |= {f"last_{k}_accuracy": accuracy for k, accuracy in extra}
     if path is not None:
-        lines += [f"run folder     {path}", f"next           python -m analysis {path}"]
+        lines.append(f"run folder     {path}")
+        if not trainer.config.run.analyse:
+            lines.append(f"next           python -m analysis {path}")
     return summary, lines

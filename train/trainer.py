@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -109,7 +110,11 @@ class Trainer:
         if self.group.world_size > 1:
             devices = [runtime.device.index] if runtime.device.type == "cuda" else None
             # its only buffers are batch norm's statistics, which average_statistics brings together where they are used
-            self.step = DistributedDataParallel(self.train_step, device_ids=devices, broadcast_buffers=False)
+            known = inspect.signature(
+                DistributedDataParallel
+            ).parameters  # newer versions of torch have renamed the option
+            option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            self.step = DistributedDataParallel(self.train_step, device_ids=devices, **{option: False})
 
     def compiled_off(self) -> None:
         """Go on without torch.compile."""
