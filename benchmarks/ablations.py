@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -25,58 +24,37 @@ PIPELINES = (1, 2, 3, 4)
 PREFETCH_DEPTHS = (1, 2, 3, 4, 8)
 STAGES = ("pipeline", "step", "end_to_end")
 
-Rows = list[dict[str, Any]]
+Variants = Iterator[tuple[str, Callable[[], dict[str, Rate]]]]
 
 
-def run_ablations(
-    names: Sequence[str],
-    config: Config,
-    dataset: Dataset,
-    repeats: int,
-    seconds: float,
-    say: Callable[[str], None],
-) -> dict[str, Rows]:
-    """Tables by name: rows of the setting, and of the stages' rates or the reason why there are none."""
+def ablate(
+    name: str, config: Config, dataset: Dataset, repeats: int, seconds: float, say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """The rows of one table: the setting, and the rates of the stages or the reason why there are none."""
     train = config.train
     device = prepare(device=train.device, compile="off").device
-    takes_dali = choose_backend(config.data.backend, device).name == "dali"
-    tables: dict[str, Rows] = {}
-    for name in names:
-        say(f"\n{name:<28}" + "".join(f"{stage.replace('_', ' '):>14}" for stage in STAGES) + "  images/s")
-        rows: Rows = []
-        if name in ("pipelines", "prefetch", "graph") and not takes_dali:
-            say("left out: the pipeline is torch's")
-            continue
-        variants: Iterator[tuple[str, Callable[[], dict[str, Rate]]]]
-        if name == "pipelines":
-            variants = _pipelines(config, dataset, device, repeats, seconds)
-        elif name == "prefetch":
-            variants = _prefetch(config, dataset, device, repeats, seconds)
-        elif name == "graph":
-            variants = _graphs(config, dataset, device, repeats, seconds)
+    say(f"\n{name:<32}" + "".join(f"{stage.replace('_', ' '):>14}" for stage in STAGES) + "  images/s")
+    if name in OF_DALI and choose_backend(config.data.backend, device).name != "dali":
+        say("left out: the pipeline is torch's")
+        return
+    variants = OF_DALI.get(name, partial(_trainings, name))(config, dataset, device, repeats, seconds)
+    for setting, run in variants:
+        row: dict[str, Any] = {"setting": setting}
+        try:
+            rates = run()
+        except Exception as error:  # a setting that this machine cannot run is a row of the table
+            row["left_out"] = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
+            say(f"{setting:<32}{row['left_out']}")
         else:
-            variants = _trainings(name, config, dataset, device, repeats, seconds)
-        for setting, run in variants:
-            row: dict[str, Any] = {"setting": setting}
-            begun = time.perf_counter()
-            try:
-                rates = run()
-            except Exception as error:  # a setting that this machine cannot run is a row of the table
-                row["left_out"] = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
-                say(f"{setting:<28}{row['left_out']}")
-            else:
-                row |= {stage: rate.record() for stage, rate in rates.items()}
-                cells = (f"{rates[stage].median:,.0f}" if stage in rates else "" for stage in STAGES)
-                say(f"{setting:<28}" + "".join(f"{cell:>14}" for cell in cells))
-            row["seconds"] = time.perf_counter() - begun
-            rows.append(row)
-        tables[name] = rows
-    return tables
+            row |= {stage: rate.record() for stage, rate in rates.items()}
+            cells = (f"{rates[stage].median:,.0f}" if stage in rates else "" for stage in STAGES)
+            say(f"{setting:<32}" + "".join(f"{cell:>14}" for cell in cells))
+        yield row
 
 
 def _trainings(
     name: str, config: Config, dataset: Dataset, device: torch.device, repeats: int, seconds: float
-) -> Iterator[tuple[str, Callable[[], dict[str, Rate]]]]:
+) -> Variants:
     on_gpu = device.type == "cuda"
     able, _ = find_compiler(device)
     values: dict[str, Sequence[Any]] = {
@@ -101,9 +79,7 @@ def _trainings(
         yield f"{key} {value}", run
 
 
-def _pipelines(
-    config: Config, dataset: Dataset, device: torch.device, repeats: int, seconds: float
-) -> Iterator[tuple[str, Callable[[], dict[str, Rate]]]]:
+def _pipelines(config: Config, dataset: Dataset, device: torch.device, repeats: int, seconds: float) -> Variants:
     """Several pipelines served in turn: while one is waited for, the others prefetch."""
     for number in PIPELINES:
 
@@ -116,14 +92,14 @@ def _pipelines(
                 def turns(steps: int) -> float:
                     return sum(several[step % number].run(1) for step in range(steps))
 
-                return interleave([Stage("pipeline", turns, device, seconds, len(dataset.train) // 512)], repeats)
+                return interleave(
+                    [Stage("pipeline", turns, device, seconds, len(dataset.train) // config.train.batch_size)], repeats
+                )
 
         yield f"{number} pipelines", run
 
 
-def _prefetch(
-    config: Config, dataset: Dataset, device: torch.device, repeats: int, seconds: float
-) -> Iterator[tuple[str, Callable[[], dict[str, Rate]]]]:
+def _prefetch(config: Config, dataset: Dataset, device: torch.device, repeats: int, seconds: float) -> Variants:
     for depth in PREFETCH_DEPTHS:
 
         def run(depth: int = depth) -> dict[str, Rate]:
@@ -137,15 +113,13 @@ def _prefetch(
         yield f"prefetch depth {depth}", run
 
 
-def _graphs(
-    config: Config, dataset: Dataset, device: torch.device, repeats: int, seconds: float
-) -> Iterator[tuple[str, Callable[[], dict[str, Rate]]]]:
+def _graphs(config: Config, dataset: Dataset, device: torch.device, repeats: int, seconds: float) -> Variants:
     """The choices that the DALI graph leaves: what paints the cutout, and whether borders lie on the device."""
     graph = dali_graph.DaliGraph
     for cutout_by in ("paste", "erase"):
         for padded in (False, True):
 
-            def run(cutout_by: str = cutout_by, padded: bool = padded) -> dict[str, Rate]:
+            def run(cutout_by: Any = cutout_by, padded: bool = padded) -> dict[str, Rate]:
                 with _replaced(dali_graph, "DaliGraph", partial(graph, cutout_by=cutout_by, padded=padded)):
                     pipeline = _dali(config, dataset, device)
                 try:
@@ -168,6 +142,9 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(module, name, before)
+
+
+OF_DALI = {"pipelines": _pipelines, "prefetch": _prefetch, "graph": _graphs}
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 if TYPE_CHECKING:
     from train.config import Config
     from train.fit import Setup
-    from train.loop import Trainer
+    from train.trainer import Trainer
 
 KIND = "accuracy"
 TARGET = 94.0  # percent; what the field's times are given for
@@ -217,21 +217,24 @@ class Campaign:
 
     def run(self, seed: int) -> dict[str, Any]:
         """The recipe with this seed, from scratch to its last evaluation, as a record of plain numbers."""
+        from train.estimate import LongRunNotice
         from train.fit import find_rates
-        from train.loop import Position, Run, SignalWatch, Times
+        from train.loop import Position, Run, Times
         from train.optim import OneCycle
+        from train.signals import SignalWatch
 
         trainer, config, schedule = self.trainer, self.config, self.config.schedule
         reset(trainer, self.setup, seed)
         times = self.setup.times = Times()
+        notice = LongRunNotice(trainer.total_steps, config, self.setup.runtime, self._quiet)
         if "find" in (schedule.lr_max, schedule.lr_min):
-            lr_max, lr_min = find_rates(self.setup, trainer, None)
+            lr_max, lr_min = find_rates(self.setup, trainer, None, notice)
         else:
             assert isinstance(schedule.lr_max, float) and isinstance(schedule.lr_min, float)
             lr_max, lr_min = schedule.lr_max, schedule.lr_min
         one_cycle = OneCycle(lr_max, lr_min, schedule.peak_epoch * trainer.steps_per_epoch, trainer.total_steps)
         position = Position()
-        Run(trainer, one_cycle, None, self._quiet, times, position, SignalWatch()).train()
+        Run(trainer, one_cycle, None, self._quiet, times, position, SignalWatch(), notice).train()
         last = position.metrics[-1]
         seconds = {"lr_search": times.lr_search, "training": times.training, "evaluation": times.evaluation, "tta": 0.0}
         if self._tta_step is None:

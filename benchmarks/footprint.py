@@ -129,17 +129,16 @@ def footprint_of(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
         path = Path(folder) / "config.yaml"
         path.write_text(to_yaml(config), encoding="utf-8")
         begun = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), "--config", str(path)], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
+        words = [sys.executable, str(Path(__file__).resolve()), "--config", str(path)]
         first_step, last = 0.0, ""
-        for line in process.stdout:
-            if line.startswith("first step"):
-                first_step = time.perf_counter() - begun
-            last = line
-        if process.wait() != 0:
-            raise RuntimeError(f"benchmarks/footprint.py ended with exit code {process.returncode}")
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("first step"):
+                    first_step = time.perf_counter() - begun
+                last = line
+    if process.returncode != 0:
+        raise RuntimeError(f"benchmarks/footprint.py ended with exit code {process.returncode}")
     found: dict[str, Any] = json.loads(last) | {"seconds_to_first_step": first_step}
     say(
         f"a run from the outside: first step after {first_step:.1f} s (compile {found['compile_seconds']:.1f} s), peak memory "

@@ -333,12 +333,9 @@ def check_augmented(
             f"{(fewest > CUTOUT**2).sum()} of {count_} images are no crop and flip of their original: at least "
             f"{fewest.max()} pixels differ, cutout paints {CUTOUT**2}"
         )
-    painted = (np.abs(pixels - np.asarray(fill, np.float32)) <= 1).all(3)
-    for i in range(count_):
-        if not _is_square(painted[i]) or (differs[i] & ~painted[i]).any():
-            raise PeerError(
-                f"an image has no square of {CUTOUT} x {CUTOUT} in the fill colour, or other pixels changed"
-            )
+    painted = np.all(np.abs(pixels - np.asarray(fill, np.float32)) <= 1, axis=3)
+    if not all(_is_square(differs[i], painted[i]) for i in range(count_)):
+        raise PeerError(f"an image has no square of {CUTOUT} x {CUTOUT} in the fill colour, or other pixels changed")
     mirrored = float((window % 2).mean())
     if not 0.35 < mirrored < 0.65:  # five standard deviations
         raise PeerError(f"{mirrored:.0%} of the images are mirrored, expected half")
@@ -346,19 +343,20 @@ def check_augmented(
         raise PeerError(f"only {len(set((window // 2).tolist()))} of {offsets**2} crop offsets occur")
 
 
-def _is_square(painted: npt.NDArray[np.bool_]) -> bool:
-    """Whether what is painted is a full square of CUTOUT, or of what the image's border leaves of one."""
-    sides = []
+def _is_square(differs: npt.NDArray[np.bool_], painted: npt.NDArray[np.bool_]) -> bool:
+    """Whether what differs from the original spans a square of CUTOUT, or what the image's border leaves of one, and all
+    of it is painted. Some of its pixels may have had the fill's colour before."""
+    box = []
     for axis in (0, 1):
-        lines = np.flatnonzero(painted.any(1 - axis))
+        lines = np.flatnonzero(differs.any(1 - axis))
         if len(lines) == 0:
             return False
-        side = lines[-1] - lines[0] + 1
-        clipped = lines[0] == 0 or lines[-1] == painted.shape[axis] - 1
-        if not (side == CUTOUT or (clipped and side < CUTOUT)):
+        first, stop = int(lines[0]), int(lines[-1]) + 1
+        clipped = first == 0 or stop == differs.shape[axis]
+        if stop - first != CUTOUT and not (clipped and stop - first < CUTOUT):
             return False
-        sides.append(side)
-    return bool(painted.sum() == sides[0] * sides[1])
+        box.append(slice(first, stop))
+    return bool(painted[box[0], box[1]].all())
 
 
 # The process that the peers live in
@@ -433,6 +431,7 @@ def _serve(connection: Connection, task: Task) -> None:
                 return
             if request[0] == "end":
                 return
+            answer: Any
             try:
                 peer = known[request[1]]
                 answer = _open(peer, task) if request[0] == "open" else _sample(peer, task, request[2])

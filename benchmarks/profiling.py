@@ -6,7 +6,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
@@ -37,12 +36,14 @@ def profile(training: Training, path: Path) -> list[str]:
 
 def costliest(events: Any, on_gpu: bool) -> list[tuple[str, float, int]]:
     """(name, microseconds, calls), by time: what ran on the GPU, or on a CPU the operators without what they call."""
+    from torch.autograd import DeviceType  # type: ignore[attr-defined]
+
     time: defaultdict[str, float] = defaultdict(float)
     calls: defaultdict[str, int] = defaultdict(int)
     for event in events:
-        if on_gpu and event.device_type == torch.autograd.DeviceType.CUDA:
+        if on_gpu and event.device_type == DeviceType.CUDA:
             spent = event.time_range.elapsed_us()
-        elif not on_gpu and event.device_type == torch.autograd.DeviceType.CPU:
+        elif not on_gpu and event.device_type == DeviceType.CPU:
             spent = event.self_cpu_time_total
         else:
             continue

@@ -59,10 +59,10 @@ class Training:
     def __init__(self, config: Config, dataset: Dataset, log: Log | None = None) -> None:
         times = Times()
         setup = Setup(config, log or Log(quiet=True), times, Group())
-        self.config, self.runtime, self.backend = config, setup.runtime, setup.backend
-        self.device = setup.runtime.device
         self.trainer = setup.build(dataset)
         setup.warm_up(self.trainer)
+        self.config, self.runtime, self.backend = config, setup.runtime, setup.backend
+        self.device = setup.runtime.device
         self.compile_seconds = times.compile
         self.loader = TimedLoader(self.trainer.train_loader)
         self.trainer.train_loader = self.loader  # type: ignore[assignment]

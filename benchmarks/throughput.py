@@ -9,8 +9,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,12 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # instead of this folder, whose files could hide packages of the same name
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from benchmarks.measure import Rate
     from benchmarks.stages import Training
-    from dali_pipeline.datasets import Dataset
+    from dali_pipeline.datasets import Dataset, Split
+    from dali_pipeline.plan import Augment
     from train.config import Config
 
 KIND = "throughput"  # of the JSON, for whoever reads the folder of results
@@ -46,6 +50,11 @@ def parser() -> argparse.ArgumentParser:
         "--peers",
         action=argparse.BooleanOptionalAction,
         help=f"all other pipelines that are installed (default), none, or with --quick {REFERENCE_PEER} alone",
+    )
+    result.add_argument(
+        "--footprint",
+        action=argparse.BooleanOptionalAction,
+        help="time to the first step, and memory, of a run in a process of its own (default, but not with --quick)",
     )
     result.add_argument("--ablations", action="store_true", help="also vary one thing at a time; takes long on a CPU")
     result.add_argument(
@@ -72,19 +81,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from train.config import ConfigError
     from train.runtime import RuntimeUnavailable
 
+    command = " ".join(["python benchmarks/throughput.py", *(sys.argv[1:] if arguments is None else arguments)])
+
+    def save(report: dict[str, Any]) -> None:
+        """What is there so far: ablations can take longer than anybody waits."""
+        report["command"] = command
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
     try:
-        report = measure(options, lambda line: print(line, flush=True))
+        report = measure(options, lambda line: print(line, flush=True), save)
     except (ConfigError, DataError, BackendError, RuntimeUnavailable, PeerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    report["command"] = " ".join(
-        ["python benchmarks/throughput.py", *(sys.argv[1:] if arguments is None else arguments)]
-    )
-    text = json.dumps(report)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(text)
+    save(report)
+    print(json.dumps(report))
     return 0
 
 
@@ -108,7 +120,9 @@ def recipe(options: argparse.Namespace) -> Config:
     return load_config(options.config, [*words, *options.overrides])
 
 
-def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
+def measure(
+    options: argparse.Namespace, say: Callable[[str], None], save: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     """All that is asked for, in an order in which each can use the whole machine."""
     from benchmarks.machine import machine_record
     from dali_pipeline.datasets import load
@@ -154,6 +168,7 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
     )
     say(f"\n{'images/s':<44}{'median':>12}{'spread':>10}{'n':>4}")
     _pipelines_and_peers(options, config, dataset, runtime.device, repeats, seconds, report, say)
+    save(report)
     if not options.quick:
         _augmentations(config, dataset, runtime.device, repeats, seconds, report, say)
     from benchmarks.stages import Training
@@ -168,19 +183,26 @@ def measure(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
                 say(line)
     finally:
         training.close()
-    if not options.quick:
+    save(report)
+    if options.footprint if options.footprint is not None else not options.quick:
         from benchmarks.footprint import footprint_of
 
         report["footprint"] = footprint_of(config, say)
+        save(report)
     if options.ablations or options.ablate:
-        from benchmarks.ablations import draw, run_ablations
+        from benchmarks.ablations import ablate, draw
 
         names = options.ablate or list(ABLATIONS)
-        report["ablations"] = run_ablations(names, config, dataset, max(3, repeats // 2), seconds, say)
+        report["ablations"] = {}
+        for name in names:
+            report["ablations"][name] = []
+            for row in ablate(name, config, dataset, max(3, repeats // 2), seconds, say):
+                report["ablations"][name].append(row)
+                save(report)
         picture = options.picture or Path("throughput.png")
         draw(report, picture)
         say(f"\npicture: {picture}")
-    report["load_average"] = _load_average()
+    report["load_average_after"] = _load_average()
     report["seconds"] = time.perf_counter() - begun
     say("")
     for line in conclusions(report):
@@ -209,7 +231,6 @@ def _pipelines_and_peers(
     from benchmarks.measure import Sampled, interleave
     from benchmarks.peers import PeerError, PeerHost, Task, check_loader, peers
     from benchmarks.stages import Pipeline, pipeline_kinds
-    from dali_pipeline.loader import TrainLoader
 
     batch_size = min(config.train.batch_size, len(dataset.train))
     devices = [torch.device("cpu")] + ([device] if device.type != "cpu" else [])
@@ -229,11 +250,7 @@ def _pipelines_and_peers(
                 except PeerError as error:
                     report["left_out"][name] = str(error)
         for name, kind in kinds.items():
-            check_loader(
-                lambda split, augment, kind=kind: TrainLoader(
-                    split, batch_size=64, augment=augment, fill=(125, 123, 114), seed=1, **kind
-                ).epoch(0)
-            )
+            check_loader(partial(_small_epoch, kind))
             pipeline = Pipeline(dataset, batch_size=batch_size, **kind)
             stack.callback(pipeline.close)
             stages.append(pipeline.stage(name, seconds))
@@ -254,6 +271,13 @@ def _pipelines_and_peers(
             if stage in rates and other in rates and stage != other:
                 short = next((key for key, value in ours.items() if value == other), other)
                 report["ratios"][f"{name}_over_{short}"] = rates[stage].over(rates[other])
+
+
+def _small_epoch(kind: dict[str, Any], split: Split, augment: Augment) -> Iterator[tuple[Tensor, Tensor]]:
+    from benchmarks.peers import CHECK_FILL
+    from dali_pipeline.loader import TrainLoader
+
+    yield from TrainLoader(split, batch_size=64, augment=augment, fill=CHECK_FILL, seed=1, **kind).epoch(0)
 
 
 def _augmentations(

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# All that only a GPU can show, in under 8 minutes: the tests marked gpu, throughput, the whole recipe, a profile.
+#   bash benchmarks/gpu_session.sh RESULTS DATA [PYTHON]
+# RESULTS receives JSON, traces and logs; DATA is what data.root takes, or - to train on random images. Needs torch,
+# torchvision, matplotlib, pytest, and DALI for the pipeline, importable by PYTHON; the project need not be installed.
+# A part that fails or takes too long is noted, and the next one starts.
+set -uo pipefail
+results=${1:?usage: gpu_session.sh RESULTS DATA [PYTHON]}
+data=${2:?usage: gpu_session.sh RESULTS DATA [PYTHON]}
+python=${3:-python3}
+mkdir -p "$results" && results=$(cd "$results" && pwd)
+if [ "$data" = - ]; then
+  data_words=(data.name=synthetic)
+else
+  data_words=("data.root=$(cd "$data" && pwd)" data.download=false)
+fi
+cd "$(dirname "$0")/.." || exit 1
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+begun=$SECONDS
+summary=()
+
+part() { # NAME SECONDS COMMAND...
+  local name=$1 limit=$2 start=$SECONDS code
+  shift 2
+  echo "== $name: $*"
+  timeout --kill-after=10 "$limit" "$@" >"$results/$name.log" 2>&1
+  code=$?
+  tail -n 25 "$results/$name.log" | cut -c1-300
+  case $code in
+    0) code=done ;;
+    124 | 137) code="stopped after $limit s" ;;
+    *) code="exit code $code" ;;
+  esac
+  summary+=("$name: $code, $((SECONDS - start)) s")
+}
+
+nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv >"$results/gpu.csv" 2>&1
+part throughput 270 "$python" benchmarks/throughput.py --json "$results/throughput.json" --repeats 5 --no-footprint \
+  --profile "$results/trace.json" --picture "$results/throughput.png" \
+  --ablate graph --ablate prefetch --ablate pipelines --ablate compile --ablate batch
+part recipe 100 "$python" benchmarks/accuracy.py configs/onecycle.yaml --runs 2 "${data_words[@]}" \
+  --finished "$results/recipe.jsonl" --json "$results/recipe.json"
+part tests 90 "$python" -m pytest -m gpu -q -x -p no:cacheprovider
+gzip -f "$results/trace.json" 2>/dev/null
+
+echo
+echo "== summary ($((SECONDS - begun)) s)"
+printf '%s\n' "${summary[@]}"
+"$python" - "$results" <<'PYTHON'
+import json, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+path = folder / "throughput.json"
+if path.exists():
+    report = json.loads(path.read_text())
+    for stage, rate in {**report["stages"], **report["peers"]}.items():
+        print(f"{stage}: {rate['median']:,.0f} images/s")
+    print("ratios:", json.dumps({k: round(v, 4) for k, v in report["ratios"].items()}))
+    print("verdict:", report.get("verdict"))
+path = folder / "recipe.json"
+if path.exists():
+    report = json.loads(path.read_text())
+    print("recipe:", json.dumps({k: report[k] for k in ("accuracy", "tta_accuracy", "seconds", "seconds_to_94")}))
+PYTHON

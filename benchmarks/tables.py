@@ -1,0 +1,179 @@
+"""The tables of the README from the files in benchmarks/results/.
+
+python benchmarks/tables.py [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # instead of this folder, whose files could hide packages of the same name
+
+BEGIN, END = "<!-- results: python benchmarks/tables.py -->", "<!-- /results -->"
+REFERENCE_PEER = "torchvision_pil_2_workers"
+
+
+def load_results(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Reports of throughput.py and of accuracy.py, in order of their file names."""
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    of_kind = {kind: [r for r in reports if r.get("kind") == kind] for kind in ("throughput", "accuracy")}
+    return of_kind["throughput"], of_kind["accuracy"]
+
+
+def tables(folder: Path) -> str:
+    """The block between the two markers, markers included."""
+    throughput, accuracy = load_results(folder)
+    parts = [BEGIN]
+    if throughput:
+        parts += ["", *throughput_table(throughput)]
+    if accuracy:
+        parts += ["", *accuracy_table(accuracy)]
+    if len(parts) == 1:
+        parts += ["", "Nothing has been measured yet."]
+    return "\n".join([*parts, "", END])
+
+
+def throughput_table(reports: list[dict[str, Any]]) -> list[str]:
+    """A column a machine, a row a stage or peer; under it how each is to be read and repeated."""
+    columns = [_machine(report) for report in reports]
+    rows = [f"| images/s, median | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    names: dict[str, str] = {}
+    for report in reports:
+        for name in (*report["stages"], *report["peers"]):
+            if not name.startswith("augment_"):
+                names.setdefault(name, _label(name))
+    best = {name: max(_median(report, name) or 0 for report in reports) for name in names}
+    order = sorted(names, key=lambda name: (_group(name, reports), -best[name]))
+    for name in order:
+        cells = [_cell(report, name) for report in reports]
+        rows.append(f"| {names[name]} | {' | '.join(cells)} |")
+    ratios = {
+        f"dali_over_{REFERENCE_PEER}": ("DALI over DataLoader, PIL, 2 workers", "{:.0f}x"),
+        f"torch_compiled_over_{REFERENCE_PEER}": ("torch compiled over DataLoader, PIL, 2 workers", "{:.0f}x"),
+        "overlap": ("end to end over the slower stage", "{:.1%}"),
+        "pipeline_share_of_training_thread": ("share of the training thread that the pipeline takes", "{:.2%}"),
+        "model_flop_utilisation": ("model FLOP utilisation, of the machine's matrix products", "{:.1%}"),
+    }
+    for key, (label, form) in ratios.items():
+        values = [report["ratios"].get(key) for report in reports]
+        if any(value is not None for value in values):
+            rows.append(f"| {label} | {' | '.join('' if v is None else form.format(v) for v in values)} |")
+    rows.append("")
+    for report in reports:
+        settings = report["settings"]
+        rows.append(
+            f"- {_machine(report)}: width {settings['width']}, batch {settings['batch_size']}, {settings['precision']}, compile "
+            f"{settings['compile']}, {settings['images']:,} images ({settings['data']}), torch {report['versions']['torch']}; "
+            f"load average {_load(report)}. {report['verdict'][0].upper()}{report['verdict'][1:]}. `{report['command']}`"
+        )
+    return rows
+
+
+def accuracy_table(reports: list[dict[str, Any]]) -> list[str]:
+    rows = [
+        "| recipe | machine | accuracy (n) | flip TTA | training | with evaluations | to 94% |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for report in reports:
+        seconds = report["seconds"]
+        both = seconds["training"]["mean"] + seconds["evaluation"]["mean"]
+        to_94 = report["seconds_to_94"]
+        rows.append(
+            f"| `{report['command']}` | {_machine(report)} | {_accuracy(report['accuracy'])} | "
+            f"{_accuracy(report['tta_accuracy'])} | {seconds['training']['mean']:.1f} s | {both:.1f} s | "
+            f"{'not reached' if to_94 is None else format(to_94['mean'], '.1f') + ' s'} |"
+        )
+    return [
+        *rows,
+        "",
+        "Times are without loading the data, compiling and the range test, which happen before the first epoch.",
+    ]
+
+
+def _accuracy(found: dict[str, Any]) -> str:
+    if found["std"] is None:
+        return f"{found['mean']:.2f} (1)"
+    return f"{found['mean']:.2f} ± {found['interval95']:.2f} ({found['n']})"
+
+
+def _machine(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    return machine.get("gpu") or f"{machine['cpus_usable']} cores, {machine['cpu']}"
+
+
+def _load(report: dict[str, Any]) -> str:
+    before = report["machine"].get("load_average_before")
+    return "unknown" if not before else f"{before[0]:.1f} before"
+
+
+def _group(name: str, reports: list[dict[str, Any]]) -> int:
+    if any(name in report["peers"] for report in reports):
+        return 2
+    return 0 if name.startswith("pipeline_") else 1
+
+
+def _median(report: dict[str, Any], name: str) -> float | None:
+    found = report["stages"].get(name) or report["peers"].get(name)
+    return None if found is None else float(found["median"])
+
+
+def _cell(report: dict[str, Any], name: str) -> str:
+    found = report["stages"].get(name) or report["peers"].get(name)
+    if found is None:
+        return ""
+    return f"{found['median']:,.0f} ± {found['spread'] / 2 / found['median']:.0%}"
+
+
+LABELS = {
+    "pipeline": "pipeline, as training uses it",
+    "step": "training step alone",
+    "end_to_end": "training end to end",
+    "evaluation": "evaluation",
+    "kornia": "kornia, resident images",
+    "airbench": "airbench CifarLoader, resident images",
+}
+
+
+def _label(name: str) -> str:
+    if name in LABELS:
+        return LABELS[name]
+    if name.startswith("pipeline_"):
+        _, backend, *rest = name.split("_")
+        return f"{'DALI' if backend == 'dali' else backend} pipeline, {' '.join(rest)}"
+    for prefix, words in (("torchvision_pil", "torchvision PIL"), ("torchvision_v2", "torchvision v2")):
+        name = name.replace(prefix, f"DataLoader, {words},")
+    return name.replace("albumentations_", "DataLoader, albumentations, ").replace("_", " ").replace(",  ", ", ")
+
+
+def replaced(readme: str, block: str) -> str:
+    """The README with the block in place of the one between the markers."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md has no {BEGIN} ... {END}")
+    return before + block + after
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where the README is out of date")
+    options = parser.parse_args()
+    path = ROOT / "README.md"
+    before = path.read_text(encoding="utf-8")
+    after = replaced(before, tables(ROOT / "benchmarks" / "results"))
+    if options.check:
+        if after != before:
+            print("README.md is not what benchmarks/tables.py makes", file=sys.stderr)
+        return int(after != before)
+    path.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
