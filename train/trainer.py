@@ -113,8 +113,10 @@ class Trainer:
             known = inspect.signature(
                 DistributedDataParallel
             ).parameters  # newer versions of torch have renamed the option
-            option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-            self.step = DistributedDataParallel(self.train_step, device_ids=devices, **{option: False})
+            off: dict[str, Any] = {
+                "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+            }
+            self.step = DistributedDataParallel(self.train_step, device_ids=devices, **off)
 
     def compiled_off(self) -> None:
         """Go on without torch.compile."""
