@@ -81,6 +81,7 @@ def _totals(
     kept: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
         for done, (images, labels, valid) in enumerate(loader, 1):
+            torch.compiler.cudagraph_mark_step_begin()
             logits = step(images)
             views = logits if logits.ndim == 3 else logits[None]  # (views, N, C)
             losses = torch.stack([F.cross_entropy(view, labels, reduction="none") for view in views])

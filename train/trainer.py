@@ -143,6 +143,7 @@ class Trainer:
                     if step is not None:
                         step.eval()
                         for _ in range(3 if self.runtime.device.type == "cuda" else 1):
+                            torch.compiler.cudagraph_mark_step_begin()
                             step(images)
         # the pipeline last: DALI prefetches from its first batch on, which would break a capture of CUDA graphs
         next(self.train_loader.epoch(0))
@@ -153,6 +154,8 @@ class Trainer:
         self, images: Tensor, labels: Tensor, rate: float, step: nn.Module | None = None
     ) -> tuple[Tensor, Tensor]:
         """One step: forward, loss, backward, update at the given rate. Gives (loss, correct), on the device."""
+        # every step is a CUDA graph of its own: without the mark an evaluation between two steps would capture anew
+        torch.compiler.cudagraph_mark_step_begin()
         set_learning_rate(self.optimizer, rate)
         loss, correct = (step or self.step)(images, labels)
         self.scaler.scale(loss).backward()
