@@ -203,6 +203,11 @@ def measure(
         draw(report, picture)
         say(f"\npicture: {picture}")
     report["load_average_after"] = _load_average()
+    load = (report["machine"]["load_average_before"] or [0.0])[0]
+    if load > report["machine"]["cpus_usable"] / 4:
+        say(
+            f"\nWARNING: the load average was {load:.1f} before: other work slows what is measured, ratios less than rates"
+        )
     report["seconds"] = time.perf_counter() - begun
     say("")
     for line in conclusions(report):
@@ -337,7 +342,7 @@ def _training(
     report["ratios"] |= training_ratios(
         rates, multiplied, training.training_flops, training.waited / max(training.spent, 1e-9)
     )
-    report["verdict"] = verdict(*(rates[name].median for name in ("pipeline", "step", "end_to_end")))
+    report["verdict"] = verdict(report["ratios"])
 
 
 def training_ratios(
@@ -355,23 +360,21 @@ def training_ratios(
     }
 
 
-def verdict(pipeline: float, step: float, end_to_end: float) -> str:
-    """What limits training, in one sentence; all in images/s."""
-    slower = min(pipeline, step)
-    reached = end_to_end / slower
-    times = pipeline / step
+def verdict(ratios: dict[str, float]) -> str:
+    """What limits training, in one sentence."""
+    times, overlap = ratios["pipeline_over_step"], ratios["overlap"]
     delivers = f"{times:.1f}x" if times < 100 else f"{times:.0f}x"
-    if reached < 0.9:
-        which = "pipeline" if pipeline < step else "step"
+    if overlap < 0.9:
+        slower = "pipeline" if times < 1 else "step"
         return (
-            f"overlap-bound: end to end reaches {reached:.0%} of the slower stage alone (the {which}), pipeline and network get "
+            f"overlap-bound: end to end reaches {overlap:.0%} of the slower stage alone (the {slower}), pipeline and network get "
             f"in each other's way; the pipeline alone delivers {delivers} what the network takes"
         )
-    if pipeline < step:
+    if times < 1:
         return f"input-bound: the pipeline delivers {times:.0%} of what the network takes"
     return (
-        f"compute-bound: the pipeline delivers {delivers} what the network takes, and training does {end_to_end / step:.1%} "
-        "of the step alone"
+        f"compute-bound: the pipeline delivers {delivers} what the network takes, and training does "
+        f"{ratios['end_to_end_over_step']:.1%} of the step alone"
     )
 
 

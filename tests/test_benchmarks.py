@@ -154,20 +154,21 @@ def test_training_flops_are_what_torch_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rates", "words"),
+    ("ratios", "words"),
     [
         (
-            (3100.0, 1000.0, 995.0),
+            (3.1, 0.995, 0.995),
             "compute-bound: the pipeline delivers 3.1x what the network takes, and training does 99.5%",
         ),
-        ((500_000.0, 1000.0, 990.0), "compute-bound: the pipeline delivers 500x what"),
-        ((400.0, 1000.0, 395.0), "input-bound: the pipeline delivers 40% of what the network takes"),
-        ((1500.0, 1000.0, 600.0), "overlap-bound: end to end reaches 60% of the slower stage alone (the step)"),
-        ((700.0, 1000.0, 350.0), "overlap-bound: end to end reaches 50% of the slower stage alone (the pipeline)"),
+        ((500.0, 0.99, 0.99), "compute-bound: the pipeline delivers 500x what"),
+        ((0.4, 0.99, 0.396), "input-bound: the pipeline delivers 40% of what the network takes"),
+        ((1.5, 0.6, 0.6), "overlap-bound: end to end reaches 60% of the slower stage alone (the step)"),
+        ((0.7, 0.5, 0.35), "overlap-bound: end to end reaches 50% of the slower stage alone (the pipeline)"),
     ],
 )
-def test_verdict(rates: tuple[float, float, float], words: str) -> None:
-    assert words in throughput.verdict(*rates)
+def test_verdict(ratios: tuple[float, float, float], words: str) -> None:
+    names = ("pipeline_over_step", "overlap", "end_to_end_over_step")
+    assert words in throughput.verdict(dict(zip(names, ratios, strict=True)))
 
 
 def test_ratios_of_made_up_stages() -> None:
