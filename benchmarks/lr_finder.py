@@ -17,7 +17,7 @@ from train.fit import find_only, fit
 from train.lr_finder import RangeTest, suggest
 from train.record import Log, cpu_name, git_commit
 
-GRID = (0.1, 0.2, 0.4, 0.8)
+GRID = (0.05, 0.1, 0.2, 0.4)
 RECIPE = ["net.width=16", "train.epochs=4", "schedule.peak_epoch=1.5", "train.compile=off", "run.analyse=false"]
 
 

@@ -122,7 +122,7 @@ def test_suggestion_finds_the_rates_that_the_curve_was_made_with(lowest: float, 
     edge = lowest * 10 ** math.sqrt(0.05 * 1.5 / 4)  # where 1.5 + 4 x^2 reaches 1.05 * 1.5
     assert found.edge == pytest.approx(edge, rel=0.3)
     assert found.limit == limit
-    assert found.lr_max == pytest.approx(math.sqrt(edge * limit), rel=0.15)
+    assert found.lr_max == pytest.approx(edge ** (2 / 3) * limit ** (1 / 3), rel=0.2)
     assert found.lr_min == pytest.approx(edge / 10, rel=0.3)
 
 

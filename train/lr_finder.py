@@ -21,6 +21,7 @@ from train.trainer import Trainer
 SMOOTHING = 0.9  # of the running mean that decides on divergence: about ten steps
 DIVERGED = 4.0  # a loss of four times the best one does not come back
 NEAR = 1.05  # a loss within 5% of the lowest one counts as low
+SHARE = 1 / 3  # of the way from the edge to the limit
 FIRST_EPOCH = 2**32  # of the augmentation plan: far beyond any training, which so sees its own draws first
 
 
@@ -87,9 +88,9 @@ def suggest(test: RangeTest) -> Suggestion:
     """The rule. With `edge` the highest rate, right of the lowest smoothed loss, at which that loss is still within
     NEAR of its lowest, and `limit` the rate at which the test diverged:
 
-    - lr_max is their geometric mean. Beyond `edge` the raw network of the test no longer learns, but batch norm keeps it
-      from blowing up until `limit`; a schedule that warms up to its peak stands more than the test's sudden rise, and
-      the middle of the two on the logarithmic axis halves the error that either end carries.
+    - lr_max lies between the two, SHARE of the way on the logarithmic axis. Beyond `edge` the raw network of the test no
+      longer learns, but batch norm keeps it from blowing up until `limit`; a schedule that warms up to its peak stands
+      more than the test's sudden rise. The share is measured: see benchmarks/lr_finder.py.
     - lr_min is a tenth of `edge`: safely below where the raw network learns fastest.
 
     The lowest point itself lies in a flat valley and moves by a factor of 1.8 between seeds, the edge by 1.25
@@ -105,7 +106,7 @@ def suggest(test: RangeTest) -> Suggestion:
             f"the range test saw no falling loss (first {smoothed[0]:.3g}, lowest {smoothed[place]:.3g}); {advice}"
         )
     edge, limit = _edge(test.rates, smoothed, place), test.rates[-1]
-    return Suggestion(math.sqrt(edge * limit), edge / 10, edge, limit)
+    return Suggestion(edge * (limit / edge) ** SHARE, edge / 10, edge, limit)
 
 
 def _edge(rates: tuple[float, ...], smoothed: list[float], place: int) -> float:
