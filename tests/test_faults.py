@@ -19,11 +19,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import CONFIGS
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from zygote import Job, Zygote, zygote
 
 import train.loop
-from train.checkpoint import CheckpointError, WriteError, load_checkpoint, save_checkpoint, write_atomic
+from train.checkpoint import CheckpointError, WriteError, load_checkpoint, save_checkpoint, seal, write_atomic
 from train.config import TRAINING_IMAGES, Config, to_yaml
 from train.evaluation import evaluate
 from train.failures import explained
@@ -599,6 +601,50 @@ def test_resume_with_a_scaler_is_exact(
     a, b = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts"))
     assert a["scaler"]["scale"] > 2.0**10
     assert equal(a, b)
+
+
+@pytest.mark.slow
+def test_deterministic_mode_gives_the_same_bits_twice_compiled(runs: Zygote, recipe: Path, tmp_path: Path) -> None:
+    if not shutil.which("g++"):
+        pytest.skip("no C++ compiler here")
+    words = ["--config", recipe, "train.deterministic=true", "train.compile=default", "run.checkpoint_every=epoch"]
+    words += ["train.epochs=1", "schedule.peak_epoch=0.5"]
+    for name in "ab":
+        job = runs.start(*words, f"run.dir={tmp_path / name}")
+        assert job.wait(timeout=400) == 0, job.stderr
+    assert equal(load_checkpoint(tmp_path / "a" / "last.pt"), load_checkpoint(tmp_path / "b" / "last.pt"))
+
+
+# --- any checkpoint
+
+LEAVES = st.none() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(max_size=9) | st.booleans()
+PLAIN = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=9,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
+@given(state=st.dictionaries(st.text(max_size=5), PLAIN, max_size=4), numbers=st.lists(st.floats(width=32), max_size=9))
+def test_any_plain_state_comes_back_equal(tmp_path: Path, state: dict[str, Any], numbers: list[float]) -> None:
+    tensor = torch.tensor(numbers)
+    save_checkpoint(tmp_path / "c.pt", {**state, "tensor": tensor, "format": 1})
+    loaded = load_checkpoint(tmp_path / "c.pt")
+    assert {key: loaded[key] for key in state if key not in ("tensor", "format")} == {
+        key: value for key, value in state.items() if key not in ("tensor", "format")
+    }
+    assert loaded["tensor"].numpy().tobytes() == tensor.numpy().tobytes()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None)
+@given(content=st.binary(max_size=300), sealed=st.booleans())
+def test_any_other_bytes_are_refused_by_name(tmp_path: Path, content: bytes, sealed: bool) -> None:
+    if sealed:  # a right digest over anything: what is behind it is not trusted either
+        content = seal(content + b"\0\0")
+    (tmp_path / "c.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"c\.pt"):
+        load_checkpoint(tmp_path / "c.pt")
 
 
 # --- memory

@@ -1,0 +1,221 @@
+"""python -m train.export runs/NAME [--torch-export] [--onnx]: the network of a run for use elsewhere.
+
+Writes runs/NAME/export/model.safetensors: the network's own tensors, under their names in net/resnet.py, contiguous; what is
+needed to use them (class names, mean, std, width) is JSON text in the file's metadata under "about". The normalisation
+(pixels - mean) / std, per channel in units of 0..255, is NOT part of these weights. model.pt2 (torch.export) and model.onnx
+are whole programs from uint8 images (N, 3, H, W) of any N to logits (N, C), normalisation included. Each file is read back
+and must give the logits of the run's network on real test images before it gets its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dali_pipeline.datasets import DataError, load
+from net.resnet import CustomResNet
+from train.checkpoint import CheckpointError, fsync_folder, load_checkpoint
+from train.config import ConfigError, from_dict
+from train.steps import EvalStep
+
+IMAGES = 256  # test images that every export is verified on
+# of the largest logit. The same operations in the same order are exact; another runtime's rounding is about 1e-6
+TOLERANCES = {"model.safetensors": 0.0, "model.pt2": 1e-4, "model.onnx": 1e-4}
+NEEDED = {
+    "model.safetensors": ("safetensors",),
+    "model.pt2": (),
+    "model.onnx": ("onnx", "onnxscript", "onnxruntime"),
+}
+
+
+class ExportError(Exception):
+    """An export that cannot be made, or differs from the network: one line with the cause."""
+
+
+def require(name: str) -> None:
+    """ExportError where a package that the file needs is missing."""
+    missing = [package for package in NEEDED[name] if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ExportError(f"{name} needs {', '.join(missing)}: pip install -e '.[export]'")
+
+
+def network(state: dict[str, Any], ema: bool = False) -> CustomResNet:
+    """The network of a checkpoint, in eval mode; with `ema` the average of its weights."""
+    weights = state["model"]
+    if ema:
+        if state["ema"] is None:
+            raise ExportError("--ema: the run kept no average of its weights (train.ema_decay=0)")
+        weights = {key.removeprefix("module."): t for key, t in state["ema"].items() if key.startswith("module.")}
+    net = CustomResNet(len(state["class_names"]), state["config"]["net"]["width"])
+    net.load_state_dict(weights)
+    return net.eval()
+
+
+def program(state: dict[str, Any], net: CustomResNet) -> EvalStep:
+    """From uint8 images to logits, normalisation included."""
+    return EvalStep(net, state["mean"], state["std"], channels_last=False).eval()
+
+
+def first_test_images(state: dict[str, Any], root: Path | None) -> Tensor:
+    """(IMAGES, 3, H, W) uint8: the first test images of the data set that the run was trained on. Raises DataError."""
+    data = from_dict(state["config"]).data
+    dataset = load(
+        data.name,
+        (root or Path(data.root)).expanduser(),
+        download=False,
+        progress=False,
+        synthetic_size=data.synthetic_size,
+        synthetic_classes=data.synthetic_classes,
+        synthetic_count=data.synthetic_count,
+    )
+    return torch.from_numpy(dataset.test.images[:IMAGES]).permute(0, 3, 1, 2).contiguous()
+
+
+def _safetensors(path: Path, state: dict[str, Any], net: CustomResNet, images: Tensor) -> Callable[[Tensor], Tensor]:
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save
+
+    about = {
+        "architecture": "CustomResNet",
+        "input": "(N, 3, H, W): pixels of 0..255 in RGB, minus mean, divided by std, per channel",
+        "width": state["config"]["net"]["width"],
+        "height_and_width": [state["height"], state["width"]],
+        **{key: state[key] for key in ("data_name", "class_names", "mean", "std", "epoch", "test_accuracy")},
+    }
+    # channels-last weights are refused: the format knows one order
+    tensors = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+    path.write_bytes(save(tensors, {"about": json.dumps(about)}))
+    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        read = json.loads(file.metadata()["about"])
+    again = CustomResNet(len(read["class_names"]), read["width"])
+    again.load_state_dict(load_file(path))
+    return EvalStep(again, read["mean"], read["std"], channels_last=False).eval()
+
+
+def _torch_export(path: Path, state: dict[str, Any], net: CustomResNet, images: Tensor) -> Callable[[Tensor], Tensor]:
+    batch = {0: torch.export.Dim("batch", min=1)}
+    exported = torch.export.export(program(state, net), (images[:4],), dynamic_shapes=(batch,))
+    torch.export.save(exported, path)
+    return torch.export.load(path).module()
+
+
+def _onnx(path: Path, state: dict[str, Any], net: CustomResNet, images: Tensor) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    made = torch.onnx.export(
+        program(state, net),
+        (images[:4],),
+        dynamo=True,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+        verbose=False,
+    )
+    assert made is not None
+    made.save(str(path), external_data=False)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda batch: torch.from_numpy(session.run(["logits"], {"images": batch.numpy()})[0])
+
+
+MAKERS: dict[str, Callable[[Path, dict[str, Any], CustomResNet, Tensor], Callable[[Tensor], Tensor]]] = {
+    "model.safetensors": _safetensors,
+    "model.pt2": _torch_export,
+    "model.onnx": _onnx,
+}
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """Exporters warn about their own future and about opsets; what they made is verified."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+def export(
+    folder: Path, name: str, state: dict[str, Any], net: CustomResNet, images: Tensor, limit: float | None = None
+) -> float:
+    """Write folder/name and give its largest difference from the network's logits, as a part of the largest logit.
+
+    Raises ExportError where it exceeds `limit` (TOLERANCES[name]); the file is not kept then, an older one stays.
+    """
+    limit = TOLERANCES[name] if limit is None else limit
+    temporary = folder / f".{name}.tmp{Path(name).suffix}"
+    try:
+        with _quiet(), torch.no_grad():
+            run = MAKERS[name](temporary, state, net, images)
+            expected = program(state, net)(images)
+            # in two batches of sizes that the export was not made with
+            found = torch.cat([run(images[:3]), run(images[3:])])
+            if limit == 0:
+                found = run(images)
+        difference = float((found - expected).abs().max() / expected.abs().max())
+        if not difference <= limit:
+            raise ExportError(
+                f"{folder / name}: differs from the network by {difference:.1e} of the largest logit, more than {limit:.0e}"
+            )
+        temporary.replace(folder / name)
+        fsync_folder(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return difference
+
+
+def parser() -> argparse.ArgumentParser:
+    summary, _, rest = (__doc__ or "").partition("\n\n")
+    result = argparse.ArgumentParser(
+        prog="python -m train.export", description=summary, epilog=rest, formatter_class=argparse.RawTextHelpFormatter
+    )
+    result.add_argument("run", type=Path, help="the run folder")
+    result.add_argument("--checkpoint", default="best.pt", help="which of its checkpoints (default best.pt)")
+    result.add_argument("--ema", action="store_true", help="the average of the weights instead of the weights")
+    result.add_argument("--torch-export", action="store_true", help="write model.pt2 too")
+    result.add_argument("--onnx", action="store_true", help="write model.onnx too")
+    result.add_argument("--data-root", type=Path, help="where the data lies now, if not in the recipe's data.root")
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    names = ["model.safetensors"]
+    names += ["model.pt2"] * options.torch_export + ["model.onnx"] * options.onnx
+    try:
+        for name in names:
+            require(name)
+        state = load_checkpoint(options.run / options.checkpoint)
+        net = network(state, options.ema)
+        images = first_test_images(state, options.data_root)
+        folder = options.run / "export"
+        folder.mkdir(exist_ok=True)
+        for name in names:
+            difference = export(folder, name, state, net, images)
+            print(
+                f"{folder / name}: equals the network's logits on {len(images)} test images to {difference:.1e} of the largest"
+            )
+    except (CheckpointError, ConfigError, DataError, ExportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or options.run}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
