@@ -21,13 +21,19 @@ GRID = (0.05, 0.1, 0.2, 0.4)
 RECIPE = ["net.width=16", "train.epochs=4", "schedule.peak_epoch=1.5", "train.compile=off", "run.analyse=false"]
 
 
+def _without_path(word: str) -> str:
+    return "data.root=DIR" if word.startswith("data.root=") else word
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"on top of {' '.join(RECIPE)}")
     parser.add_argument("--config", default="configs/onecycle.yaml", help="the recipe (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="range tests, and trainings with what they found")
     parser.add_argument("--grid-seeds", type=int, default=1, help="trainings for each rate of the grid")
-    parser.add_argument("--work", type=Path, default=Path("runs/lr_finder"), help="run folders; what is there is not repeated")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/lr_finder"), help="run folders; what is there is not repeated"
+    )
     parser.add_argument("--json", type=Path, help="write the result here")
     options = parser.parse_intermixed_args()
     given = {word.partition("=")[0] for word in options.overrides}
@@ -57,7 +63,9 @@ def main() -> int:
         suggestion = suggest(RangeTest.read_csv(folder / "lr_finder.csv"))
         percent = accuracy(f"found-{seed}", seed, suggestion.lr_max, suggestion.lr_min)
         found.append({"seed": seed, "lr_max": suggestion.lr_max, "lr_min": suggestion.lr_min, "accuracy": percent})
-        print(f"seed {seed}: found {suggestion.lr_max:.3f} / {suggestion.lr_min:.4f}, ends at {percent:.2f}%", flush=True)
+        print(
+            f"seed {seed}: found {suggestion.lr_max:.3f} / {suggestion.lr_min:.4f}, ends at {percent:.2f}%", flush=True
+        )
 
     grid: list[dict[str, Any]] = []
     for lr_max in GRID:
@@ -68,8 +76,10 @@ def main() -> int:
 
     best = max(grid, key=lambda row: statistics.mean(row["accuracies"]))
     result = {
-        "command": f"python benchmarks/lr_finder.py {' '.join(options.overrides)}".strip(),
-        "recipe": words,
+        "command": " ".join(["python benchmarks/lr_finder.py", *map(_without_path, options.overrides)]),
+        "seeds": options.seeds,
+        "grid_seeds": options.grid_seeds,
+        "recipe": [_without_path(word) for word in words],
         "commit": git_commit(),
         "machine": {"cpu": cpu_name()},
         "found": found,
