@@ -40,7 +40,8 @@ part throughput 270 "$python" benchmarks/throughput.py --json "$results/throughp
   --ablate graph --ablate prefetch --ablate pipelines --ablate compile --ablate batch
 part recipe 100 "$python" benchmarks/accuracy.py configs/onecycle.yaml --runs 2 "${data_words[@]}" \
   --finished "$results/recipe.jsonl" --json "$results/recipe.json"
-part tests 90 "$python" -m pytest -m gpu -q -x -p no:cacheprovider
+part tests 90 "$python" -m pytest -m gpu -q -p no:cacheprovider \
+  --continue-on-collection-errors
 gzip -f "$results/trace.json" 2>/dev/null
 
 echo

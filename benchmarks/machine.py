@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from train.record import system_record
 
 
 def machine_record(device: torch.device) -> dict[str, Any]:
-    record = system_record()
+    record = system_record() | {"platform": f"{platform.system()} {platform.machine()}"}
     record["memory_gib"] = _memory_gib()
     record["load_average_before"] = [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None
     record["torch_threads"] = torch.get_num_threads()

@@ -231,7 +231,8 @@ def _kornia(task: Task) -> Callable[[], Batches]:
         for first in range(0, len(images) - task.batch_size + 1, task.batch_size):
             taken = order[first : first + task.batch_size]
             with torch.no_grad():
-                yield augment(images[taken].float() / 255), labels[taken]
+                batch = augment(images[taken].float() / 255)
+            yield batch, labels[taken]
 
     return epoch
 

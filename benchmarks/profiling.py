@@ -41,7 +41,7 @@ def costliest(events: Any, on_gpu: bool) -> list[tuple[str, float, int]]:
     time: defaultdict[str, float] = defaultdict(float)
     calls: defaultdict[str, int] = defaultdict(int)
     for event in events:
-        if on_gpu and event.device_type == DeviceType.CUDA:
+        if on_gpu and event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
             spent = event.time_range.elapsed_us()
         elif not on_gpu and event.device_type == DeviceType.CPU:
             spent = event.self_cpu_time_total
