@@ -927,3 +927,71 @@ def test_the_first_checkpoint_is_there_before_the_first_step(
     with pytest.raises(CheckpointError):
         load_checkpoint(tmp_path / "parts" / "none.pt")
     assert train.loop.RESUMED
+
+
+def test_signals_are_left_alone_outside_the_main_thread() -> None:
+    import threading
+
+    before = signal.getsignal(signal.SIGTERM)
+    seen: list[Any] = []
+
+    def work() -> None:
+        with SignalWatch().watching():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_a_signal_in_the_save_at_an_epochs_end_stops_after_it(
+    quick_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train.fit import fit
+
+    original = train.loop.Run._write
+
+    def write(self: train.loop.Run, folder: RunFolder, best: bool) -> None:
+        if self.position.epoch == 1:
+            signal.raise_signal(signal.SIGINT)
+        original(self, folder, best)
+
+    monkeypatch.setattr(train.loop.Run, "_write", write)
+    with pytest.raises(Interrupted) as caught:
+        fit(quick_config, tmp_path / "run", log=Log(quiet=True))
+    assert (caught.value.code, caught.value.saved) == (130, True)
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1
+
+
+def test_a_test_loss_that_is_no_number_is_not_saved(
+    quick_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train.evaluation import Evaluation, Score
+    from train.fit import fit
+    from train.progress import NonFiniteLoss
+    from train.trainer import Trainer
+
+    monkeypatch.setattr(Trainer, "evaluate", lambda *_: (Evaluation(Score(math.nan, 0, 355)), None))
+    with pytest.raises(NonFiniteLoss, match="test loss nan after epoch 1"):
+        fit(quick_config, tmp_path / "run", log=Log(quiet=True))
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 0
+
+
+def test_a_previous_checkpoint_that_cannot_be_kept_leaves_both_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for epoch in range(2):
+        save_checkpoint(tmp_path / "last.pt", {"epoch": epoch}, keep_previous=tmp_path / "previous.pt")
+    original = Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        if target.name == "previous.pt":
+            raise OSError(5, "Input/output error")
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(WriteError, match="Input/output error"):
+        save_checkpoint(tmp_path / "last.pt", {"epoch": 2}, keep_previous=tmp_path / "previous.pt")
+    assert [load_checkpoint(tmp_path / name)["epoch"] for name in ("last.pt", "previous.pt")] == [1, 0]
+    assert temporary(tmp_path) == []
