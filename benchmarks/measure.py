@@ -28,7 +28,8 @@ class Rate:
         return quantile(self.samples, 0.75) - quantile(self.samples, 0.25)
 
     def record(self) -> dict[str, Any]:
-        return {"median": self.median, "spread": self.spread, "repeats": len(self.samples)}
+        samples = [float(f"{sample:.5g}") for sample in self.samples]
+        return {"median": self.median, "spread": self.spread, "repeats": len(samples), "samples": samples}
 
     def over(self, other: Rate) -> float:
         """Median of the ratios of samples that were taken in the same round."""

@@ -67,7 +67,9 @@ def test_median_and_spread_are_numpys(samples: list[float]) -> None:
     first, middle, third = np.percentile(samples, [25, 50, 75])
     assert rate.median == pytest.approx(middle)
     assert rate.spread == pytest.approx(third - first, abs=1e-6)
-    assert rate.record() == {"median": rate.median, "spread": rate.spread, "repeats": len(samples)}
+    record = rate.record()
+    assert record["samples"] == pytest.approx(samples, rel=1e-4) and record["repeats"] == len(samples)
+    assert (record["median"], record["spread"]) == (rate.median, rate.spread)
 
 
 def test_ratio_pairs_the_samples_of_a_round() -> None:
@@ -379,7 +381,7 @@ def test_throughput_prints_and_writes_json(
     stages = {"pipeline_torch_eager_cpu", "pipeline", "step", "end_to_end", "evaluation"}
     assert stages <= report["stages"].keys()
     for rate in report["stages"].values():
-        assert rate.keys() == {"median", "spread", "repeats"} and rate["median"] > 0 and rate["repeats"] >= 2
+        assert rate.keys() == {"median", "spread", "repeats", "samples"} and rate["median"] > 0 and rate["repeats"] >= 2
     assert {"overlap", "model_flop_utilisation", "pipeline_share_of_training_thread"} <= report["ratios"].keys()
     assert report["left_out"]["pipeline_torch_compiled_cpu"] == "no compiler"
     assert report["verdict"] in "\n".join(output)
