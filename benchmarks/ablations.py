@@ -147,6 +147,12 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 OF_DALI = {"pipelines": _pipelines, "prefetch": _prefetch, "graph": _graphs}
 
 
+def _short(setting: str, ablation: str) -> str:
+    """The setting without the name that the panel's title gives: "batch_size 512" in the panel batch is 512."""
+    first, _, rest = setting.partition(" ")
+    return rest if rest and first.startswith(ablation) else setting.removesuffix(f" {ablation}")
+
+
 def draw(report: dict[str, Any], path: Path) -> None:
     """Bars of every pipeline and peer, and a panel for each ablation."""
     import matplotlib
@@ -169,10 +175,10 @@ def draw(report: dict[str, Any], path: Path) -> None:
     top.axvline(report["stages"]["step"]["median"], color="black", linestyle="--", label="what the network takes")
     top.set_xscale("log")
     top.set_title("input pipelines alone (blue: this project's)")
-    top.legend(loc="lower right")
+    top.legend(loc="lower center", bbox_to_anchor=(0.5, -0.42))
     for axis, (name, rows) in zip(axes[1:, 0], tables.items(), strict=True):
         for stage in STAGES:
-            points = [(row["setting"], row[stage]["median"]) for row in rows if stage in row]
+            points = [(_short(row["setting"], name), row[stage]["median"]) for row in rows if stage in row]
             if points:
                 axis.plot([x for x, _ in points], [y for _, y in points], marker="o", label=stage.replace("_", " "))
         axis.set_yscale("log")
@@ -180,7 +186,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axis.legend()
     for axis in axes[:, 0]:
         axis.grid(alpha=0.3)
-    axes[0, 0].set_xlabel("images/s")
+    axes[0, 0].set_xlabel("images/s", loc="right")
     for axis in axes[1:, 0]:
         axis.set_ylabel("images/s")
     figure.tight_layout()

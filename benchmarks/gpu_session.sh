@@ -35,13 +35,13 @@ part() { # NAME SECONDS COMMAND...
 }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv >"$results/gpu.csv" 2>&1
-part throughput 270 "$python" benchmarks/throughput.py --json "$results/throughput.json" --repeats 5 --no-footprint \
+part tests 100 "$python" -m pytest -m gpu -q -p no:cacheprovider \
+  --continue-on-collection-errors
+part throughput 260 "$python" benchmarks/throughput.py --json "$results/throughput.json" --repeats 5 --no-footprint \
   --profile "$results/trace.json" --picture "$results/throughput.png" \
   --ablate graph --ablate prefetch --ablate pipelines --ablate compile --ablate batch
 part recipe 100 "$python" benchmarks/accuracy.py configs/onecycle.yaml --runs 2 "${data_words[@]}" \
   --finished "$results/recipe.jsonl" --json "$results/recipe.json"
-part tests 90 "$python" -m pytest -m gpu -q -p no:cacheprovider \
-  --continue-on-collection-errors
 gzip -f "$results/trace.json" 2>/dev/null
 
 echo
