@@ -645,9 +645,9 @@ def test_gpu_session_goes_on_after_a_failure_and_sums_up(tmp_path: Path) -> None
     )
     assert done.returncode == 0, done.stderr
     calls = (tmp_path / "calls").read_text().splitlines()
-    starts = ("benchmarks/throughput.py", "benchmarks/accuracy.py", "-m pytest", "- ")
+    starts = ("-m pytest", "benchmarks/throughput.py", "benchmarks/accuracy.py", "- ")
     assert len(calls) == 4 and all(call.startswith(start) for call, start in zip(calls, starts, strict=True))
-    assert f"data.root={tmp_path / 'data'}" in calls[1] and "-m gpu" in calls[2]
+    assert f"data.root={tmp_path / 'data'}" in calls[2] and "-m gpu" in calls[0]
     assert "recipe: exit code 3" in done.stdout and "tests: done" in done.stdout
     script = (ROOT / "benchmarks" / "gpu_session.sh").read_text()
     limits = [int(seconds) for seconds in re.findall(r"^part \w+ (\d+) ", script, re.MULTILINE)]
