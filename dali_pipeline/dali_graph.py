@@ -16,6 +16,7 @@ and on the CPU cuts out. Images per second of processor time at batch 512, uint8
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -24,22 +25,50 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .plan import Augment, Plan
-from .torch_graph import Records, decode_images, resident_windows
+from .plan import Augment, Plan, draw_plan
+from .torch_graph import Records, TorchGraph, decode_images, resident_windows, upload
 
 PREFETCH_DEPTH = 2
 MAX_PICTURES = 16  # tall pictures a batch; see DaliGraph
 _MAX_PICTURE_BYTES = 2**31 - 1  # DALI's GPU kernel computes offsets within a picture in 32 bits
 
 
+class WrongPixels(Exception):
+    """DALI runs, and gives other pixels than the plan asks for."""
+
+
 def probe(device: torch.device) -> str:
-    """Runs a trivial pipeline for the device and returns DALI's version; whatever fails raises as it is."""
-    dali, fn = _import_dali()
-    pipe = dali.Pipeline(batch_size=1, num_threads=1, device_id=_device_id(device))
-    with pipe:
-        pipe.set_outputs(fn.constant(idata=[1], device=_backend(device)))
-    pipe.run()
+    """DALI's version, once its graph has given on the device, image by image, the pixels that torch gives on the CPU.
+
+    Three batches of small random images, every augmentation on, as many as are prefetched and one more. Raises
+    WrongPixels where they differ; whatever else fails raises as it is.
+    """
+    dali, _ = _import_dali()
+    split = _RandomRecords()
+    augment, fill = Augment(pad=2, cutout=4), (1, 2, 3)
+    plan = draw_plan(0, 0, len(split.records), augment, (split.height, split.width))
+    batches = [plan.take(slice(start, start + 8)) for start in range(0, len(plan), 8)]
+    source = itertools.cycle(batches).__next__
+    graph = DaliGraph(upload(split, device), split, source, 8, augment, fill)
+    try:
+        got = torch.cat([graph.run().cpu() for _ in batches])
+    finally:
+        graph.close()
+    expected, _ = TorchGraph(upload(split, torch.device("cpu")), split, augment, fill).batch(plan)
+    wrong = int((got != expected).flatten(1).any(1).sum())
+    if wrong:
+        raise WrongPixels(f"{wrong} of {len(plan)} images differ from the reference")
     return str(dali.__version__)
+
+
+class _RandomRecords:
+    """24 images of 8 x 6 in the records' form."""
+
+    label_bytes, height, width = 1, 8, 6
+
+    def __init__(self) -> None:
+        shape = (24, self.label_bytes + 3 * self.height * self.width)
+        self.records = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
 def _import_dali() -> tuple[Any, Any]:

@@ -32,9 +32,9 @@ class BackendChoice:
 
 
 def choose_backend(requested: str, device: torch.device) -> BackendChoice:
-    """Resolves `data.backend` (auto, dali or torch) by running a trivial DALI pipeline on the device.
+    """Resolves `data.backend` (auto, dali or torch) by running DALI's graph on small images on the device.
 
-    auto takes DALI where that pipeline runs, torch elsewhere. Raises BackendError for `dali` where it does not run,
+    auto takes DALI where that gives the right pixels, torch elsewhere. Raises BackendError for `dali` where it does not,
     ValueError for another name.
     """
     if requested not in ("auto", "dali", "torch"):
@@ -66,7 +66,9 @@ def _explain(error: Exception, device: torch.device) -> str:
         return "DALI is not installed; it runs on Linux: pip install nvidia-dali-cuda120, or data.backend=torch"
     if isinstance(error, (ImportError, AttributeError)):
         return f"nvidia.dali does not import ({first_line}); reinstall nvidia-dali-cuda120, or data.backend=torch"
-    return f"a trivial pipeline fails ({first_line}); check the driver with nvidia-smi, or data.backend=torch"
+    if isinstance(error, dali_graph.WrongPixels):
+        return f"its pixels are wrong ({first_line}); use data.backend=torch, and report it with this machine's versions"
+    return f"a small pipeline fails ({first_line}); check the driver with nvidia-smi, or data.backend=torch"
 
 
 class _Pump:

@@ -394,6 +394,21 @@ def test_dali_that_cannot_run_is_an_error_in_one_line(broken_dali: str) -> None:
         assert "\n" not in str(error.value)
 
 
+def test_dali_that_gives_wrong_pixels_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    pull = dali_graph._Regions.pull
+
+    def off_by_one(regions: Any) -> Any:
+        ids, source, *rest = pull(regions)
+        source[0, 0, 1] += 1 if source[0, 0, 1] == 0 else -1  # a single window, one column aside
+        return ids, source, *rest
+
+    monkeypatch.setattr(dali_graph._Regions, "pull", off_by_one)
+    choice = choose_backend("auto", CPU)
+    assert choice.name == "torch" and "3 of 24 images differ from the reference" in choice.reason
+    with pytest.raises(BackendError, match=r"its pixels are wrong .*; use data\.backend=torch"):
+        choose_backend("dali", CPU)
+
+
 def test_dali_on_another_device_is_an_error() -> None:
     with pytest.raises(BackendError, match="DALI has no mps backend"):
         choose_backend("dali", torch.device("mps"))
