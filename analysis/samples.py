@@ -15,32 +15,15 @@ import torch
 from analysis.predictions import Ints
 from analysis.run import AnalysisError, LoadedRun, command, load_for, parser, pipeline
 from analysis.style import BLUE, Pixels, Tile, draw_sheet, pretty
-from dali_pipeline.loader import TrainLoader
-from dali_pipeline.plan import Augment
 from train.config import AugmentConfig
 from train.record import Log
+from train.trainer import make_train_loader
 
 
 def augmented_images(run: LoadedRun, count: int, epoch: int = 0) -> tuple[Pixels, Ints]:
     """The first `count` images (N, H, W, 3) uint8 and labels (N,) of an epoch (from 0), as the run's training saw them."""
-    config = run.config
-    augment = config.augment
-    loader = TrainLoader(
-        run.dataset.train,
-        batch_size=config.train.batch_size,
-        augment=Augment(
-            crop=augment.crop,
-            pad=augment.pad,
-            padding_mode=augment.padding_mode,
-            flip=augment.flip,
-            cutout=augment.cutout,
-        ),
-        fill=run.dataset.fill,
-        seed=config.train.seed,
-        device=torch.device("cpu"),
-        backend=pipeline(run) if run.runtime.device.type == "cpu" else "torch",
-        tail=config.train.tail,
-    )
+    backend = pipeline(run) if run.runtime.device.type == "cpu" else "torch"
+    loader = make_train_loader(run.config, run.dataset, torch.device("cpu"), backend)
     images, labels = [], []
     try:
         for batch, of_batch in loader.epoch(epoch):

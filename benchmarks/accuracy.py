@@ -284,10 +284,9 @@ def reset(trainer: Trainer, setup: Setup, seed: int) -> None:
     compiled or captured stays valid."""
     import torch
 
-    from dali_pipeline.loader import TrainLoader
-    from dali_pipeline.plan import Augment
     from net.resnet import CustomResNet
     from train.runtime import seed_everything
+    from train.trainer import make_train_loader
 
     config, dataset = trainer.config, trainer.dataset
     config.train.seed = seed
@@ -303,24 +302,8 @@ def reset(trainer: Trainer, setup: Setup, seed: int) -> None:
     if trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(torch.amp.GradScaler(setup.runtime.device.type).state_dict())
     trainer.train_loader.close()
-    augment = config.augment
-    trainer.train_loader = TrainLoader(
-        dataset.train,
-        batch_size=config.train.batch_size,
-        augment=Augment(
-            crop=augment.crop,
-            pad=augment.pad,
-            padding_mode=augment.padding_mode,
-            flip=augment.flip,
-            cutout=augment.cutout,
-        ),
-        fill=dataset.fill,
-        seed=seed,
-        device=setup.runtime.device,
-        backend=setup.backend,
-        tail=config.train.tail,
-        compiled=setup.runtime.compile_mode is not None,
-    )
+    compiled = setup.runtime.compile_mode is not None
+    trainer.train_loader = make_train_loader(config, dataset, setup.runtime.device, setup.backend, compiled=compiled)
     next(trainer.train_loader.epoch(0))  # builds and compiles what is left before the clock starts
 
 

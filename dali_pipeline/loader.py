@@ -67,7 +67,9 @@ def _explain(error: Exception, device: torch.device) -> str:
     if isinstance(error, (ImportError, AttributeError)):
         return f"nvidia.dali does not import ({first_line}); reinstall nvidia-dali-cuda120, or data.backend=torch"
     if isinstance(error, dali_graph.WrongPixels):
-        return f"its pixels are wrong ({first_line}); use data.backend=torch, and report it with this machine's versions"
+        return (
+            f"its pixels are wrong ({first_line}); use data.backend=torch, and report it with this machine's versions"
+        )
     return f"a small pipeline fails ({first_line}); check the driver with nvidia-smi, or data.backend=torch"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,32 @@ from train.progress import StepMeter
 from train.runtime import Runtime
 from train.steps import EvalStep, TrainStep
 from train.sync_bn import synchronise_batch_norm
+
+
+def make_train_loader(
+    config: Config,
+    dataset: Dataset,
+    device: torch.device,
+    backend: BackendChoice | str,
+    *,
+    compiled: bool = False,
+    group: Group | None = None,
+) -> TrainLoader:
+    """The augmented training batches of a recipe; raises what TrainLoader raises."""
+    group = group or Group()
+    return TrainLoader(
+        dataset.train,
+        batch_size=config.train.batch_size,
+        augment=Augment(**asdict(config.augment)),
+        fill=dataset.fill,
+        seed=config.train.seed,
+        device=device,
+        backend=backend,
+        tail=config.train.tail,
+        rank=group.rank,
+        world_size=group.world_size,
+        compiled=compiled,
+    )
 
 
 class Trainer:
@@ -59,25 +85,8 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=runtime.precision == "fp16")
         self._build_steps(runtime.compile_mode)
-        augment = config.augment
-        self.train_loader = TrainLoader(
-            dataset.train,
-            batch_size=config.train.batch_size,
-            augment=Augment(
-                crop=augment.crop,
-                pad=augment.pad,
-                padding_mode=augment.padding_mode,
-                flip=augment.flip,
-                cutout=augment.cutout,
-            ),
-            fill=dataset.fill,
-            seed=config.train.seed,
-            device=device,
-            backend=backend,
-            tail=config.train.tail,
-            rank=self.group.rank,
-            world_size=self.group.world_size,
-            compiled=runtime.compile_mode is not None,
+        self.train_loader = make_train_loader(
+            config, dataset, device, backend, compiled=runtime.compile_mode is not None, group=self.group
         )
         self.eval_loader = EvalLoader(
             dataset.test,
