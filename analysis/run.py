@@ -20,7 +20,7 @@ from dali_pipeline.datasets import load as load_dataset
 from dali_pipeline.loader import BackendChoice, BackendError, choose_backend
 from net.resnet import CustomResNet
 from train.checkpoint import CheckpointError, load_checkpoint
-from train.config import Config, ConfigError, from_dict, load_config
+from train.config import Config, ConfigError, NetConfig, from_dict, load_config
 from train.progress import duration
 from train.record import Log, read_metrics
 from train.runtime import Runtime, RuntimeUnavailable, prepare
@@ -155,7 +155,7 @@ def load_run(
     environment = _read_json(path / "environment.json", notes)
     runtime = _runtime(device, precision, config, environment, notes)
     class_names = tuple(str(name) for name in state["class_names"])
-    net = _build_net(state["model"], len(class_names), config.net.width, where)
+    net = _build_net(state["model"], len(class_names), config.net, where)
     if runtime.channels_last:
         net = net.to(memory_format=torch.channels_last)
     run = LoadedRun(
@@ -215,6 +215,7 @@ def _check_recipe(path: Path, file: str, config: Config) -> None:
     beside = load_config(path / "config.yaml")
     for key, ours, theirs in (
         ("net.width", config.net.width, beside.net.width),
+        ("net.logit_scale", config.net.logit_scale, beside.net.logit_scale),
         ("data.name", config.data.name, beside.data.name),
     ):
         if ours != theirs:
@@ -272,8 +273,8 @@ def _runtime(device: str, precision: str, config: Config, environment: dict[str,
         ) from None
 
 
-def _build_net(state: dict[str, Any], num_classes: int, width: int, where: str) -> CustomResNet:
-    net = CustomResNet(num_classes, width)
+def _build_net(state: dict[str, Any], num_classes: int, shape: NetConfig, where: str) -> CustomResNet:
+    net = CustomResNet(num_classes, shape.width, shape.logit_scale)
     expected = net.state_dict()
     missing = sorted(set(expected) ^ set(state))
     if missing:
@@ -281,7 +282,7 @@ def _build_net(state: dict[str, Any], num_classes: int, width: int, where: str) 
             f"{where}: {missing[0]} {'is missing from' if missing[0] in expected else 'is no part of'} "
             f"CustomResNet ({len(missing)} such): a checkpoint of another network or version"
         )
-    for key, what, ours in (("prep.0.weight", "width", width), ("classifier.weight", "class count", num_classes)):
+    for key, what, ours in (("prep.0.weight", "width", shape.width), ("classifier.weight", "class count", num_classes)):
         found = int(state[key].shape[0])
         if found != ours:
             raise AnalysisError(

@@ -291,7 +291,7 @@ def reset(trainer: Trainer, setup: Setup, seed: int) -> None:
     config, dataset = trainer.config, trainer.dataset
     config.train.seed = seed
     seed_everything(seed, config.train.deterministic)
-    drawn = CustomResNet(dataset.num_classes, config.net.width)
+    drawn = CustomResNet(dataset.num_classes, config.net.width, config.net.logit_scale)
     trainer.net.load_state_dict(drawn.state_dict())
     trainer.net.train()
     if trainer.ema is not None:

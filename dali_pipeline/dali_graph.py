@@ -2,11 +2,11 @@
 
 DALI's cost at 32 x 32 is bookkeeping for each sample, so an image is no sample here: the data set lies on the device as
 a few tall pictures of images stacked on top of each other, and `multi_paste` builds a batch as a few tall pictures too,
-one pasted rectangle an image. That one operator gathers, flips (every image lies there mirrored as well), pads, crops,
-and on the CPU cuts out. Images per second of processor time at batch 512, uint8, all augmentations, on a busy 2-core
+one pasted rectangle an image. That one operator gathers, flips (every image lies there mirrored as well), pads, crops
+and cuts out. Images per second of processor time at batch 512, uint8, all augmentations, on a busy 2-core
 2.6 GHz Xeon (two runs of 5 rounds of benchmarks/dali_candidates.py --threads 1):
 
-    this graph, as the CPU takes it              349k, 376k; on a free core and a half, 460-630k a second
+    this graph                                   349k, 376k; on a free core and a half, 460-630k a second
     the same with `erase` for the cutout         304k, 295k
     one sample an image: gather, slice, erase     91k,  91k
     torch_graph, eager and compiled              261k, 267k and 467k, 492k
@@ -30,7 +30,12 @@ from .torch_graph import Records, TorchGraph, decode_images, resident_windows, u
 
 PREFETCH_DEPTH = 2
 MAX_PICTURES = 16  # tall pictures a batch; see DaliGraph
+_BLOCK_BYTES, _WARP = 256, 32  # DALI's GPU kernel: a row's last block has a byte for each thread, or reads astray
 _MAX_PICTURE_BYTES = 2**31 - 1  # DALI's GPU kernel computes offsets within a picture in 32 bits
+
+
+class Unsupported(ValueError):
+    """Images or batches of a shape that DALI cannot take; one line with the remedy."""
 
 
 class WrongPixels(Exception):
@@ -62,9 +67,9 @@ def probe(device: torch.device) -> str:
 
 
 class _RandomRecords:
-    """24 images of 8 x 6 in the records' form."""
+    """24 images of 8 x 16 in the records' form."""
 
-    label_bytes, height, width = 1, 8, 6
+    label_bytes, height, width = 1, 8, 16
 
     def __init__(self) -> None:
         shape = (24, self.label_bytes + 3 * self.height * self.width)
@@ -82,11 +87,14 @@ class DaliGraph:
     spread over a GPU's blocks, whose threads also search the list of a picture's rectangles, and few enough to cost
     nothing. The two choices below differ in speed alone:
 
-    `cutout_by`: "paste" pastes a patch of the fill colour over the image, "erase" is an operator of its own. On the CPU
-    paste is faster. On the GPU multi_paste cuts its output into a grid along every rectangle's edges, on the host:
-    1 us an image with overlapping patches against 0.2 us without (that code alone, compiled and timed on the CPU).
+    `cutout_by`: "paste" pastes a patch of the fill colour over the image; "erase" is an operator of its own, slower on the
+    CPU, which on the GPU waits for DALI's stream twice a batch, in DALI's own thread.
     `padded`: whether the images lie on the device with their border. Reflected borders always do. Black ones need not,
-    as multi_paste leaves black what it does not paste; on the GPU they do, for the same grid: one cell an image.
+    as multi_paste leaves black what it does not paste; on the GPU they do, since it cuts its output into a grid along
+    every rectangle's edges, on the host, and so finds fewer edges.
+
+    Raises Unsupported where a picture would exceed what DALI can address, and on a GPU for image widths that its kernel
+    does not stand.
     """
 
     def __init__(
@@ -98,14 +106,16 @@ class DaliGraph:
         augment: Augment,
         fill: tuple[int, int, int],
         *,
-        cutout_by: Literal["paste", "erase"] | None = None,
+        cutout_by: Literal["paste", "erase"] = "paste",
         padded: bool | None = None,
     ) -> None:
         self._device = records.device
         self._shape = (batch_size, split.height, split.width, 3)
         reflect = augment.padding_mode == "reflect"
-        if cutout_by is None:
-            cutout_by = "erase" if self._device.type == "cuda" else "paste"
+        if self._device.type == "cuda" and 0 < 3 * split.width % _BLOCK_BYTES < _WARP:
+            raise Unsupported(
+                f"DALI's GPU multi_paste reads beyond its tables at image width {split.width}; use data.backend=torch"
+            )
         if padded is None:
             padded = self._device.type == "cuda"
         if augment.pad >= min(split.height, split.width):  # a window may lie wholly in the border: nothing to paste
@@ -117,7 +127,7 @@ class DaliGraph:
         stack = -(-(used + patch) // pictures)
         height, width = split.height + 2 * border, split.width + 2 * border
         if stack * height * width * 3 > _MAX_PICTURE_BYTES:
-            raise ValueError(
+            raise Unsupported(
                 f"{used} images of {height} x {width} in {pictures} pictures exceed DALI's 2 GiB a picture; "
                 f"take a batch size divisible by {MAX_PICTURES}, or data.backend=torch"
             )
@@ -139,28 +149,36 @@ class DaliGraph:
             pictures=pictures,
             patch=used if patch else None,
         )
-        self._pipe: Any = _build(self._resident, regions, batch_size // pictures * split.height, split.width, fill)
+        rows = batch_size // pictures * split.height
+        self._pictures_shape = (pictures, rows, split.width, 3)
+        self._pipe: Any = _build(self._resident, regions, rows, split.width, fill)
+        if self._device.type == "cuda":
+            self._copy = importlib.import_module("nvidia.dali.plugin.pytorch").feed_ndarray
 
     def run(self) -> Tensor:
-        """The images of the oldest plan pulled, (n, 3, H, W) uint8, channels-last: DALI's own memory, not a copy.
+        """The images of the oldest plan pulled, (n, 3, H, W) uint8, channels-last, in memory that nothing else writes.
 
-        DALI reuses none of it while the tensor lives. On the GPU it is ready in the order of torch's current stream,
-        and the host waits for nothing.
+        On the GPU a copy (1.5 MB at 512 images) that is ready in the order of torch's current stream; the host waits for
+        nothing. Sharing DALI's memory by DLPack would save that copy, but DALI frees shared GPU memory behind a
+        cudaDeviceSynchronize a batch, in a thread of its own, which also disturbs a capture of CUDA graphs. On the CPU it
+        is shared: DALI reuses none of it while the tensor lives.
         """
         if self._device.type == "cuda":
             stream = torch.cuda.current_stream(self._device)
             (pictures,) = self._pipe.run(stream)
-            # DLPack forbids the handle 0 and calls the default stream 1; without a stream it would wait on the host.
-            capsule = pictures.as_tensor().__dlpack__(stream=stream.cuda_stream or 1)
+            images = torch.empty(self._pictures_shape, dtype=torch.uint8, device=self._device)
+            self._copy(pictures.as_tensor(), images, cuda_stream=stream)
         else:
             (pictures,) = self._pipe.run()
-            capsule = pictures.as_tensor().__dlpack__()
-        images: Tensor = torch.utils.dlpack.from_dlpack(capsule)
+            images = torch.utils.dlpack.from_dlpack(pictures.as_tensor().__dlpack__())
         return images.view(self._shape).permute(0, 3, 1, 2)
 
     def close(self) -> None:
         """Stops DALI's threads and frees its memory, except for batches still held."""
-        self._pipe = None
+        if self._pipe is not None:
+            self._pipe = None
+            if self._device.type == "cuda":  # batches under way read the resident images, which torch owns
+                torch.cuda.synchronize(self._device)
 
 
 class _Regions:

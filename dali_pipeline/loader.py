@@ -20,7 +20,7 @@ Backend = Literal["dali", "torch"]
 
 
 class BackendError(Exception):
-    """An explicitly requested backend cannot run here; one line with the cause and the remedy."""
+    """A backend cannot run here, or not on this data; one line with the cause and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,10 @@ class _Engine:
         if name == "dali":
             self._pump = _Pump(plan_of, follow)
             self._labels = decode_labels(records, split)
-            self._dali = dali_graph.DaliGraph(records, split, self._pump.pull, batch_size, augment, fill)
+            try:
+                self._dali = dali_graph.DaliGraph(records, split, self._pump.pull, batch_size, augment, fill)
+            except dali_graph.Unsupported as error:
+                raise BackendError(str(error)) from None
         else:
             self._torch = TorchGraph(records, split, augment, fill, compiled=compiled)
 

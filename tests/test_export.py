@@ -49,7 +49,7 @@ def test_safetensors_hold_all_that_is_needed_for_the_accuracy_of_the_checkpoint(
     path = run / "export" / "model.safetensors"
     with safetensors.safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()["about"])
-    net = CustomResNet(len(about["class_names"]), about["width"])
+    net = CustomResNet(len(about["class_names"]), about["width"], about["logit_scale"])
     net.load_state_dict(load_file(path))
     mean, std = (torch.tensor(about[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():

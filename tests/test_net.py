@@ -64,11 +64,19 @@ def test_forward_is_the_assignment_written_out_in_functions() -> None:
         torch.testing.assert_close(net(images), expected)
 
 
+def test_logit_scale_multiplies_the_logits() -> None:
+    plain, scaled = CustomResNet(10, 4).eval(), CustomResNet(10, 4, logit_scale=0.125).eval()
+    scaled.load_state_dict(plain.state_dict())
+    images = torch.randn(5, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(scaled(images), plain(images) / 8)
+
+
 def test_larger_images_give_one_row_of_logits_each() -> None:
     assert CustomResNet(7, 2)(torch.zeros(3, 3, 64, 64)).shape == (3, 7)
 
 
-@pytest.mark.parametrize("arguments", [(0, 64), (10, 0)])
+@pytest.mark.parametrize("arguments", [(0, 64), (10, 0), (10, 64, 0.0), (10, 64, float("nan"))])
 def test_impossible_sizes_are_refused(arguments: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match=r"at least 1|must be positive"):
         CustomResNet(*arguments)

@@ -168,7 +168,7 @@ def test_dali_gives_the_same_pixels_by_every_way(mode: Any, cutout: int, padded:
 
 def test_dali_refuses_pictures_that_its_gpu_kernel_cannot_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dali_graph, "_MAX_PICTURE_BYTES", 20 * 32 * 32 * 3)
-    with pytest.raises(ValueError, match="divisible by 16"):
+    with pytest.raises(BackendError, match="divisible by 16"):
         make_loader(make_split(64), "dali", batch_size=17)
     make_loader(make_split(64), "dali", batch_size=16).close()
 
@@ -498,6 +498,13 @@ def test_gpu_dali_gives_the_same_pixels_by_every_way(padded: bool, cutout_by: An
     for wanted, _ in expected_batches(split, augment, 3, 0, 512):
         np.testing.assert_array_equal(hwc(graph.run()), wanted)
     graph.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [8, 88])
+def test_gpu_dali_refuses_widths_that_its_kernel_does_not_stand(width: int) -> None:
+    with pytest.raises(BackendError, match=f"image width {width}; use data.backend=torch"):
+        make_loader(make_split(40, 32, width), "dali", device=torch.device("cuda"))
 
 
 @pytest.mark.gpu

@@ -59,6 +59,9 @@ class NetConfig:
     """CustomResNet (net/resnet.py)."""
 
     width: int = _key(64, "channels of the first layer; 64 is the 6.57M-parameter network", at_least=1, at_most=1024)
+    logit_scale: float = _key(
+        0.125, "factor on the logits: 1 is the plain network, 1/8 stands higher learning rates", above=0.0
+    )
 
 
 @dataclass(kw_only=True)

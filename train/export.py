@@ -57,7 +57,8 @@ def network(state: dict[str, Any], ema: bool = False) -> CustomResNet:
         if state["ema"] is None:
             raise ExportError("--ema: the run kept no average of its weights (train.ema_decay=0)")
         weights = {key.removeprefix("module."): t for key, t in state["ema"].items() if key.startswith("module.")}
-    net = CustomResNet(len(state["class_names"]), state["config"]["net"]["width"])
+    shape = state["config"]["net"]
+    net = CustomResNet(len(state["class_names"]), shape["width"], shape["logit_scale"])
     net.load_state_dict(weights)
     return net.eval()
 
@@ -89,7 +90,7 @@ def _safetensors(path: Path, state: dict[str, Any], net: CustomResNet, images: T
     about = {
         "architecture": "CustomResNet",
         "input": "(N, 3, H, W): pixels of 0..255 in RGB, minus mean, divided by std, per channel",
-        "width": state["config"]["net"]["width"],
+        **state["config"]["net"],  # width, logit_scale
         "height_and_width": [state["height"], state["width"]],
         **{key: state[key] for key in ("data_name", "class_names", "mean", "std", "epoch", "test_accuracy")},
     }
@@ -98,7 +99,7 @@ def _safetensors(path: Path, state: dict[str, Any], net: CustomResNet, images: T
     path.write_bytes(save(tensors, {"about": json.dumps(about)}))
     with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
         read = json.loads(file.metadata()["about"])
-    again = CustomResNet(len(read["class_names"]), read["width"])
+    again = CustomResNet(len(read["class_names"]), read["width"], read["logit_scale"])
     again.load_state_dict(load_file(path))
     return EvalStep(again, read["mean"], read["std"], channels_last=False).eval()
 

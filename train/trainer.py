@@ -65,7 +65,7 @@ class Trainer:
     ) -> None:
         self.config, self.dataset, self.runtime, self.group = config, dataset, runtime, group or Group()
         device = runtime.device
-        net: nn.Module = CustomResNet(dataset.num_classes, config.net.width).to(device)
+        net: nn.Module = CustomResNet(dataset.num_classes, config.net.width, config.net.logit_scale).to(device)
         if config.train.sync_bn and self.group.world_size > 1:
             net = synchronise_batch_norm(net, device)
         if runtime.channels_last:
