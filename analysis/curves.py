@@ -148,8 +148,7 @@ def draw_lr_finder(
     except RangeTestError as error:
         title = str(error)
     else:
-        end = "diverged" if test.diverged else "the highest rate tried"
-        title = f"LR range test: loss low up to {found.edge:.3g}, {end} at {found.limit:.3g}"
+        title = f"LR range test: the loss is lowest at a rate of {found.lowest:.3g}"
     figure = new_figure(7.4, 4.2, title, caption)
     if found is None:
         figure.suptitle(plain(title, 200), fontsize=8, wrap=True)

@@ -79,7 +79,10 @@ def method_class(method: str) -> Any:
             f"pytorch_grad_cam does not import ({reason}); torch {torch.__version__} wants the torchvision of its release: "
             "pip install --upgrade grad-cam torchvision"
         ) from None
-    return getattr(pytorch_grad_cam, METHODS[method.lower()])
+    found = getattr(pytorch_grad_cam, METHODS[method.lower()], None)
+    if found is None:
+        raise AnalysisError(f"--method {method}: the installed grad-cam has none; pip install --upgrade grad-cam")
+    return found
 
 
 def find_layer(net: nn.Module, name: str) -> nn.Module:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.predictions import Ints, Predictions, checked_predictions, prediction_options, worst_first
-from analysis.run import class_index, command, load_for
+from analysis.run import AnalysisError, class_index, command, load_for
 from analysis.style import BLUE, VERMILLION, Pixels, Tile, draw_sheet, percent, pretty
 from train.record import Log
 
@@ -92,6 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--seed", type=int, default=0, help="of --order random")
 
     def body(options: argparse.Namespace, log: Log) -> None:
+        if options.count < 1:
+            raise AnalysisError(f"--count {options.count}: must be at least 1")
         run = load_for(options, log)
         label = None if options.label is None else class_index(options.label, run.class_names)
         predictions, _ = checked_predictions(run, log, options.accept_difference)

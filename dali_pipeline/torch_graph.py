@@ -140,6 +140,8 @@ class TorchGraph:
         if self._compiled is not None:
             try:
                 return self._compiled(*arguments)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # inductor looks for its compiler at the first call, and raises what it likes
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 warnings.warn(f"the torch input pipeline runs eagerly: {reason}", RuntimeWarning, stacklevel=4)

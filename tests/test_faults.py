@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from zygote import Job, Zygote, zygote
 
+import train.checkpoint
 import train.loop
 from train.checkpoint import CheckpointError, WriteError, load_checkpoint, save_checkpoint, seal, write_atomic
 from train.config import TRAINING_IMAGES, Config, to_yaml
@@ -962,6 +963,83 @@ def test_a_signal_in_the_save_at_an_epochs_end_stops_after_it(
         fit(quick_config, tmp_path / "run", log=Log(quiet=True))
     assert (caught.value.code, caught.value.saved) == (130, True)
     assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1
+
+
+@pytest.fixture
+def in_background(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, and slow: the training goes on meanwhile."""
+    original = train.loop.store
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.1)
+        original(*arguments)
+
+    monkeypatch.setattr(train.loop, "saves_in_background", lambda device: True)
+    monkeypatch.setattr(train.loop, "store", slow)
+
+
+def test_saving_in_the_background_leaves_the_same_files(
+    quick_config: Config, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    from train.fit import fit
+
+    quick_config.run.checkpoint_every, quick_config.train.ema_decay = 3, 0.9
+    fit(copy.deepcopy(quick_config), tmp_path / "front", log=Log(quiet=True))
+    request.getfixturevalue("in_background")
+    fit(copy.deepcopy(quick_config), tmp_path / "back", log=Log(quiet=True))
+    for name in ("last.pt", "previous.pt", "best.pt"):
+        assert equal(load_checkpoint(tmp_path / "front" / name), load_checkpoint(tmp_path / "back" / name))
+    assert len(read_metrics(tmp_path / "back" / "metrics.jsonl")) == quick_config.train.epochs
+
+
+@pytest.mark.usefixtures("in_background")
+def test_a_run_interrupted_during_a_save_in_the_background_is_resumed_exactly(
+    quick_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train.fit import fit
+    from train.trainer import Trainer
+
+    fit(copy.deepcopy(quick_config), tmp_path / "whole", log=Log(quiet=True))
+    original, steps = Trainer.train_one, 0
+
+    def interrupted(self: Trainer, *arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 4:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, *arguments)
+
+    quick_config.run.checkpoint_every = 1
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_one", interrupted)
+        with pytest.raises(Interrupted):
+            fit(copy.deepcopy(quick_config), tmp_path / "parts", log=Log(quiet=True))
+    assert load_checkpoint(tmp_path / "parts" / "last.pt")["step"] == 4
+    fit(copy.deepcopy(quick_config), tmp_path / "parts", log=Log(quiet=True), resume=True)
+    whole, parts = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts"))
+    assert equal(whole["model"], parts["model"]) and equal(whole["optimizer"], parts["optimizer"])
+
+
+@pytest.mark.usefixtures("in_background")
+def test_a_save_in_the_background_that_fails_ends_the_run_with_its_error(
+    quick_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train.fit import fit
+
+    original, saves = train.checkpoint.write_atomic, 0
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> None:
+        nonlocal saves
+        saves += path.name == "last.pt"
+        if saves == 3:
+            raise WriteError(28, "No space left on device", str(path))
+        original(path, *arguments, **options)
+
+    monkeypatch.setattr(train.checkpoint, "write_atomic", refuse)
+    quick_config.run.checkpoint_every = 2
+    with pytest.raises(WriteError, match="No space left"):
+        fit(quick_config, tmp_path / "run", log=Log(quiet=True))
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 2
 
 
 def test_a_test_loss_that_is_no_number_is_not_saved(

@@ -236,12 +236,12 @@ def test_nothing_to_resume_and_a_second_writer_are_refused(tmp_path: Path) -> No
 
 
 def test_default_folder_is_numbered_and_resume_takes_the_newest(tmp_path: Path) -> None:
-    assert default_run_dir("configs/a.yaml", False, tmp_path) == tmp_path / "a"
-    (tmp_path / "a").mkdir()
-    assert default_run_dir("configs/a.yaml", False, tmp_path) == tmp_path / "a-2"
-    (tmp_path / "a-2").mkdir()
-    assert default_run_dir("configs/a.yaml", False, tmp_path) == tmp_path / "a-3"
-    assert default_run_dir("configs/a.yaml", True, tmp_path) == tmp_path / "a-2"
+    assert default_run_dir("a.b", False, tmp_path) == tmp_path / "a.b"
+    (tmp_path / "a.b").mkdir()
+    assert default_run_dir("a.b", False, tmp_path) == tmp_path / "a.b-2"
+    (tmp_path / "a.b-2").mkdir()
+    assert default_run_dir("a.b", False, tmp_path) == tmp_path / "a.b-3"
+    assert default_run_dir("a.b", True, tmp_path) == tmp_path / "a.b-2"
 
 
 def test_non_finite_loss_stops_with_the_step_and_keeps_the_last_good_checkpoint(

@@ -52,8 +52,8 @@ def test_no_step_waits_for_the_device(cuda_config: Config, backend: str, compile
     meters = [StepMeter(epoch, trainer.steps_per_epoch, trainer.runtime.device) for epoch in range(2)]
     trainer.train_epoch(0, schedule, meters[0])  # the first update of the average copies
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         trainer.train_epoch(1, schedule, meters[1], after_step=lambda done: None)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -37,7 +37,7 @@ def test_multiply_adds_equal_those_counted_in_a_forward_pass() -> None:
 
 def test_forward_is_the_assignment_written_out_in_functions() -> None:
     torch.manual_seed(0)
-    net = CustomResNet(10, 4).eval()
+    net = CustomResNet(10, 4, logit_scale=1).eval()
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_()
@@ -65,11 +65,14 @@ def test_forward_is_the_assignment_written_out_in_functions() -> None:
 
 
 def test_logit_scale_multiplies_the_logits() -> None:
-    plain, scaled = CustomResNet(10, 4).eval(), CustomResNet(10, 4, logit_scale=0.125).eval()
+    plain, scaled, default = (CustomResNet(10, 4, logit_scale=scale).eval() for scale in (1, 0.125, None))
     scaled.load_state_dict(plain.state_dict())
+    default.load_state_dict(plain.state_dict())
     images = torch.randn(5, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(scaled(images), plain(images) / 8)
+        assert torch.equal(default(images), plain(images) / 2)
+    assert CustomResNet(10, 64).logit_scale == 1 / 8
 
 
 def test_larger_images_give_one_row_of_logits_each() -> None:

@@ -527,8 +527,8 @@ def test_gpu_batches_are_ordered_on_a_busy_stream_without_waiting_for_it(backend
     torch.cuda.synchronize()
     copies = []
     with torch.cuda.stream(torch.cuda.Stream()):
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             for images, labels in loader.epoch(1):
                 work = work @ work * 0
                 copies.append((images + 0, labels + 0))

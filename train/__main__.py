@@ -84,7 +84,7 @@ def _run(options: argparse.Namespace, config: Config) -> int:
 
     log = Log(quiet=os.environ.get("RANK", "0") != "0")
     with explained(config, log) as outcome:
-        name = f"{Path(options.config).stem}-lr" if options.find_lr else options.config
+        name = Path(options.config).stem + ("-lr" if options.find_lr else "")
         folder = Path(config.run.dir).expanduser() if config.run.dir else default_run_dir(name, options.resume)
         if options.find_lr:
             find_only(config, folder, log=log, overwrite=options.overwrite, on_range_test=_draw_range_test)
@@ -108,14 +108,13 @@ def _run(options: argparse.Namespace, config: Config) -> int:
 def _analyse(folder: Path, config: Config, log: Log) -> None:
     """The pictures and the report of the finished run; the run stands whatever happens to them."""
     from analysis.report import analyse
-    from analysis.run import AnalysisError
-    from train.checkpoint import CheckpointError
 
     log("drawing the pictures and the report ...")
     try:
         report = analyse(folder, data_root=Path(config.data.root).expanduser(), device=config.train.device, log=log)
-    except (AnalysisError, CheckpointError, OSError) as error:
-        log(f"WARNING: the run is complete, its analysis is not: {error}. Again with: python -m analysis {folder}")
+    except Exception as error:  # whatever a drawing library raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        log(f"WARNING: the run is complete, its analysis is not: {reason}. Again with: python -m analysis {folder}")
         return
     log(f"next           open {report}; python -m analysis.compare {folder} OTHER-RUN")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-FORMAT = 1
+FORMAT = 2  # 1 had no net.logit_scale
 _MARK = b"sha256:"
 _COMMENT = len(_MARK) + 64  # the digest in hexadecimal
 
@@ -106,9 +106,33 @@ def save_checkpoint(path: str | Path, state: dict[str, Any], keep_previous: Path
 
     The file is an ordinary torch file: `torch.load(path, weights_only=True)` reads it without this module.
     """
+    write_atomic(Path(path), pack(state), keep_previous)
+
+
+def save_last(folder: Path, state: dict[str, Any], best: bool) -> None:
+    """Write last.pt, which stays as previous.pt after the next one, and before it best.pt where this is the best."""
+    content = pack(state)
+    if best:  # first: after a kill between the two, the resumed run writes it again
+        write_atomic(folder / "best.pt", content)
+    write_atomic(folder / "last.pt", content, keep_previous=folder / "previous.pt")
+
+
+def on_host(value: Any) -> Any:
+    """`value` with its tensors copied to the host and its lists and dicts copied: what comes later changes nothing in it."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: on_host(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(on_host(part) for part in value)
+    return value
+
+
+def pack(state: dict[str, Any]) -> bytes:
+    """The content of a checkpoint's file."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    write_atomic(Path(path), seal(buffer.getvalue()), keep_previous)
+    return seal(buffer.getvalue())
 
 
 def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -121,7 +145,7 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         content = path.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path}: no such checkpoint; a run writes last.pt and best.pt after its first epoch"
+            f"{path}: no such checkpoint; a run writes last.pt before its first step, best.pt after its first epoch"
         ) from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None

@@ -59,8 +59,8 @@ class NetConfig:
     """CustomResNet (net/resnet.py)."""
 
     width: int = _key(64, "channels of the first layer; 64 is the 6.57M-parameter network", at_least=1, at_most=1024)
-    logit_scale: float = _key(
-        0.125, "factor on the logits: 1 is the plain network, 1/8 stands higher learning rates", above=0.0
+    logit_scale: float | None = _key(
+        None, "factor on the logits; null is 1/sqrt(width), which stands high learning rates, 1 is none", above=0.0
     )
 
 
@@ -245,7 +245,11 @@ def _check_value(name: str, value: Any) -> None:
         raise ConfigError(f"{name}: {value!r} ({found}) is not {wanted}")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
-    if not math.isfinite(value):
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        raise ConfigError(f"{name}: a number of {len(str(value))} digits is out of range") from None
+    if not finite:
         raise ConfigError(f"{name}: {value} is not a finite number")
     for bound, holds in _BOUNDS.items():
         if bound in f.metadata and not holds(value, f.metadata[bound]):

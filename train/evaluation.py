@@ -51,12 +51,13 @@ def evaluate(
     is put into eval mode and given back in the mode it had. `after_batch(done)` runs on the host after each batch, and
     may raise to end the evaluation.
     """
-    was_training = step.training
+    modes = [(module, module.training) for module in step.modules()]
     step.eval()
     try:
         totals, kept = _totals(step, loader, keep_logits, after_batch)
     finally:
-        step.train(was_training)
+        for module, mode in modes:
+            module.training = mode
     if totals is None:
         raise ValueError("nothing to evaluate: the loader gave no batch")
     if dist.is_available() and dist.is_initialized():

@@ -90,7 +90,8 @@ def _safetensors(path: Path, state: dict[str, Any], net: CustomResNet, images: T
     about = {
         "architecture": "CustomResNet",
         "input": "(N, 3, H, W): pixels of 0..255 in RGB, minus mean, divided by std, per channel",
-        **state["config"]["net"],  # width, logit_scale
+        "width": state["config"]["net"]["width"],
+        "logit_scale": net.logit_scale,
         "height_and_width": [state["height"], state["width"]],
         **{key: state[key] for key in ("data_name", "class_names", "mean", "std", "epoch", "test_accuracy")},
     }

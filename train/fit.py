@@ -18,7 +18,7 @@ from train.config import Config, ConfigError, to_dict, to_yaml
 from train.distributed import Group, from_environment, process_group, under_torchrun
 from train.estimate import LongRunNotice
 from train.loop import RESUMED, Position, Run, Times, machine, restore
-from train.lr_finder import range_test, suggest
+from train.lr_finder import RangeTestError, range_test, suggest
 from train.optim import OneCycle
 from train.progress import duration
 from train.record import Log, RunFolder, git_commit, system_record
@@ -139,7 +139,8 @@ class Setup:
 
 
 def _is_compile_failure(error: Exception) -> bool:
-    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+    compilers = ("torch._dynamo", "torch._inductor", "triton")
+    return type(error).__module__.startswith(compilers) or "Triton Error" in str(error)
 
 
 def environment(setup: Setup, dataset: Dataset) -> dict[str, Any]:
@@ -166,8 +167,13 @@ def environment(setup: Setup, dataset: Dataset) -> dict[str, Any]:
     return record
 
 
-def find_rates(setup: Setup, trainer: Trainer, folder: RunFolder | None, notice: LongRunNotice) -> tuple[float, float]:
-    """Run the range test, write lr_finder.csv, and give (lr_max, lr_min), given values standing as they are."""
+def find_rates(
+    setup: Setup, trainer: Trainer, folder: RunFolder | None, notice: LongRunNotice, overwrite: bool
+) -> tuple[float, float]:
+    """Run the range test, write lr_finder.csv, and give (lr_max, lr_min), given values standing as they are.
+
+    With `overwrite` what the folder held goes, once there are rates to begin with.
+    """
     schedule = setup.config.schedule
     with setup.times.on("lr_search", setup.runtime.device):
         result = range_test(
@@ -179,9 +185,13 @@ def find_rates(setup: Setup, trainer: Trainer, folder: RunFolder | None, notice:
             bar=setup.log.terminal and not setup.log.quiet,
             after_step=notice.step,
         )
-        if folder is not None and setup.group.first:
-            result.write_csv(folder.path / "lr_finder.csv")
+    curve = None if folder is None else folder.path / "lr_finder.csv"
+    try:
         suggestion = suggest(result)
+    except RangeTestError:
+        if folder is not None and curve is not None and not folder.holds_run():
+            result.write_csv(curve)  # it shows why
+        raise
     setup.log(suggestion.sentence())
     lr_max = schedule.lr_max if isinstance(schedule.lr_max, float) else suggestion.lr_max
     lr_min = schedule.lr_min if isinstance(schedule.lr_min, float) else min(suggestion.lr_min, lr_max)
@@ -189,6 +199,10 @@ def find_rates(setup: Setup, trainer: Trainer, folder: RunFolder | None, notice:
         raise ConfigError(
             f"schedule.lr_min: {lr_min:g} is above the lr_max found, {lr_max:.4g}; set schedule.lr_max too"
         )
+    if folder is not None and curve is not None:
+        if overwrite:
+            folder.start_over()
+        result.write_csv(curve)
     return lr_max, lr_min
 
 
@@ -307,8 +321,6 @@ def fit(
 
         notice = LongRunNotice(trainer.total_steps, config, setup.runtime, log)
         position = Position()
-        if folder is not None and overwrite:
-            folder.start_over()
         if state is not None:
             with group.together():
                 position = restore(trainer, state, times)
@@ -317,10 +329,12 @@ def fit(
                 _restore_last(folder.path)
             log(f"resumed from {run_dir} at epoch {position.epoch}, step {position.step}")
         elif "find" in (config.schedule.lr_max, config.schedule.lr_min):
-            lr_max, lr_min = find_rates(setup, trainer, folder, notice)
+            lr_max, lr_min = find_rates(setup, trainer, folder, notice, overwrite)
             config.schedule.lr_max, config.schedule.lr_min = lr_max, lr_min
             if folder is not None and on_range_test is not None:
                 on_range_test(folder.path)
+        elif folder is not None and overwrite:
+            folder.start_over()
         assert isinstance(config.schedule.lr_max, float) and isinstance(config.schedule.lr_min, float)
         schedule = OneCycle(
             config.schedule.lr_max,
@@ -363,17 +377,15 @@ def find_only(
         folder = None
         with group.together():
             if group.first:
-                folder = RunFolder(run_dir, overwrite=overwrite)
+                folder = RunFolder(run_dir, overwrite=overwrite, range_test=True)
                 stack.callback(folder.close)
         dataset = setup.load_data()
         with group.together():
             trainer = setup.build(dataset)
         stack.callback(trainer.close)
         setup.warm_up(trainer)
-        if folder is not None and overwrite:
-            folder.start_over()
         notice = LongRunNotice(config.schedule.find_steps, config, setup.runtime, log)
-        rates = find_rates(setup, trainer, folder, notice)
+        rates = find_rates(setup, trainer, folder, notice, overwrite)
         if folder is not None and on_range_test is not None:
             on_range_test(folder.path)
         return rates

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 
-from train.checkpoint import save_checkpoint
+from train.checkpoint import on_host, save_last
 from train.config import checkpoint_interval, to_dict
 from train.estimate import LongRunNotice
 from train.evaluation import Evaluation, Score
@@ -40,6 +41,7 @@ class Times:
     lr_search: float = 0.0
     training: float = 0.0
     evaluation: float = 0.0
+    saving: float = 0.0  # as far as the training waited for it
 
     @contextmanager
     def on(self, name: str, device: torch.device | None = None) -> Iterator[None]:
@@ -114,6 +116,17 @@ def checkpoint_state(trainer: Trainer, schedule: OneCycle, position: Position, t
     }
 
 
+def saves_in_background(device: torch.device) -> bool:
+    """On a GPU, whose epochs are shorter than the writing of a checkpoint; on the CPU both would share the cores."""
+    return device.type == "cuda"
+
+
+def store(folder: RunFolder, state: dict[str, Any], best: bool) -> None:
+    """Write last.pt (and best.pt), then metrics.jsonl to match."""
+    save_last(folder.path, state, best)
+    folder.write_metrics(state["metrics"])
+
+
 def machine(trainer: Trainer) -> dict[str, Any]:
     """What changes the results of a run, if only by rounding, and is no key of the recipe."""
     runtime = trainer.runtime
@@ -154,6 +167,8 @@ class Run:
         self.every_steps, self.every_seconds = checkpoint_interval(trainer.config.run.checkpoint_every)
         self.last_save = time.perf_counter()
         self.failure: NonFiniteLoss | None = None  # noticed, and not yet told to the other processes
+        self._saver = ThreadPoolExecutor(1, "save") if saves_in_background(trainer.runtime.device) else None
+        self._saving: Future[None] | None = None
         self.writer: Any = None
         if trainer.config.run.tensorboard and folder is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -162,9 +177,11 @@ class Run:
 
     def train(self) -> None:
         """All epochs that are left."""
-        with self.signals.deferring():
+        with self.signals.deferring(), self._all_saved():
             if self.position.epoch == 0 and self.position.step == 0:
                 self.save()  # a run can be resumed from the start, and a full disk shows before the first step
+                with self.trainer.group.together():
+                    self.settle()
             elif self.folder is not None:
                 self.folder.write_metrics(self.position.metrics)  # a kill may have come between last.pt and this file
             while self.position.epoch < self.trainer.config.train.epochs:
@@ -238,6 +255,8 @@ class Run:
 
     def _interrupted(self) -> Interrupted:
         """By a signal that came to this process, or to another one."""
+        with self.trainer.group.together():
+            self.settle()
         received = [number for number in self.trainer.group.gather(self.signals.received) if number is not None]
         return Interrupted(received[0], saved=self.folder is not None)
 
@@ -327,7 +346,7 @@ class Run:
     def save(self, best: bool = False) -> None:
         """Write last.pt (and best.pt), and metrics.jsonl to match. Raises NonFiniteLoss rather than save such weights."""
         self.last_save = time.perf_counter()
-        with self.trainer.group.together():
+        with self.times.on("saving"), self.trainer.group.together():
             if self.folder is not None:
                 self._write(self.folder, best)
 
@@ -338,11 +357,29 @@ class Run:
             where = f"epoch {position.epoch + 1}, step {position.step}" if position.step else f"epoch {position.epoch}"
             error.args = (f"weights or batch-norm statistics are not finite after {where}; {_AFTER_NON_FINITE}",)
             raise error
+        self.settle()
         state = checkpoint_state(self.trainer, self.schedule, position, self.times)
-        if best:  # before last.pt: after a kill between the two, the resumed run writes it again
-            save_checkpoint(folder.path / "best.pt", state)
-        save_checkpoint(folder.path / "last.pt", state, keep_previous=folder.path / "previous.pt")
-        folder.write_metrics(position.metrics)
+        if self._saver is None:
+            store(folder, state, best)
+        else:
+            self._saving = self._saver.submit(store, folder, on_host(state), best)
+
+    def settle(self) -> None:
+        """Wait until what is being saved is on disk; raises what went wrong with it."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    @contextmanager
+    def _all_saved(self) -> Iterator[None]:
+        """Ends when everything is on disk, or with the block's own error."""
+        try:
+            yield
+            with self.times.on("saving"), self.trainer.group.together():
+                self.settle()
+        finally:
+            if self._saver is not None:
+                self._saver.shutdown(wait=True)
 
     def _maybe_stop_or_save(
         self, done: int, meter: StepMeter, seconds: float, saved: tuple[list[float], list[int]]

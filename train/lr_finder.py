@@ -21,7 +21,8 @@ from train.trainer import Trainer
 SMOOTHING = 0.9  # of the running mean that decides on divergence: about ten steps
 DIVERGED = 4.0  # a loss of four times the best one does not come back
 NEAR = 1.05  # a loss within 5% of the lowest one counts as low
-SHARE = 1 / 3  # of the way from the edge to the limit
+DEEP = 0.75  # of the whole fall: a valley no deeper is a bump on the way down
+BEGUN = 0.1  # of the whole fall: less is noise
 FIRST_EPOCH = 2**32  # of the augmentation plan: far beyond any training, which so sees its own draws first
 
 
@@ -40,11 +41,15 @@ class RangeTest:
     losses: tuple[float, ...]
     diverged: bool
 
+    @property
+    def reach(self) -> int:
+        """Steps to either side that the smoothing takes in."""
+        return max(len(self.losses) // 20, 1)
+
     def smoothed(self) -> list[float]:
         """Centred moving average over a tenth of the steps, narrower at both ends: smooth, and without a lag."""
-        half = max(len(self.losses) // 20, 1)
         values = np.asarray(self.losses)
-        reach = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
+        reach = [min(self.reach, i, len(values) - 1 - i) for i in range(len(values))]
         return [float(values[i - r : i + r + 1].mean()) for i, r in enumerate(reach)]
 
     def write_csv(self, path: Path) -> None:
@@ -70,43 +75,55 @@ class RangeTest:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """lr_max and lr_min, and the two rates of the curve that they come from."""
+    """The two rates, and the one between them at which the smoothed loss is lowest."""
 
     lr_max: float
     lr_min: float
-    edge: float  # the highest rate at which the smoothed loss is near its lowest
-    limit: float  # the rate at which the test diverged, or the highest it tried
+    lowest: float
 
     def sentence(self) -> str:
         return (
-            f"found lr_max {self.lr_max:.4g} (the loss stays low up to {self.edge:.4g}, the limit is {self.limit:.4g}), "
-            f"lr_min {self.lr_min:.4g}"
+            f"found lr_max {self.lr_max:.4g} (the loss is lowest at {self.lowest:.4g} and stays near up to there), "
+            f"lr_min {self.lr_min:.4g} (where it begins to fall)"
         )
 
 
 def suggest(test: RangeTest) -> Suggestion:
-    """The rule. With `edge` the highest rate, right of the lowest smoothed loss, at which that loss is still within
-    NEAR of its lowest, and `limit` the rate at which the test diverged:
+    """The rule, on the smoothed loss and its first deep valley:
 
-    - lr_max lies between the two, SHARE of the way on the logarithmic axis. Beyond `edge` the raw network of the test no
-      longer learns, but batch norm keeps it from blowing up until `limit`; a schedule that warms up to its peak stands
-      more than the test's sudden rise. The share is measured: see benchmarks/lr_finder.py.
-    - lr_min is a tenth of `edge`: safely below where the raw network learns fastest.
+    - lr_max is the highest rate, right of the lowest point, at which the loss is still within NEAR of it. Beyond, the
+      raw network of the test no longer learns; a schedule that warms up to its peak stands that rate.
+    - lr_min is the highest rate, left of it, at which no more than BEGUN of the fall is behind: below, nothing happens.
 
-    The lowest point itself lies in a flat valley and moves by a factor of 1.8 between seeds, the edge by 1.25
-    (CIFAR-10, width 16, n = 7). Raises RangeTestError where the loss never fell, or the test ended before it could.
+    The first valley, not the lowest point of all: batch norm lets a test go on at rates far too high, and while it does
+    the loss may sink again. Raises RangeTestError where the loss never fell, or the test ended before it could.
     """
     advice = "set schedule.lr_max and schedule.lr_min, or widen schedule.find_start and schedule.find_end"
     if len(test.losses) < 10:
         raise RangeTestError(f"the range test diverged after {len(test.losses)} steps; {advice}")
     smoothed = test.smoothed()
-    place = int(np.argmin(smoothed))
-    if smoothed[place] > 0.98 * smoothed[0] or place < 3:
+    start = float(np.mean(test.losses[: 2 * test.reach + 1]))
+    place = _first_valley(smoothed, start)
+    if smoothed[place] > 0.98 * start or place < 3:
         raise RangeTestError(
-            f"the range test saw no falling loss (first {smoothed[0]:.3g}, lowest {smoothed[place]:.3g}); {advice}"
+            f"the range test saw no falling loss (first {start:.3g}, lowest {smoothed[place]:.3g}); {advice}"
         )
-    edge, limit = _edge(test.rates, smoothed, place), test.rates[-1]
-    return Suggestion(edge * (limit / edge) ** SHARE, edge / 10, edge, limit)
+    begin = place
+    while begin > 0 and smoothed[begin] < start - BEGUN * (start - smoothed[place]):
+        begin -= 1
+    return Suggestion(_edge(test.rates, smoothed, place), test.rates[begin], test.rates[place])
+
+
+def _first_valley(smoothed: list[float], start: float) -> int:
+    """The lowest point before the first rise by more than NEAR allows, once most of the whole fall is behind."""
+    deep = start - DEEP * (start - min(smoothed))
+    place = next(i for i, loss in enumerate(smoothed) if loss <= max(deep, min(smoothed)))
+    for i, loss in enumerate(smoothed[place:], place):
+        if loss < smoothed[place]:
+            place = i
+        elif loss > NEAR * smoothed[place]:
+            break
+    return place
 
 
 def _edge(rates: tuple[float, ...], smoothed: list[float], place: int) -> float:

@@ -30,7 +30,24 @@ def make_optimizer(
 ) -> torch.optim.SGD:
     """SGD over the two groups; one fused kernel on CUDA. The rate is set each step by the schedule."""
     groups = param_groups(net, weight_decay, norm_bias_weight_decay)
-    return torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=nesterov, fused=device.type == "cuda" or None)
+    optimizer = torch.optim.SGD(
+        groups, lr=0.0, momentum=momentum, nesterov=nesterov, fused=device.type == "cuda" or None
+    )
+    start_momentum(optimizer)
+    return optimizer
+
+
+def start_momentum(optimizer: torch.optim.SGD) -> None:
+    """Forget the past: momentum of zero, which gives the same first step as none.
+
+    Not none, because the fused kernel then allocates it without writing it in a step whose gradients overflow in fp16,
+    and reads it in the next one.
+    """
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        if group["momentum"] > 0:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 @dataclass(frozen=True)

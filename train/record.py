@@ -39,14 +39,13 @@ class RunFolderError(Exception):
     """A run folder that cannot be used: one line with the path, the cause and the remedy."""
 
 
-def default_run_dir(config_path: str | Path, resume: bool, root: Path = Path("runs")) -> Path:
-    """runs/STEM of the recipe; where that exists runs/STEM-2, -3 ...; with `resume` the newest that exists."""
-    stem = Path(config_path).stem
+def default_run_dir(name: str, resume: bool, root: Path = Path("runs")) -> Path:
+    """runs/NAME; where that exists runs/NAME-2, -3 ...; with `resume` the newest that exists."""
     taken = 0
-    while (root / (stem if taken == 0 else f"{stem}-{taken + 1}")).exists():
+    while (root / (name if taken == 0 else f"{name}-{taken + 1}")).exists():
         taken += 1
     number = max(taken, 1) if resume else taken + 1
-    return root / (stem if number == 1 else f"{stem}-{number}")
+    return root / (name if number == 1 else f"{name}-{number}")
 
 
 def git_commit() -> str | None:
@@ -83,12 +82,17 @@ class RunFolder:
     """Exclusive writer of one run folder.
 
     Raises RunFolderError where the folder holds a run already (unless `resume` or `overwrite`), another process is
-    writing it, or it cannot be written. The lock is the operating system's: it dies with its process. What `overwrite`
-    replaces is removed by `start_over`, once the new run is about to begin.
+    writing it, or it cannot be written; with `range_test`, which is for one alone, a range test counts as a run. The
+    lock is the operating system's: it dies with its process. What `overwrite` replaces is removed by `start_over`, once
+    the new run is about to begin.
     """
 
-    def __init__(self, path: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    def __init__(
+        self, path: str | Path, *, resume: bool = False, overwrite: bool = False, range_test: bool = False
+    ) -> None:
         self.path = Path(path)
+        # where it found no rates a run goes no further, and may begin again; a range test alone counts to itself
+        self._marks = WRITTEN if range_test else tuple(name for name in WRITTEN if not name.startswith("lr_finder"))
         self._lock: TextIO | None = None
         self._check(resume, overwrite)
         try:
@@ -123,7 +127,7 @@ class RunFolder:
         return os.path.lexists(self.path / name)
 
     def holds_run(self) -> bool:
-        return any(self._has(name) for name in WRITTEN)
+        return any(self._has(name) for name in self._marks)
 
     def _acquire(self) -> None:
         while True:

@@ -151,6 +151,7 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.allow_tf32 = not deterministic  # convolutions; the line below is for matrix products alone
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("highest" if deterministic else "high")
 

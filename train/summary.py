@@ -45,7 +45,7 @@ def summary_lines(run: Run, path: Path | None) -> tuple[dict[str, Any], list[str
         "peak_memory": peak_memory(trainer.runtime.device),
     }
     parts = {"set-up": times.set_up, "compile": times.compile, "LR search": times.lr_search}
-    parts |= {"training": times.training, "evaluation": times.evaluation}
+    parts |= {"training": times.training, "evaluation": times.evaluation, "saving": times.saving}
     memory = ", ".join(f"{gib:.2f} GiB {name.removesuffix('_gib')}" for name, gib in summary["peak_memory"].items())
     lines = [
         "",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from dali_pipeline.datasets import Dataset
 from dali_pipeline.loader import BackendChoice, EvalLoader, TrainLoader
@@ -73,8 +74,7 @@ class Trainer:
         self.net = net
         self.ema: AveragedModel | None = None
         if config.train.ema_decay > 0:
-            average = get_ema_multi_avg_fn(config.train.ema_decay)
-            self.ema = AveragedModel(net, multi_avg_fn=average, use_buffers=True)
+            self.ema = AveragedModel(net)
         self.optimizer = make_optimizer(
             net,
             momentum=config.optim.momentum,
@@ -192,9 +192,27 @@ class Trainer:
             loss, correct = self.train_one(images, labels, schedule(global_step))
             meter.record(step, loss, correct)
             if self.ema is not None and (global_step + 1) % ema_every == 0:
-                self.ema.update_parameters(self.net)
+                self._update_average(self.ema)
             if after_step is not None:
                 after_step(step + 1)
+
+    @torch.no_grad()
+    def _update_average(self, ema: AveragedModel) -> None:
+        """average = decay * average + (1 - decay) * now, of weights and batch-norm statistics; the first update copies.
+
+        AveragedModel's own update would make the host wait: it copies its counter to the device each time.
+        """
+        now = list(chain(self.net.parameters(), self.net.buffers()))
+        averages = list(chain(ema.module.parameters(), ema.module.buffers()))
+        floats = [i for i, tensor in enumerate(now) if tensor.is_floating_point()]
+        if int(ema.n_averaged) > 0:  # on the CPU
+            weight = 1 - self.config.train.ema_decay
+            torch._foreach_lerp_([averages[i] for i in floats], [now[i] for i in floats], weight)
+            counters = [i for i, tensor in enumerate(now) if not tensor.is_floating_point()]
+            torch._foreach_copy_([averages[i] for i in counters], [now[i] for i in counters])
+        else:
+            torch._foreach_copy_(averages, now)
+        ema.n_averaged += 1
 
     def evaluate(self, after_batch: Callable[[int], None] | None = None) -> tuple[Evaluation, Evaluation | None]:
         """The test set through the network, and through the weights' average where one is kept."""
@@ -235,8 +253,12 @@ class Trainer:
         self.net.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+        fused = [group["fused"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        for group, own in zip(self.optimizer.param_groups, fused, strict=True):
+            group["fused"] = own  # of this device, not of the one that saved
+        if state["scaler"] and self.scaler.is_enabled():  # either may have trained without one
+            self.scaler.load_state_dict(state["scaler"])
 
     def close(self) -> None:
         self.train_loader.close()
