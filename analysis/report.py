@@ -55,7 +55,7 @@ PICTURES = {
     "lr_finder.png": (
         "Learning rate range test",
         "The loss while the rate grows from step to step. The run warmed up and down through the shaded range, from lr_min to "
-        "lr_max: from where the loss begins to fall to where it rises again.",
+        "lr_max: from where the loss begins to fall to twice the rate at which it rises again.",
     ),
     "samples.png": (
         "Training images",

@@ -20,25 +20,45 @@ from conftest import CONFIGS
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import accuracy, tables, throughput
+from benchmarks import ablations, accuracy, machine, tables, throughput
 from benchmarks.footprint import footprint_of
-from benchmarks.measure import Rate, Stage, interleave, matrix_stage, mean_and_interval, student_t
+from benchmarks.measure import (
+    CannotMeasure,
+    Rate,
+    Stage,
+    device_peak_gib,
+    interleave,
+    matrix_stage,
+    mean_and_interval,
+    student_t,
+)
 from benchmarks.peers import (
+    ANSWER_SECONDS,
     CHECK_FILL,
     CUTOUT,
     PeerError,
     PeerHost,
     Task,
+    WrongImages,
     check,
     check_augmented,
     check_loader,
     check_plain,
     peers,
 )
-from benchmarks.stages import Pipeline, TimedLoader, Training, pipeline_kinds, training_flops
+from benchmarks.stages import (
+    Pipeline,
+    TimedLoader,
+    Training,
+    each_alone,
+    load_data,
+    pipeline_kinds,
+    training_flops,
+)
+from dali_pipeline import dali_graph
 from dali_pipeline.datasets import synthetic
 from dali_pipeline.loader import TrainLoader
-from dali_pipeline.plan import Augment, draw_plan
+from dali_pipeline.plan import NO_AUGMENT, Augment, draw_plan
 from net.resnet import CustomResNet
 from train.checkpoint import load_checkpoint
 from train.config import Config, to_yaml
@@ -118,6 +138,31 @@ def test_stages_take_turns_and_every_other_round_runs_backwards() -> None:
         interleave([Scripted("a", order), Scripted("a", order)], 1)
 
 
+class Failing(Scripted):
+    def sample(self) -> float:
+        if self.order.count(self.name) == 1:
+            raise CannotMeasure("no answer")
+        return super().sample()
+
+
+def test_a_stage_that_fails_leaves_and_the_others_go_on_in_pairs() -> None:
+    order: list[str] = []
+    gone: dict[str, str] = {}
+    stages = [Scripted("a", order), Failing("b", order), Scripted("c", order)]
+    rates = interleave(stages, 3, gone.__setitem__)
+    assert order == ["warm a", "warm b", "warm c", "a", "b", "c", "c", "a", "a", "c"]
+    assert gone == {"b": "no answer"} and rates.keys() == {"a", "c"}
+    assert rates["a"].over(rates["c"]) > 0
+    with pytest.raises(CannotMeasure):
+        interleave([Failing("b", [])], 2)
+
+
+def test_peak_of_device_memory_is_torchs_and_none_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**29)
+    assert device_peak_gib(torch.device("cuda")) == 1.5
+    assert device_peak_gib(torch.device("cpu")) is None
+
+
 @pytest.mark.parametrize(("seconds", "epoch", "steps"), [(1.0, 1, 20), (1.0, 7, 21), (1.0, 97, 20), (4.0, 97, 97)])
 def test_a_chunk_lasts_as_asked_in_whole_epochs_where_that_is_not_much_more(
     monkeypatch: pytest.MonkeyPatch, seconds: float, epoch: int, steps: int
@@ -150,6 +195,26 @@ def test_training_flops_are_what_torch_counts() -> None:
         net(torch.zeros(2, 3, 32, 32)).sum().backward()
     assert 2 * training_flops(8) == counter.get_total_flops()
     assert training_flops(64) == pytest.approx(2.272e9, rel=1e-3)
+
+
+def test_a_recorded_command_names_no_folder_of_this_machine(tmp_path: Path) -> None:
+    words = ["--json", str(tmp_path / "r.json"), f"--picture={tmp_path}/p.png", f"data.root={tmp_path}", "net.width=2"]
+    assert machine.command("throughput", [*words, "--data-root", "~/data", "--quick"]) == (
+        "python benchmarks/throughput.py --json FILE --picture=FILE data.root=DIR net.width=2 --data-root DIR --quick"
+    )
+    words = [
+        str(ROOT / "configs" / "onecycle.yaml"),
+        "--runs",
+        "2",
+        "--json",
+        "benchmarks/results/a.json",
+        "data.root=data",
+    ]
+    assert machine.command("accuracy", words) == (
+        "python benchmarks/accuracy.py configs/onecycle.yaml --runs 2 --json benchmarks/results/a.json data.root=data"
+    )
+    assert machine.shareable([f"{ROOT}/a.yaml", "../elsewhere/b.yaml"])[0] == "a.yaml"
+    assert machine.shareable(["--work", f"{ROOT}/../elsewhere"]) == ["--work", "DIR"]
 
 
 # conclusions
@@ -244,7 +309,7 @@ def test_wrong_pixels_are_caught(fault: str, words: str) -> None:
         labels = np.concatenate([labels[:-1], labels[:1]])
     elif fault == "normalised":
         pixels = pixels / 255
-    with pytest.raises(PeerError, match=words):
+    with pytest.raises(WrongImages, match=words):
         check_augmented(pixels, labels, images, CHECK_FILL)
 
 
@@ -258,15 +323,15 @@ def test_wrong_pixels_are_caught(fault: str, words: str) -> None:
     ],
 )
 def test_missing_augmentations_are_caught(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(PeerError, match=words):
+    with pytest.raises(WrongImages, match=words):
         check_augmented(*augmented(**changes), CHECK_FILL)
 
 
 def test_another_fill_colour_and_another_padding_are_caught() -> None:
     pixels, labels, images = augmented()
-    with pytest.raises(PeerError, match="no square"):
+    with pytest.raises(WrongImages, match="no square"):
         check_augmented(pixels, labels, images, (0, 0, 0))
-    with pytest.raises(PeerError, match="no crop and flip"):
+    with pytest.raises(WrongImages, match="no crop and flip"):
         check_augmented(pixels, labels, images, CHECK_FILL, padding="reflect")
 
 
@@ -274,11 +339,11 @@ def test_plain_images_must_be_the_originals_with_their_labels() -> None:
     images = np.random.default_rng(1).integers(0, 256, (64, 32, 32, 3), np.uint8)
     order = np.random.default_rng(2).permutation(64)
     check_plain(images[order].astype(np.float32), order, images)
-    with pytest.raises(PeerError, match="differ from the original"):
+    with pytest.raises(WrongImages, match="differ from the original"):
         check_plain(images[order][..., ::-1].astype(np.float32), order, images)
-    with pytest.raises(PeerError, match="differ from the original"):
+    with pytest.raises(WrongImages, match="differ from the original"):
         check_plain(images[order].astype(np.float32), np.roll(order, 1), images)
-    with pytest.raises(PeerError, match="different images"):
+    with pytest.raises(WrongImages, match="different images"):
         check_plain(images[order][:-1].astype(np.float32), order[:-1], images)
 
 
@@ -325,6 +390,22 @@ def test_peers_are_checked_timed_and_left_out_with_a_reason(monkeypatch: pytest.
         host.ask("sample", "torchvision_pil_0_workers", 0.01)
 
 
+def test_a_peer_that_hangs_costs_only_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "kornia.py").write_text("import time\ntime.sleep(600)")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    host = PeerHost(small_task())
+    try:
+        before = host.stage("torchvision_pil_0_workers", 0.01)
+        with monkeypatch.context() as patched:
+            patched.setattr("benchmarks.peers.ANSWER_SECONDS", 1.0)
+            with pytest.raises(PeerError, match="no answer within 1 s"):
+                host.stage("kornia", 0.01)
+        assert before.sample() > 0, "a new process takes over"
+    finally:
+        host.close()
+    assert ANSWER_SECONDS <= 60
+
+
 # throughput.py
 
 
@@ -355,7 +436,7 @@ def test_end_to_end_is_the_trainers_own_epoch(tiny: Config) -> None:
 
 def test_timed_loader_changes_no_batch(tiny: Config) -> None:
     dataset = synthetic(count=512)
-    pipeline = Pipeline(dataset, batch_size=64, device=torch.device("cpu"), backend="torch")
+    pipeline = Pipeline(dataset, batch_size=64, device=torch.device("cpu"), backend="torch", augment=Augment())
     timed = TimedLoader(pipeline.loader)
     for (images, labels), (wanted, wanted_labels) in zip(timed.epoch(1, 3), pipeline.loader.epoch(1, 3), strict=True):
         assert torch.equal(images, wanted) and torch.equal(labels, wanted_labels)
@@ -373,11 +454,33 @@ def test_throughput_prints_and_writes_json(
     path, trace, picture = tmp_path / "out" / "r.json", tmp_path / "trace.json", tmp_path / "throughput.png"
     words = ["--quick", *TINY_WORDS, "--json", str(path), "--profile", str(trace), "--picture", str(picture)]
     words += ["--ablate", "prefetch", "--ablate", "graph", "--ablate", "channels_last"]
-    assert throughput.main(words) == 0
+    words += ["augment.pad=2", "augment.cutout=6"]
+    asked: list[Augment] = []
+    drawn: list[str] = []
+
+    def loader(*args: Any, **kwargs: Any) -> TrainLoader:
+        asked.append(kwargs["augment"])
+        return TrainLoader(*args, **kwargs)
+
+    draw = ablations.draw
+
+    def draw_noted(report: dict[str, Any], path: Path) -> None:
+        drawn.append(list(report["ablations"])[-1])
+        draw(report, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("benchmarks.stages.TrainLoader", loader)
+        patched.setattr("benchmarks.ablations.draw", draw_noted)
+        assert throughput.main(words) == 0
+    assert set(asked) == {Augment(pad=2, cutout=6)}, "a pipeline alone is the one that training uses"
+    assert drawn == ["prefetch", "graph", "channels_last"]
     output = capsys.readouterr().out.splitlines()
     report = json.loads(output[-1])
     assert report == json.loads(path.read_text())
     assert {"machine", "versions", "commit", "command", "stages", "peers", "ratios", "verdict"} <= report.keys()
+    assert str(tmp_path) not in report["command"] and "--json FILE" in report["command"]
+    assert report["settings"]["augment"]["pad"] == 2 and report["settings"]["image_size"] == [32, 32]
+    assert report["device_peak_gib"] is None
     stages = {"pipeline_torch_eager_cpu", "pipeline", "step", "end_to_end", "evaluation"}
     assert stages <= report["stages"].keys()
     for rate in report["stages"].values():
@@ -397,6 +500,72 @@ def test_throughput_prints_and_writes_json(
     assert kernels and "us a step" in kernels[0]
 
 
+def test_what_fails_is_left_out_by_name_and_wrong_pixels_end_in_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "r.json"
+
+    def check_of(make: Any) -> None:
+        if make.args[0]["backend"] == "torch":
+            raise WrongImages("pixels differ")
+        raise RuntimeError("no memory\nat all")
+
+    class Host:
+        """A peer that answers once."""
+
+        def __init__(self, task: Task) -> None:
+            assert "verdict" in json.loads(path.read_text()), "what is ours is measured and saved by now"
+
+        def stage(self, name: str, seconds: float) -> Any:
+            return Failing(name, [])
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr("benchmarks.stages.find_compiler", lambda device: (False, "no compiler"))
+    monkeypatch.setattr("benchmarks.peers.check_loader", check_of)
+    monkeypatch.setattr("benchmarks.peers.PeerHost", Host)
+    assert throughput.main(["--quick", "--json", str(path), *TINY_WORDS[1:]]) == 1
+    report = json.loads(path.read_text())
+    assert report["left_out"]["pipeline_torch_eager_cpu"] == "WrongImages: pixels differ"
+    assert report["left_out"]["torchvision_pil_2_workers"] == "no answer" and report["peers"] == {}
+    assert report["left_out"]["pipeline_dali_cpu"] == "RuntimeError: no memory" or not dali_runs()
+    assert report["wrong_pixels"] == ["pipeline_torch_eager_cpu"] and report["ratios"]["overlap"] > 0
+    assert "error: pipeline_torch_eager_cpu: WrongImages: pixels differ" in capsys.readouterr().err
+
+
+def dali_runs() -> bool:
+    return "pipeline_dali_cpu" in pipeline_kinds([torch.device("cpu")])[0]
+
+
+def test_wrong_pixels_in_dalis_probe_are_told_from_a_missing_dali(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(device: torch.device) -> str:
+        raise dali_graph.WrongPixels("7 of 24 images differ from the reference")
+
+    monkeypatch.setattr(dali_graph, "probe", wrong)
+    _, left_out = pipeline_kinds([torch.device("cpu")])
+    assert throughput.WRONG_PIXELS in left_out["pipeline_dali_cpu"]
+
+
+def test_every_key_of_synthetic_data_is_used(tiny: Config) -> None:
+    tiny.data.synthetic_size, tiny.data.synthetic_classes = 64, 3
+    dataset = load_data(tiny)
+    assert (dataset.train.height, dataset.train.width, dataset.num_classes, len(dataset.train)) == (64, 64, 3, 512)
+
+
+def test_augmentations_alone_are_those_of_the_recipe() -> None:
+    assert each_alone(Augment(pad=2, padding_mode="reflect", flip=False, cutout=6)) == {
+        "none": NO_AUGMENT,
+        "crop": Augment(pad=2, padding_mode="reflect", flip=False, cutout=0),
+        "cutout": Augment(crop=False, pad=0, flip=False, cutout=6),
+        "all": Augment(pad=2, padding_mode="reflect", flip=False, cutout=6),
+    }
+
+
+def test_throughput_refuses_augmentations_that_the_peers_do_not_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert throughput.main(["augment.pad=2"]) == 2
+    assert "augment.pad: 2 here, 4 in the other pipelines; measure without them: --no-peers" in capsys.readouterr().err
+
+
 def test_throughput_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
     assert throughput.main(["net.widht=8"]) == 2
     assert "did you mean net.width" in capsys.readouterr().err
@@ -414,9 +583,11 @@ def test_a_run_from_the_outside(tiny: Config, monkeypatch: pytest.MonkeyPatch) -
     assert "first step after" in said[0]
 
 
-@pytest.mark.parametrize("script", ["throughput", "accuracy", "tables", "footprint"])
+@pytest.mark.parametrize("script", ["throughput", "accuracy", "tables", "footprint", "lr_finder", "dali_candidates"])
 def test_scripts_start_anywhere_without_being_installed(script: str, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    if script == "dali_candidates":  # it needs torch for its --help; -S still hides an installed project
+        environment["PYTHONPATH"] = str(Path(torch.__file__).parent.parent)
     done = subprocess.run(
         [sys.executable, "-S", str(ROOT / "benchmarks" / f"{script}.py"), "--help"],
         cwd=tmp_path,
@@ -504,6 +675,15 @@ def test_accuracy_goes_on_after_an_interruption(
     assert report["accuracy"]["std"] == pytest.approx(np.std(values, ddof=1))
     assert report["accuracy"]["n"] == report["runs"] == 3
     assert report["covers"].keys() == {*report["seconds"], "once"}
+    assert str(tmp_path) not in report["command"] and "root" not in report["recipe"]["data"]
+    # runs of other arithmetic are no part of the same mean
+    header = records[0] | {"environment": records[0]["environment"] | {"precision": "bf16", "device": "cuda:0"}}
+    whole = finished.read_text()
+    finished.write_text(json.dumps(header) + "\n" + whole.partition("\n")[2])
+    assert accuracy.main([*words, "--runs", "4"]) == 2
+    assert "(device: cuda -> cpu; precision: bf16 -> fp32)" in capsys.readouterr().err
+    assert done == [1, 2]
+    finished.write_text(whole)
     # nothing to do: the report again, without a trainer
     monkeypatch.setattr(accuracy, "Campaign", None)
     assert accuracy.main([*words, "--runs", "2"]) == 0
@@ -526,6 +706,17 @@ def test_accuracy_refuses_a_changed_recipe(
     # a data folder and a seed are no part of the recipe
     config.data.root, config.train.seed = "elsewhere", 7
     assert accuracy.read_finished(finished, to_dict(config)) == {}
+
+
+def test_accuracy_finds_its_rates_where_the_recipe_asks_for_that(recipe_file: Path) -> None:
+    from train.config import load_config
+
+    words = ["schedule.lr_max=find", "schedule.lr_min=find", "schedule.find_steps=20", "train.epochs=1"]
+    config = load_config(recipe_file, [*words, "schedule.peak_epoch=0.5", "net.width=4"])
+    with accuracy.Campaign(config) as campaign:
+        record = campaign.run(0)
+    assert 0 < record["lr_min"] < record["lr_max"] and record["seconds"]["lr_search"] > 0
+    assert record["device_peak_gib"] is None
 
 
 def test_time_to_94_is_the_sum_up_to_the_first_epoch_that_reaches_it() -> None:
@@ -587,16 +778,24 @@ def test_throughput_table_has_a_column_a_machine(tmp_path: Path) -> None:
     gpu = made_up_report()
     gpu["machine"]["gpu"] = "GPU Y"
     del gpu["stages"]["pipeline_dali_cpu"]
+    gpu["peers"]["torchvision_pil_16_workers"] = gpu["peers"]["torchvision_pil_2_workers"] | {"median": 20_000.0}
+    gpu["ratios"] |= {"dali_over_torchvision_pil_16_workers": 25.2, "dali_over_torch_compiled": 1.25}
     (tmp_path / "a.json").write_text(json.dumps(made_up_report()))
     (tmp_path / "b.json").write_text(json.dumps(gpu))
     (tmp_path / "c.json").write_text(json.dumps({"found": []}))  # another benchmark's
     block = tables.tables(tmp_path).splitlines()
     assert block[0] == tables.BEGIN and block[-1] == tables.END
-    assert "| images/s, median | 2 cores, Processor X | GPU Y |" in block
+    assert "| images/s, median; ratios: median of paired ratios | 2 cores, Processor X | GPU Y |" in block
     assert "| DALI pipeline, cpu | 500,000 ± 5% |  |" in block
     assert "| training step alone | 1,000 ± 5% | 1,000 ± 5% |" in block
     assert "| DataLoader, torchvision PIL, 2 workers | 5,000 ± 5% | 5,000 ± 5% |" in block
     assert "| DALI over DataLoader, PIL, 2 workers | 100x | 100x |" in block
+    assert "| DALI over DataLoader, PIL, the fastest |  | 25x (16 workers) |" in block
+    assert "| DALI over torch compiled |  | 1.25x |" in block
+    assert not any("torch compiled over DataLoader" in line for line in block), "nobody measured it"
+    said = throughput.conclusions(gpu)
+    assert "DALI over DataLoader, PIL, the fastest: 25x (16 workers)" in said and "paired ratios" in said[0]
+    assert not any("fastest" in line for line in throughput.conclusions(made_up_report()))
     assert not any("augment" in line for line in block)
     assert sum("Compute-bound: so it is." in line for line in block) == 2
 
@@ -612,10 +811,11 @@ def test_accuracy_table_says_what_its_times_leave_out() -> None:
         "seconds_to_94": 8.0,
         "training_seconds_to_94": 7.0,
     }
-    report = accuracy.summarise([record, record | {"accuracy": 94.2}], {}, {"machine": {"gpu": "GPU Y"}})
+    never = {"accuracy": 94.2, "seconds_to_94": None, "training_seconds_to_94": None}
+    report = accuracy.summarise([record, record | never], {}, {"machine": {"gpu": "GPU Y"}})
     table = tables.accuracy_table([report | {"command": "python benchmarks/accuracy.py c.yaml"}])
     half_width = 12.706 * 0.1 * np.sqrt(2) / np.sqrt(2)
-    assert f"| GPU Y | 94.10 ± {half_width:.2f} (2) | 94.20 ± 0.00 (2) | 9.0 s | 10.0 s | 8.0 s |" in table[2]
+    assert f"| GPU Y | 94.10 ± {half_width:.2f} (2) | 94.20 ± 0.00 (2) | 9.0 s | 10.0 s | 8.0 s (1 of 2) |" in table[2]
     assert "compiling" in table[-1]
     assert any("8.0 s with the evaluations" in line for line in accuracy.lines(report))
 
@@ -630,6 +830,10 @@ def test_gpu_session_goes_on_after_a_failure_and_sums_up(tmp_path: Path) -> None
     python.write_text('#!/bin/sh\necho "$@" >> "$(dirname "$0")/calls"\ncase "$*" in *accuracy*) exit 3 ;; esac\n')
     python.chmod(0o755)
     (tmp_path / "data").mkdir()
+    (tmp_path / "out").mkdir()
+    old = ["throughput.json", "throughput.png", "trace.json", "trace.json.gz", "recipe.json", "recipe.jsonl", "old.log"]
+    for name in old:
+        (tmp_path / "out" / name).write_text("of another day")
     done = subprocess.run(
         [
             "bash",
@@ -647,8 +851,15 @@ def test_gpu_session_goes_on_after_a_failure_and_sums_up(tmp_path: Path) -> None
     calls = (tmp_path / "calls").read_text().splitlines()
     starts = ("-m pytest", "benchmarks/throughput.py", "benchmarks/accuracy.py", "- ")
     assert len(calls) == 4 and all(call.startswith(start) for call, start in zip(calls, starts, strict=True))
-    assert f"data.root={tmp_path / 'data'}" in calls[2] and "-m gpu" in calls[0]
+    assert f"data.root={tmp_path / 'data'}" in calls[2] and "-m gpu -v --tb=short --durations=10" in calls[0]
+    assert re.findall("--ablate ([a-z]+)", calls[1]) == ["graph", "prefetch", "pipelines", "batch", "compile"]
     assert "recipe: exit code 3" in done.stdout and "tests: done" in done.stdout
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {"gpu.csv", "tests.log", "throughput.log", "recipe.log", "old.log"}, (
+        "only its own outputs are removed"
+    )
     script = (ROOT / "benchmarks" / "gpu_session.sh").read_text()
     limits = [int(seconds) for seconds in re.findall(r"^part \w+ (\d+) ", script, re.MULTILINE)]
-    assert len(limits) == 3 and sum(limits) < 8 * 60
+    grace = re.findall(r"timeout --signal=INT --kill-after=(\d+) ", script)
+    assert len(limits) == 3 and len(grace) == 1
+    assert sum(limits) + len(limits) * int(grace[0]) < 8 * 60

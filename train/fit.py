@@ -12,7 +12,7 @@ from typing import Any
 
 from dali_pipeline.datasets import Dataset
 from dali_pipeline.datasets import load as load_dataset
-from dali_pipeline.loader import BackendChoice, choose_backend
+from dali_pipeline.loader import BackendChoice, BackendError, choose_backend
 from train.checkpoint import CheckpointError, load_checkpoint, write_atomic
 from train.config import Config, ConfigError, to_dict, to_yaml
 from train.distributed import Group, from_environment, process_group, under_torchrun
@@ -102,8 +102,14 @@ class Setup:
             )
 
     def build(self, dataset: Dataset) -> Trainer:
-        seed_everything(self.config.train.seed, self.config.train.deterministic)
-        trainer = Trainer(self.config, dataset, self.runtime, self.backend, self.group)
+        try:
+            trainer = self._trainer(dataset)
+        except BackendError as error:  # of this data: what the machine lacks showed when the backend was chosen
+            if self.config.data.backend != "auto":
+                raise
+            self.backend = BackendChoice("torch", f"torch on {self.runtime.device}: {error}")
+            self.log(f"WARNING: pipeline: torch ({self.backend.reason})")
+            trainer = self._trainer(dataset)
         tail = len(dataset.train) % self.config.train.batch_size
         if tail:
             what = (
@@ -111,6 +117,10 @@ class Setup:
             )
             self.log(f"an epoch: {trainer.steps_per_epoch} full batches; the {tail} images beyond them are {what}")
         return trainer
+
+    def _trainer(self, dataset: Dataset) -> Trainer:
+        seed_everything(self.config.train.seed, self.config.train.deterministic)
+        return Trainer(self.config, dataset, self.runtime, self.backend, self.group)
 
     def warm_up(self, trainer: Trainer) -> None:
         """Compile, and say so: it can take half a minute. Under compile=auto a compiler that fails is gone without, loudly."""

@@ -21,6 +21,7 @@ from train.trainer import Trainer
 SMOOTHING = 0.9  # of the running mean that decides on divergence: about ten steps
 DIVERGED = 4.0  # a loss of four times the best one does not come back
 NEAR = 1.05  # a loss within 5% of the lowest one counts as low
+BOLD = 2.0  # times that rate for the peak of a schedule
 DEEP = 0.75  # of the whole fall: a valley no deeper is a bump on the way down
 BEGUN = 0.1  # of the whole fall: less is noise
 FIRST_EPOCH = 2**32  # of the augmentation plan: far beyond any training, which so sees its own draws first
@@ -83,16 +84,17 @@ class Suggestion:
 
     def sentence(self) -> str:
         return (
-            f"found lr_max {self.lr_max:.4g} (the loss is lowest at {self.lowest:.4g} and stays near up to there), "
-            f"lr_min {self.lr_min:.4g} (where it begins to fall)"
+            f"found lr_max {self.lr_max:.4g}, lr_min {self.lr_min:.4g} (the loss begins to fall there, and is lowest at "
+            f"{self.lowest:.4g})"
         )
 
 
 def suggest(test: RangeTest) -> Suggestion:
     """The rule, on the smoothed loss and its first deep valley:
 
-    - lr_max is the highest rate, right of the lowest point, at which the loss is still within NEAR of it. Beyond, the
-      raw network of the test no longer learns; a schedule that warms up to its peak stands that rate.
+    - lr_max is BOLD times the highest rate, right of the lowest point, at which the loss is still within NEAR of it.
+      Beyond that rate the raw network of the test no longer learns, but a schedule that warms up to its peak stands
+      more. The factor is measured: see benchmarks/lr_finder.py.
     - lr_min is the highest rate, left of it, at which no more than BEGUN of the fall is behind: below, nothing happens.
 
     The first valley, not the lowest point of all: batch norm lets a test go on at rates far too high, and while it does
@@ -111,7 +113,8 @@ def suggest(test: RangeTest) -> Suggestion:
     begin = place
     while begin > 0 and smoothed[begin] < start - BEGUN * (start - smoothed[place]):
         begin -= 1
-    return Suggestion(_edge(test.rates, smoothed, place), test.rates[begin], test.rates[place])
+    edge = _edge(test.rates, smoothed, place)
+    return Suggestion(min(BOLD * edge, test.rates[-1]), test.rates[begin], test.rates[place])
 
 
 def _first_valley(smoothed: list[float], start: float) -> int:
