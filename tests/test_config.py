@@ -59,6 +59,7 @@ BAD_FILES = {
     "float for int": ("train: {epochs: 2.5}", "train.epochs: 2.5"),
     "exponent for int": ("train: {epochs: 1e-3}", "train.epochs: 0.001"),
     "NaN": ("optim: {weight_decay: .nan}", "not a finite number"),
+    "400 digits": (f"train: {{epochs: 1{'0' * 400}}}", "a number of 401 digits is out of range"),
     "infinity": ("schedule: {lr_max: .inf}", "not a finite number"),
     "negative": ("optim: {weight_decay: -1e-4}", "must be at least 0"),
     "zero": ("train: {batch_size: 0}", "must be at least 1"),

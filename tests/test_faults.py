@@ -896,6 +896,13 @@ def test_a_batch_larger_than_the_data_is_refused_without_importing_torch() -> No
     assert "50001 is more than the 50000 training images of cifar10" in one_line(done.stderr)
 
 
+def test_a_drawing_that_fails_leaves_the_run_complete(runs: Zygote, recipe: Path, tmp_path: Path) -> None:
+    fail = "import analysis.report as r\ndef no(*a, **b): raise ValueError('no font\\nat all')\nr.analyse = no"
+    code, out, err = runs.run("--config", recipe, "run.analyse=true", f"run.dir={tmp_path / 'run'}", before=fail)
+    assert code == 0 and err == ""
+    assert f"the run is complete, its analysis is not: no font. Again with: python -m analysis {tmp_path}" in out
+
+
 def test_evaluation_gives_the_mode_back_when_it_is_ended_early() -> None:
     class Early(Exception):
         pass

@@ -18,13 +18,15 @@ from torch import Tensor
 
 import train.fit
 import train.trainer
+from dali_pipeline import dali_graph
 from dali_pipeline.datasets import load
-from dali_pipeline.loader import BackendChoice, EvalLoader
+from dali_pipeline.loader import BackendChoice, BackendError, EvalLoader
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.config import Config, ConfigError, load_config, to_yaml
 from train.estimate import long_run_advice
 from train.evaluation import evaluate
 from train.fit import differences, find_only, fit
+from train.lr_finder import RangeTestError
 from train.optim import OneCycle
 from train.progress import NonFiniteLoss, StepMeter, duration
 from train.record import Log, RunFolder, RunFolderError, default_run_dir, read_metrics
@@ -342,6 +344,53 @@ def test_found_rates_are_written_into_the_recipe_of_the_run(quick_config: Config
     assert isinstance(written.schedule.lr_max, float) and isinstance(written.schedule.lr_min, float)
     metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert metrics[-1]["lr"] == pytest.approx(written.schedule.lr_min)
+
+
+def test_a_range_test_that_finds_nothing_spoils_no_run_and_locks_no_folder(
+    quick_config: Config, tmp_path: Path
+) -> None:
+    config = copy.deepcopy(quick_config)
+    config.schedule.lr_max = config.schedule.lr_min = "find"
+    config.schedule.find_start, config.schedule.find_end, config.schedule.find_steps = 1e8, 1e30, 20
+    with pytest.raises(RangeTestError, match=r"set schedule\.lr_max"):
+        fit(copy.deepcopy(config), tmp_path / "run", log=Lines())
+    assert (tmp_path / "run" / "lr_finder.csv").exists()  # it shows why
+    fit(copy.deepcopy(quick_config), tmp_path / "run", log=Lines())
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    with pytest.raises(RangeTestError):
+        fit(copy.deepcopy(config), tmp_path / "run", log=Lines(), overwrite=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
+    with pytest.raises(RunFolderError, match="already holds a run"):
+        find_only(copy.deepcopy(quick_config), tmp_path / "run", log=Lines())
+
+
+def test_data_that_dali_cannot_take_go_to_torch_under_auto_and_are_refused_on_request(
+    quick_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dali_graph, "_MAX_PICTURE_BYTES", 100 * 32 * 32 * 3)
+    quick_config.train.batch_size = 61
+    quick_config.data.backend = "dali"
+    with pytest.raises(BackendError, match="take a batch size divisible by 16"):
+        fit(copy.deepcopy(quick_config), tmp_path / "refused", log=Lines())
+    quick_config.data.backend = "auto"
+    log = Lines()
+    fit(quick_config, tmp_path / "run", log=log)
+    assert "WARNING: pipeline: torch" in log.text
+    record = json.loads((tmp_path / "run" / "environment.json").read_text(encoding="utf-8"))
+    assert record["backend"] == "torch" and "divisible by 16" in record["backend_reason"]
+
+
+def test_a_checkpoint_of_another_device_keeps_this_ones_kernels_and_scaler(quick_config: Config) -> None:
+    runtime = prepare(device="cpu", precision="fp32", compile="off")
+    dataset = load("digits", Path("unused"))
+    trainer, other = (Trainer(quick_config, dataset, runtime, BackendChoice("torch", "test")) for _ in range(2))
+    state = trainer.state()
+    for group in other.optimizer.param_groups:
+        group["fused"] = True
+    other.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    other.load_state(state)
+    assert state["scaler"] == {} and other.scaler.get_scale() == 64.0
+    assert all(group["fused"] is True for group in other.optimizer.param_groups)
 
 
 def compiling(config: Config) -> Config:

@@ -42,6 +42,16 @@ def test_auto_compiles_fp32_on_the_cpu_and_leaves_bf16_alone(monkeypatch: pytest
     assert prepare(device="cpu", precision="bf16", compile="default").compile_mode == "default"
 
 
+def test_deterministic_mode_turns_tf32_off_for_convolutions_too() -> None:
+    try:
+        seed_everything(0, deterministic=True)
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cudnn.benchmark
+    finally:
+        torch.use_deterministic_algorithms(False)
+        seed_everything(0)
+    assert torch.backends.cudnn.allow_tf32
+
+
 def test_the_seed_fixes_the_weights() -> None:
     seed_everything(3)
     first = torch.randn(4)

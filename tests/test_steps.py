@@ -110,6 +110,10 @@ def test_evaluation_gives_back_the_train_mode_and_changes_no_buffer() -> None:
     step = EvalStep(net, MEAN, STD)
     evaluate(step, padded_batches(uint8_images(9), torch.zeros(9, dtype=torch.int64), 4))
     assert step.training and net.training
+    step.eval()
+    net.train()  # as the warm-up leaves them
+    evaluate(step, padded_batches(uint8_images(9), torch.zeros(9, dtype=torch.int64), 4))
+    assert net.training and not step.training
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
