@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # All that only a GPU can show, in under 8 minutes: the tests marked gpu, throughput, the whole recipe, a profile.
 #   bash benchmarks/gpu_session.sh RESULTS DATA [PYTHON]
-# RESULTS receives JSON, traces and logs; DATA is what data.root takes, or - to train on random images. Needs torch,
-# torchvision, matplotlib, pytest, and DALI for the pipeline, importable by PYTHON; the project need not be installed.
-# A part that fails or takes too long is noted, and the next one starts.
+# RESULTS receives JSON, traces and logs, in place of an earlier session's; DATA is what data.root takes, or - to train on
+# random images. Needs torch, torchvision, matplotlib, pytest, and DALI for the pipeline, importable by PYTHON; the project
+# need not be installed.
+# A part that fails or takes too long is noted, and the next one starts; what it had finished by then is written.
 set -uo pipefail
 results=${1:?usage: gpu_session.sh RESULTS DATA [PYTHON]}
 data=${2:?usage: gpu_session.sh RESULTS DATA [PYTHON]}
@@ -16,6 +17,9 @@ else
 fi
 cd "$(dirname "$0")/.." || exit 1
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+for old in gpu.csv {tests,throughput,recipe}.log throughput.{json,png} trace.json{,.gz} recipe.json{,l}; do
+  rm -f -- "$results/$old"
+done
 begun=$SECONDS
 summary=()
 
@@ -23,7 +27,8 @@ part() { # NAME SECONDS COMMAND...
   local name=$1 limit=$2 start=$SECONDS code
   shift 2
   echo "== $name: $*"
-  timeout --kill-after=10 "$limit" "$@" >"$results/$name.log" 2>&1
+  # an interrupt, as from the keyboard: pytest then still lists what failed
+  timeout --signal=INT --kill-after=5 "$limit" "$@" >"$results/$name.log" 2>&1
   code=$?
   tail -n 25 "$results/$name.log" | cut -c1-300
   case $code in
@@ -35,12 +40,13 @@ part() { # NAME SECONDS COMMAND...
 }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv >"$results/gpu.csv" 2>&1
-part tests 100 "$python" -m pytest -m gpu -q -p no:cacheprovider \
+part tests 150 "$python" -m pytest -m gpu -v --tb=short --durations=10 -p no:cacheprovider \
   --continue-on-collection-errors
-part throughput 260 "$python" benchmarks/throughput.py --json "$results/throughput.json" --repeats 5 --no-footprint \
+# compile last: max-autotune, its last setting, can take minutes
+part throughput 210 "$python" benchmarks/throughput.py --json "$results/throughput.json" --repeats 5 --no-footprint \
   --profile "$results/trace.json" --picture "$results/throughput.png" \
-  --ablate graph --ablate prefetch --ablate pipelines --ablate compile --ablate batch
-part recipe 100 "$python" benchmarks/accuracy.py configs/onecycle.yaml --runs 2 "${data_words[@]}" \
+  --ablate graph --ablate prefetch --ablate pipelines --ablate batch --ablate compile
+part recipe 90 "$python" benchmarks/accuracy.py configs/onecycle.yaml --runs 2 "${data_words[@]}" \
   --finished "$results/recipe.jsonl" --json "$results/recipe.json"
 gzip -f "$results/trace.json" 2>/dev/null
 
@@ -56,7 +62,9 @@ if path.exists():
     for stage, rate in {**report["stages"], **report["peers"]}.items():
         print(f"{stage}: {rate['median']:,.0f} images/s")
     print("ratios:", json.dumps({k: round(v, 4) for k, v in report["ratios"].items()}))
-    print("verdict:", report.get("verdict"))
+    print("verdict:", report.get("verdict"), "; training's peak of GPU memory, GiB:", report.get("device_peak_gib"))
+    for name, reason in report["left_out"].items():
+        print(f"left out: {name}: {reason}")
 path = folder / "recipe.json"
 if path.exists():
     report = json.loads(path.read_text())
