@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if __name__ == "__main__":  # instead of this folder, whose files could hide packages of the same name
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from dali_pipeline.dali_graph import DaliGraph, _backend, _device_id, _import_dali
 from dali_pipeline.datasets import Split, load

@@ -12,23 +12,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from train.config import ConfigError, load_config
-from train.fit import find_only, fit
-from train.lr_finder import RangeTest, suggest
-from train.record import Log, cpu_name, git_commit
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # instead of this folder, whose files could hide packages of the same name
 
-GRID = (0.05, 0.1, 0.2, 0.4)
+GRID = (0.1, 0.2, 0.4, 0.8)
 RECIPE = ["net.width=16", "train.epochs=4", "schedule.peak_epoch=1.5", "train.compile=off", "run.analyse=false"]
-
-
-def _without_path(word: str) -> str:
-    return "data.root=DIR" if word.startswith("data.root=") else word
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"on top of {' '.join(RECIPE)}")
-    parser.add_argument("--config", default="configs/onecycle.yaml", help="the recipe (default: %(default)s)")
+    parser.add_argument("--config", default=str(ROOT / "configs" / "onecycle.yaml"), help="the recipe (onecycle.yaml)")
     parser.add_argument("--seeds", type=int, default=5, help="range tests, and trainings with what they found")
     parser.add_argument("--grid-seeds", type=int, default=1, help="trainings for each rate of the grid")
     parser.add_argument(
@@ -36,6 +31,12 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, help="write the result here")
     options = parser.parse_intermixed_args()
+    from benchmarks.machine import command, shareable
+    from train.config import ConfigError, load_config
+    from train.fit import find_only, fit
+    from train.lr_finder import RangeTest, suggest
+    from train.record import Log, cpu_name, git_commit
+
     given = {word.partition("=")[0] for word in options.overrides}
     words = [word for word in RECIPE if word.partition("=")[0] not in given] + options.overrides
     try:
@@ -76,10 +77,10 @@ def main() -> int:
 
     best = max(grid, key=lambda row: statistics.mean(row["accuracies"]))
     result = {
-        "command": " ".join(["python benchmarks/lr_finder.py", *map(_without_path, options.overrides)]),
+        "command": command("lr_finder", sys.argv[1:]),
         "seeds": options.seeds,
         "grid_seeds": options.grid_seeds,
-        "recipe": [_without_path(word) for word in words],
+        "recipe": shareable(words),
         "commit": git_commit(),
         "machine": {"cpu": cpu_name()},
         "found": found,

@@ -1,15 +1,46 @@
-"""What a result was measured on, without naming the host."""
+"""What a result was measured on and by which command, without naming the host or its folders."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from train.record import system_record
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("data.root", "run.dir", "--data-root", "--work")
+
+
+def command(script: str, arguments: Sequence[str]) -> str:
+    """The command line as others can repeat it."""
+    return shlex.join(["python", f"benchmarks/{script}.py", *shareable(arguments)])
+
+
+def shareable(arguments: Sequence[str]) -> list[str]:
+    """The words without this machine's folders: what lies in this tree is named from its root, any other place is FILE or
+    DIR (data.root=DIR, --json FILE)."""
+    words, option = [], ""
+    for word in arguments:
+        name, equals, value = word.partition("=")
+        words.append(f"{name}={_place(name, value)}" if equals else _place(option, word))
+        option = word if word.startswith("--") and not equals else ""
+    return words
+
+
+def _place(name: str, value: str) -> str:
+    """A path as `command` gives it; any other value is itself."""
+    if not (Path(value).is_absolute() or value.startswith("~") or ".." in Path(value).parts):
+        return value
+    path = Path(os.path.expanduser(value)).resolve()  # noqa: PTH111 - pathlib's raises where there is no such user
+    if path.is_relative_to(ROOT):
+        return str(path.relative_to(ROOT))
+    return "DIR" if name in FOLDERS else "FILE"
 
 
 def machine_record(device: torch.device) -> dict[str, Any]:
