@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
@@ -10,6 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+
+
+class CannotMeasure(Exception):
+    """A stage that gives no figure, or no more of them: one line with the reason."""
 
 
 @dataclass(frozen=True)
@@ -104,21 +109,47 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def reset_device_peak(device: torch.device) -> None:
+    """Let `device_peak_gib` count from here on."""
+    if device.type == "cuda":
+        gc.collect()  # networks that are used no more hold each other
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def device_peak_gib(device: torch.device) -> float | None:
+    """GPU memory that torch's tensors took at most, in GiB; None where there is no CUDA. DALI's own and the CUDA context's
+    are not in it."""
+    if device.type != "cuda":
+        return None
+    return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+
+
 def interleave(
-    stages: Sequence[Sampled], repeats: int, progress: Callable[[str], None] | None = None
+    stages: Sequence[Sampled], repeats: int, left_out: Callable[[str, str], None] | None = None
 ) -> dict[str, Rate]:
     """Warm all stages up, then sample them in turn, every other round backwards (A B B A), so that a machine that gets
-    slower meanwhile slows all alike."""
-    for stage in stages:
-        stage.warm_up()
+    slower meanwhile slows all alike. With `left_out`, a stage that raises CannotMeasure is gone from then on, and
+    `left_out(name, reason)` hears of it; the others' samples still pair."""
     samples: dict[str, list[float]] = {stage.name: [] for stage in stages}
     if len(samples) != len(stages):
         raise ValueError(f"stages need different names: {[stage.name for stage in stages]}")
+
+    def attempt(stage: Sampled, act: Callable[[], float | None]) -> float | None:
+        try:
+            return act()
+        except CannotMeasure as error:
+            if left_out is None:
+                raise
+            left_out(stage.name, str(error))
+            del samples[stage.name]
+            return None
+
+    for stage in stages:
+        attempt(stage, stage.warm_up)
     for repeat in range(repeats):
         for stage in stages if repeat % 2 == 0 else reversed(stages):
-            samples[stage.name].append(stage.sample())
-        if progress is not None:
-            progress(f"{repeat + 1}/{repeats}")
+            if stage.name in samples and (rate := attempt(stage, stage.sample)) is not None:
+                samples[stage.name].append(rate)
     return {name: Rate(tuple(values)) for name, values in samples.items()}
 
 

@@ -25,6 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from benchmarks.measure import CannotMeasure
 from dali_pipeline.datasets import Split
 from dali_pipeline.plan import NO_AUGMENT, Augment
 
@@ -33,13 +34,18 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 
 CROP_PAD = 4
 CUTOUT = 8
+PEERS_AUGMENT = Augment(pad=CROP_PAD, cutout=CUTOUT)  # what all of them are set up to do
 CHECKED_IMAGES = 256  # their index fits into a label byte of ours
 CHECK_FILL = (125, 123, 114)
-ANSWER_SECONDS = 300.0  # a cold import of a peer's packages can take a minute
+ANSWER_SECONDS = 60.0  # a cold import of a peer's packages takes half of it at most
 
 
-class PeerError(Exception):
+class PeerError(CannotMeasure):
     """A peer cannot be measured: one line with the reason."""
+
+
+class WrongImages(PeerError):
+    """What is delivered is not the images, or not augmented as asked."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +268,7 @@ def _airbench_pixels(images: Tensor) -> npt.NDArray[np.float32]:
 
 
 def check(peer: Peer, task: Task) -> None:
-    """Raise PeerError unless the peer reproduces random images, and augments them as it is asked to."""
+    """Raise WrongImages unless the peer reproduces random images, and augments them as it is asked to."""
     generator = np.random.default_rng(0)
     _, height, width, _ = task.images.shape
     images = generator.integers(0, 256, (CHECKED_IMAGES, height, width, 3), np.uint8)
@@ -283,7 +289,7 @@ def check_loader(make: Callable[[Split, Augment], Batches]) -> None:
     records[:, 0] = np.arange(CHECKED_IMAGES)
     split = Split(records, 1, 32, 32)
     check_plain(*_collect(make(split, NO_AUGMENT), _planar), split.images)
-    check_augmented(*_collect(make(split, Augment()), _planar), split.images, CHECK_FILL)
+    check_augmented(*_collect(make(split, PEERS_AUGMENT), _planar), split.images, CHECK_FILL)
 
 
 def _collect(
@@ -297,10 +303,10 @@ def _collect(
 def check_plain(pixels: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], images: Images) -> None:
     """Without augmentation an epoch is every image once, with its label."""
     if sorted(labels.tolist()) != list(range(len(images))):
-        raise PeerError(f"an epoch holds {len(set(labels.tolist()))} different images of {len(images)}")
+        raise WrongImages(f"an epoch holds {len(set(labels.tolist()))} different images of {len(images)}")
     worst = np.abs(pixels - images[labels]).max()
     if not worst <= 1:
-        raise PeerError(f"without augmentation, pixels differ from the original by up to {worst:.0f}")
+        raise WrongImages(f"without augmentation, pixels differ from the original by up to {worst:.0f}")
 
 
 def check_augmented(
@@ -312,7 +318,7 @@ def check_augmented(
 ) -> None:
     """Each image is a window of its padded original, mirrored or not, with one square painted; all windows occur."""
     if sorted(labels.tolist()) != list(range(len(images))):
-        raise PeerError(f"an epoch holds {len(set(labels.tolist()))} different images of {len(images)}")
+        raise WrongImages(f"an epoch holds {len(set(labels.tolist()))} different images of {len(images)}")
     count_, height, width, _ = images.shape
     border = ((0, 0), (CROP_PAD, CROP_PAD), (CROP_PAD, CROP_PAD), (0, 0))
     rounded = np.rint(pixels).astype(np.int16)
@@ -330,18 +336,18 @@ def check_augmented(
         better = number < fewest
         fewest[better], window[better], differs[better] = number[better], index, wrong[better]
     if fewest.max() > CUTOUT**2:
-        raise PeerError(
+        raise WrongImages(
             f"{(fewest > CUTOUT**2).sum()} of {count_} images are no crop and flip of their original: at least "
             f"{fewest.max()} pixels differ, cutout paints {CUTOUT**2}"
         )
     painted = np.all(np.abs(pixels - np.asarray(fill, np.float32)) <= 1, axis=3)
     if not all(_is_square(differs[i], painted[i]) for i in range(count_)):
-        raise PeerError(f"an image has no square of {CUTOUT} x {CUTOUT} in the fill colour, or other pixels changed")
+        raise WrongImages(f"an image has no square of {CUTOUT} x {CUTOUT} in the fill colour, or other pixels changed")
     mirrored = float((window % 2).mean())
     if not 0.35 < mirrored < 0.65:  # five standard deviations
-        raise PeerError(f"{mirrored:.0%} of the images are mirrored, expected half")
+        raise WrongImages(f"{mirrored:.0%} of the images are mirrored, expected half")
     if len(set((window // 2).tolist())) < 0.7 * offsets**2:
-        raise PeerError(f"only {len(set((window // 2).tolist()))} of {offsets**2} crop offsets occur")
+        raise WrongImages(f"only {len(set((window // 2).tolist()))} of {offsets**2} crop offsets occur")
 
 
 def _is_square(differs: npt.NDArray[np.bool_], painted: npt.NDArray[np.bool_]) -> bool:
@@ -364,25 +370,34 @@ def _is_square(differs: npt.NDArray[np.bool_], painted: npt.NDArray[np.bool_]) -
 
 
 class PeerHost:
-    """Starts the process, and times one peer at a time in it."""
+    """Times one peer at a time in a process of its own; a process that dies or hangs is replaced for the next question."""
 
     def __init__(self, task: Task) -> None:
+        self._task = task
+        self._closed = False
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, task), name="peers")
+        self._process = context.Process(target=_serve, args=(theirs, self._task), name="peers")
         self._process.start()
         theirs.close()
 
     def ask(self, *request: Any) -> Any:
         """The answer; PeerError where the peer cannot, or the process is gone."""
+        if self._closed:
+            raise PeerError("the process of the peers has ended")
+        if self._connection.closed:
+            self._start()
         try:
             self._connection.send(request)
             if not self._connection.poll(ANSWER_SECONDS):
-                self.close()
+                self._stop()
                 raise PeerError(f"no answer within {ANSWER_SECONDS:.0f} s")
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
-            self.close()
+            self._stop()
             raise PeerError(f"the process of the peers ended ({type(error).__name__})") from None
         if isinstance(answer, Exception):
             raise answer
@@ -395,15 +410,20 @@ class PeerHost:
 
     def close(self) -> None:
         """End the process; asked nicely first, so that it ends its workers."""
+        self._closed = True
         if self._process.is_alive():
             try:
                 self._connection.send(("end",))
                 self._process.join(5)
             except OSError:
                 pass
-        if self._process.is_alive():
-            self._process.terminate()
-            self._process.join()
+        self._stop()
+
+    def _stop(self) -> None:
+        for end in (self._process.terminate, self._process.kill):
+            if self._process.is_alive():
+                end()
+                self._process.join(5)
         self._connection.close()
 
 
