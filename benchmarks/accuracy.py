@@ -37,7 +37,7 @@ COVERS = {
 
 
 class RecipeChanged(Exception):
-    """The file of finished runs belongs to another recipe."""
+    """The file of finished runs belongs to another recipe, or to the same one on another device or in other arithmetic."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.runs < 1:
         print(f"error: --runs {options.runs}, expected 1 or more", file=sys.stderr)
         return 2
+    from benchmarks.machine import command
     from train.config import ConfigError, load_config
     from train.failures import explained
 
@@ -73,9 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except RecipeChanged as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        report["command"] = " ".join(
-            ["python benchmarks/accuracy.py", *(sys.argv[1:] if arguments is None else arguments)]
-        )
+        report["command"] = command("accuracy", sys.argv[1:] if arguments is None else arguments)
         for line in lines(report):
             print(line)
         if options.json:
@@ -97,7 +96,9 @@ def measure(config: Config, runs: int, finished: Path, log: Callable[[str], None
         log(f"{finished}: {len(done)} finished runs, {len(missing)} to go")
     if missing:
         with Campaign(config) as campaign:
-            append(finished, {"recipe": comparable(recipe), "environment": campaign.environment()}, only_first=True)
+            environment = campaign.environment()
+            append(finished, {"recipe": comparable(recipe), "environment": environment}, only_first=True)
+            check_same_machine(finished, environment)
             for seed in missing:
                 done[seed] = campaign.run(seed)
                 append(finished, done[seed])
@@ -106,8 +107,9 @@ def measure(config: Config, runs: int, finished: Path, log: Callable[[str], None
                     f"seed {seed}: {record['accuracy']:.2f}%, flip TTA {record['tta_accuracy']:.2f}%, "
                     f"training {record['seconds']['training']:.1f} s"
                 )
-    environment = json.loads(finished.read_text(encoding="utf-8").partition("\n")[0])["environment"]
-    return summarise([done[seed] for seed in range(first, first + runs)], recipe, environment)
+    return summarise(
+        [done[seed] for seed in range(first, first + runs)], comparable(recipe), read_environment(finished)
+    )
 
 
 def comparable(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -146,6 +148,31 @@ def read_finished(path: Path, recipe: dict[str, Any]) -> dict[int, dict[str, Any
     return {record["seed"]: record for record in records[1:]}
 
 
+def read_environment(path: Path) -> dict[str, Any]:
+    """Of the session that began the file."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8").partition("\n")[0])["environment"]
+    return found
+
+
+def check_same_machine(path: Path, now: dict[str, Any]) -> None:
+    """RecipeChanged where the file's runs had another device, precision or compiler: one mean is of one kind of runs."""
+
+    def resolved(environment: dict[str, Any]) -> dict[str, str]:
+        return {
+            "device": environment["device"].partition(":")[0],
+            "device name": environment["device_name"] or environment["machine"]["cpu"],
+            "precision": environment["precision"],
+            "compile": environment["compile"],
+        }
+
+    before = resolved(read_environment(path))
+    changed = [f"{key}: {before[key]} -> {value}" for key, value in resolved(now).items() if before[key] != value]
+    if changed:
+        raise RecipeChanged(
+            f"{path} holds runs of another machine or arithmetic ({'; '.join(changed)}); name another file with --finished"
+        )
+
+
 def append(path: Path, record: dict[str, Any], only_first: bool = False) -> None:
     """One line, on the disk when this returns; `only_first` writes to an empty file alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,6 +188,7 @@ class Campaign:
     """One trainer, compiled once, for any number of seeds."""
 
     def __init__(self, config: Config) -> None:
+        from benchmarks.measure import reset_device_peak
         from train.distributed import Group
         from train.fit import Setup
         from train.loop import Times
@@ -174,6 +202,7 @@ class Campaign:
             self.setup: Setup = Setup(config, self._quiet, self._times, Group())
             self.dataset = self.setup.load_data()
             self.trainer: Trainer = self.setup.build(self.dataset)
+        reset_device_peak(self.setup.runtime.device)
         self.setup.warm_up(self.trainer)
         runtime = self.setup.runtime
         self._tta_step: EvalStep | None = None
@@ -217,6 +246,7 @@ class Campaign:
 
     def run(self, seed: int) -> dict[str, Any]:
         """The recipe with this seed, from scratch to its last evaluation, as a record of plain numbers."""
+        from benchmarks.measure import device_peak_gib
         from train.estimate import LongRunNotice
         from train.fit import find_rates
         from train.loop import Position, Run, Times
@@ -228,7 +258,7 @@ class Campaign:
         times = self.setup.times = Times()
         notice = LongRunNotice(trainer.total_steps, config, self.setup.runtime, self._quiet)
         if "find" in (schedule.lr_max, schedule.lr_min):
-            lr_max, lr_min = find_rates(self.setup, trainer, None, notice)
+            lr_max, lr_min = find_rates(self.setup, trainer, None, notice, overwrite=False)
         else:
             assert isinstance(schedule.lr_max, float) and isinstance(schedule.lr_min, float)
             lr_max, lr_min = schedule.lr_max, schedule.lr_min
@@ -251,6 +281,7 @@ class Campaign:
             "test_loss": last["test_loss"],
             "lr_max": lr_max,
             "lr_min": lr_min,
+            "device_peak_gib": device_peak_gib(trainer.runtime.device),  # since before the warm-up
             "seconds": seconds,
             "images_per_second": trainer.config.train.epochs
             * trainer.steps_per_epoch
@@ -335,6 +366,7 @@ def summarise(
         "covers": COVERS,
         "once_seconds": environment.get("once_seconds"),
         "images_per_second": statistic([r["images_per_second"] for r in records]),
+        "device_peak_gib": max((r["device_peak_gib"] for r in records if r.get("device_peak_gib")), default=None),
         "reached_94": len(reached),
         "seconds_to_94": statistic(reached) if reached else None,
         "training_seconds_to_94": statistic(trained) if trained else None,
@@ -361,6 +393,8 @@ def lines(report: dict[str, Any]) -> list[str]:
         f"                    not in it: {COVERS['once']}",
         f"throughput          {report['images_per_second']['mean']:,.0f} images/s in training",
     ]
+    if report["device_peak_gib"] is not None:
+        result.append(f"GPU memory          {report['device_peak_gib']:.2f} GiB at the peak")
     if report["reached_94"]:
         result.append(
             f"time to {TARGET:.0f}%         {report['seconds_to_94']['mean']:.1f} s with the evaluations, "
