@@ -63,7 +63,8 @@ def children_mib() -> float:
 def measure(config: Config) -> dict[str, Any]:
     """As `python -m train` goes: data, network, compilation, a few steps, evaluation, a checkpoint; then the pipeline."""
     resident: dict[str, float] = {"interpreter": memory_mib("VmRSS")}
-    from dali_pipeline.datasets import load
+    from benchmarks.measure import device_peak_gib
+    from benchmarks.stages import load_data
     from train.checkpoint import save_checkpoint
     from train.distributed import Group
     from train.fit import Setup
@@ -75,8 +76,7 @@ def measure(config: Config) -> dict[str, Any]:
     resident["imports"] = memory_mib("VmRSS")
     times = Times()
     setup = Setup(config, Log(quiet=True), times, Group())
-    data = config.data
-    dataset = load(data.name, data.root, download=False, progress=False, synthetic_count=data.synthetic_count)
+    dataset = load_data(config)
     resident["data"] = memory_mib("VmRSS")
     trainer = setup.build(dataset)
     resident["trainer and resident images"] = memory_mib("VmRSS")
@@ -114,6 +114,7 @@ def measure(config: Config) -> dict[str, Any]:
     grown += memory_mib("VmRSS")
     trainer.close()
     return {
+        "device_peak_gib": device_peak_gib(trainer.runtime.device),
         "peak_mib": peak,
         "peak_of_compilation_mib": peak_of_compilation,
         "compiler_workers_mib": workers,
@@ -143,10 +144,11 @@ def footprint_of(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
     if process.returncode != 0:
         raise RuntimeError(f"benchmarks/footprint.py ended with exit code {process.returncode}")
     found: dict[str, Any] = json.loads(last) | {"seconds_to_first_step": first_step}
+    on_device = "" if found["device_peak_gib"] is None else f" and {found['device_peak_gib']:.2f} GiB of the GPU's"
     say(
         f"a run from the outside: first step after {first_step:.1f} s (compile {found['compile_seconds']:.1f} s), peak memory "
-        f"{found['peak_mib'] / 1024:.2f} GiB, {found['growth_mib_over_50_epochs']:+.0f} MiB over {PIPELINE_EPOCHS} epochs of the "
-        "pipeline"
+        f"{found['peak_mib'] / 1024:.2f} GiB{on_device}, {found['growth_mib_over_50_epochs']:+.0f} MiB over {PIPELINE_EPOCHS} "
+        "epochs of the pipeline"
     )
     return found
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import asdict, replace
 from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Stage, synchronize
-from dali_pipeline.datasets import Dataset
+from benchmarks.measure import Stage, device_peak_gib, reset_device_peak, synchronize
+from dali_pipeline.datasets import Dataset, load
 from dali_pipeline.loader import BackendError, TrainLoader, choose_backend
-from dali_pipeline.plan import Augment
+from dali_pipeline.plan import NO_AUGMENT, Augment
 from net.resnet import flops_per_image
 from train.config import Config
 from train.distributed import Group
@@ -26,6 +27,24 @@ from train.record import Log
 from train.runtime import find_compiler
 
 RATE = 1e-3  # of learning; speed does not depend on it, and random labels do not diverge with it
+
+
+def load_data(config: Config) -> Dataset:
+    """What the recipe trains on, never downloaded."""
+    data = config.data
+    return load(
+        data.name,
+        data.root,
+        download=False,
+        progress=False,
+        synthetic_size=data.synthetic_size,
+        synthetic_classes=data.synthetic_classes,
+        synthetic_count=data.synthetic_count,
+    )
+
+
+def augment_of(config: Config) -> Augment:
+    return Augment(**asdict(config.augment))
 
 
 class _Enough(Exception):
@@ -59,6 +78,7 @@ class Training:
     def __init__(self, config: Config, dataset: Dataset, log: Log | None = None) -> None:
         times = Times()
         setup = Setup(config, log or Log(quiet=True), times, Group())
+        reset_device_peak(setup.runtime.device)
         self.trainer = setup.build(dataset)
         setup.warm_up(self.trainer)
         self.config, self.runtime, self.backend = config, setup.runtime, setup.backend
@@ -129,6 +149,13 @@ class Training:
             self.trainer.evaluate()
         return steps * len(self.trainer.dataset.test)
 
+    def device_peak_gib(self) -> float | None:
+        """GPU memory that training and evaluation took at most, compilation included; ask before others use the GPU."""
+        if self.device.type == "cuda":
+            self.run_end_to_end(2)
+            self.trainer.evaluate()
+        return device_peak_gib(self.device)
+
     def stage(self, name: str, seconds: float) -> Stage:
         """pipeline, step, end_to_end or evaluation."""
         epoch = 1 if name == "evaluation" else self.trainer.steps_per_epoch
@@ -155,14 +182,14 @@ class Pipeline:
         batch_size: int,
         device: torch.device,
         backend: str,
-        augment: Augment | None = None,
+        augment: Augment,
         compiled: bool = False,
     ) -> None:
         self.device, self.batch_size = device, batch_size
         self.loader = TrainLoader(
             dataset.train,
             batch_size=batch_size,
-            augment=augment or Augment(),
+            augment=augment,
             fill=dataset.fill,
             seed=0,
             device=device,
@@ -208,10 +235,13 @@ def pipeline_kinds(devices: Sequence[torch.device]) -> tuple[dict[str, dict[str,
     return kinds, left_out
 
 
-AUGMENTATIONS = {
-    "none": Augment(crop=False, pad=0, flip=False, cutout=0),
-    "crop": Augment(flip=False, cutout=0),
-    "flip": Augment(crop=False, pad=0, cutout=0),
-    "cutout": Augment(crop=False, pad=0, flip=False),
-    "all": Augment(),
-}
+def each_alone(augment: Augment) -> dict[str, Augment]:
+    """None of the augmentations, each that is on by itself, and all of them."""
+    found = {"none": NO_AUGMENT}
+    if augment.crop:
+        found["crop"] = replace(NO_AUGMENT, crop=True, pad=augment.pad, padding_mode=augment.padding_mode)
+    if augment.flip:
+        found["flip"] = replace(NO_AUGMENT, flip=True)
+    if augment.cutout:
+        found["cutout"] = replace(NO_AUGMENT, cutout=augment.cutout)
+    return found | {"all": augment}

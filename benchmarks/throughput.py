@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 KIND = "throughput"  # of the JSON, for whoever reads the folder of results
 REFERENCE_PEER = "torchvision_pil_2_workers"
+WRONG_PIXELS = "its pixels are wrong"  # of dali_pipeline/loader.py, which has it from DALI's probe
 CPU_WIDTH, GPU_WIDTH = 16, 64
 ABLATIONS = ("channels_last", "compile", "precision", "batch", "pipelines", "prefetch", "graph")
 
@@ -75,36 +77,41 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
-    from benchmarks.peers import PeerError  # torch from here on: --help answers without it
+    from benchmarks.machine import command  # torch from here on: --help answers without it
     from dali_pipeline.datasets import DataError
     from dali_pipeline.loader import BackendError
+    from train.checkpoint import WriteError, write_atomic
     from train.config import ConfigError
     from train.runtime import RuntimeUnavailable
 
-    command = " ".join(["python benchmarks/throughput.py", *(sys.argv[1:] if arguments is None else arguments)])
+    words = command("throughput", sys.argv[1:] if arguments is None else arguments)
 
     def save(report: dict[str, Any]) -> None:
         """What is there so far: ablations can take longer than anybody waits."""
-        report["command"] = command
+        report["command"] = words
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            write_atomic(options.json, (json.dumps(report, indent=1) + "\n").encode())
 
     try:
         report = measure(options, lambda line: print(line, flush=True), save)
-    except (ConfigError, DataError, BackendError, RuntimeUnavailable, PeerError) as error:
+    except (ConfigError, DataError, BackendError, RuntimeUnavailable, WriteError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     save(report)
     print(json.dumps(report))
-    return 0
+    for name in report["wrong_pixels"]:
+        print(f"error: {name}: {report['left_out'][name]}", file=sys.stderr)
+    return 1 if report["wrong_pixels"] else 0
 
 
 def recipe(options: argparse.Namespace) -> Config:
-    """The recipe with what a benchmark needs: data without a download, no range test, a width for the machine."""
+    """The recipe with what a benchmark needs: data without a download, no range test, a width for the machine. ConfigError
+    where it asks the peers for augmentations that they do not do."""
     import torch
 
-    from train.config import load_config
+    from benchmarks.peers import PEERS_AUGMENT
+    from train.config import ConfigError, load_config
 
     wanted = {
         "data.name": "cifar10" if options.data_root else "synthetic",
@@ -117,7 +124,14 @@ def recipe(options: argparse.Namespace) -> Config:
     }
     given = {word.partition("=")[0] for word in options.overrides}
     words = [f"{key}={value}" for key, value in wanted.items() if key not in given]
-    return load_config(options.config, [*words, *options.overrides])
+    config = load_config(options.config, [*words, *options.overrides])
+    if options.peers is not False:
+        for key, theirs in asdict(PEERS_AUGMENT).items():
+            if (asked := getattr(config.augment, key)) != theirs:
+                raise ConfigError(
+                    f"augment.{key}: {asked} here, {theirs} in the other pipelines; measure without them: --no-peers"
+                )
+    return config
 
 
 def measure(
@@ -125,7 +139,7 @@ def measure(
 ) -> dict[str, Any]:
     """All that is asked for, in an order in which each can use the whole machine."""
     from benchmarks.machine import machine_record
-    from dali_pipeline.datasets import load
+    from benchmarks.stages import Training, load_data
     from train.record import git_commit
     from train.runtime import prepare, versions
 
@@ -135,8 +149,7 @@ def measure(
     runtime = prepare(
         device=train.device, precision=train.precision, compile=train.compile, channels_last=train.channels_last
     )
-    data = config.data
-    dataset = load(data.name, data.root, download=False, progress=False, synthetic_count=data.synthetic_count)
+    dataset = load_data(config)
     repeats = options.repeats or (3 if options.quick else 9)
     seconds = 0.15 if options.quick else 0.3
     report: dict[str, Any] = {
@@ -154,11 +167,14 @@ def measure(
             "batch_size": train.batch_size,
             "images": len(dataset.train),
             "data": dataset.name,
+            "image_size": [dataset.train.height, dataset.train.width],
+            "augment": asdict(config.augment),
             "quick": options.quick,
         },
         "stages": {},
         "peers": {},
         "left_out": {},
+        "wrong_pixels": [],
         "ratios": {},
     }
     say(f"machine: {describe(report['machine'])}")
@@ -167,15 +183,15 @@ def measure(
         f"{runtime.precision}, compile {runtime.compile_mode or 'off'}"
     )
     say(f"\n{'images/s':<44}{'median':>12}{'spread':>10}{'n':>4}")
-    _pipelines_and_peers(options, config, dataset, runtime.device, repeats, seconds, report, say)
+    kinds = _pipelines(config, dataset, runtime.device, repeats, seconds, report, say)
     save(report)
     if not options.quick:
-        _augmentations(config, dataset, runtime.device, repeats, seconds, report, say)
-    from benchmarks.stages import Training
-
+        _augmentations(kinds, config, dataset, runtime.device, repeats, seconds, report, say)
+        save(report)
     training = Training(config, dataset)
     try:
         _training(training, repeats, seconds, report, say)
+        save(report)
         if options.profile:
             from benchmarks.profiling import profile
 
@@ -183,7 +199,9 @@ def measure(
                 say(line)
     finally:
         training.close()
-    save(report)
+    if options.peers is not False:  # after what is ours: one that hangs takes a while to be given up
+        _peers(options, kinds, config, dataset, runtime.device, repeats, seconds, report, say)
+        save(report)
     if options.footprint if options.footprint is not None else not options.quick:
         from benchmarks.footprint import footprint_of
 
@@ -193,14 +211,14 @@ def measure(
         from benchmarks.ablations import ablate, draw
 
         names = options.ablate or list(ABLATIONS)
+        picture = options.picture or Path("throughput.png")
         report["ablations"] = {}
         for name in names:
             report["ablations"][name] = []
             for row in ablate(name, config, dataset, max(3, repeats // 2), seconds, say):
                 report["ablations"][name].append(row)
                 save(report)
-        picture = options.picture or Path("throughput.png")
-        draw(report, picture)
+            draw(report, picture)
         say(f"\npicture: {picture}")
     report["load_average_after"] = _load_average()
     load = (report["machine"]["load_average_before"] or [0.0])[0]
@@ -221,8 +239,61 @@ def _say_rates(rates: dict[str, Rate], say: Callable[[str], None], labels: dict[
         say(f"{label:<44}{rate.median:>12,.0f}{rate.spread / rate.median:>10.1%}{len(rate.samples):>4}")
 
 
-def _pipelines_and_peers(
+def _leave_out(name: str, reason: str, report: dict[str, Any], say: Callable[[str], None]) -> None:
+    report["left_out"][name] = reason
+    say(f"left out: {name}: {reason}")
+
+
+def _pipelines(
+    config: Config,
+    dataset: Dataset,
+    device: Any,
+    repeats: int,
+    seconds: float,
+    report: dict[str, Any],
+    say: Callable[[str], None],
+) -> dict[str, dict[str, Any]]:
+    """Every pipeline of this project that runs here and gives the right pixels; their kinds by name."""
+    import torch
+
+    from benchmarks.measure import interleave
+    from benchmarks.peers import PeerError, WrongImages, check_loader
+    from benchmarks.stages import Pipeline, augment_of, pipeline_kinds
+    from dali_pipeline.loader import BackendError
+
+    devices = [torch.device("cpu")] + ([device] if device.type != "cpu" else [])
+    kinds, left_out = pipeline_kinds(devices)
+    for name, reason in left_out.items():
+        _leave_out(name, reason, report, say)
+        if WRONG_PIXELS in reason:
+            report["wrong_pixels"].append(name)
+    sound = {}
+    with ExitStack() as stack:
+        stages = []
+        for name, kind in kinds.items():
+            try:
+                check_loader(partial(_small_epoch, kind))
+                pipeline = Pipeline(dataset, batch_size=config.train.batch_size, augment=augment_of(config), **kind)
+                stack.callback(pipeline.close)
+                pipeline.run(1)
+            except (PeerError, BackendError, RuntimeError) as error:
+                reason = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
+                _leave_out(name, reason, report, say)
+                if isinstance(error, WrongImages):
+                    report["wrong_pixels"].append(name)
+            else:
+                sound[name] = kind
+                stages.append(pipeline.stage(name, seconds))
+        rates = interleave(stages, repeats)
+    _say_rates(rates, say)
+    report["stages"] |= {name: rate.record() for name, rate in rates.items()}
+    _compare(rates, device, report)
+    return sound
+
+
+def _peers(
     options: argparse.Namespace,
+    kinds: dict[str, dict[str, Any]],
     config: Config,
     dataset: Dataset,
     device: Any,
@@ -231,50 +302,51 @@ def _pipelines_and_peers(
     report: dict[str, Any],
     say: Callable[[str], None],
 ) -> None:
-    import torch
-
+    """The pipelines of others, in turn with ours on the same device, which are measured anew for the ratios."""
     from benchmarks.measure import Sampled, interleave
-    from benchmarks.peers import PeerError, PeerHost, Task, check_loader, peers
-    from benchmarks.stages import Pipeline, pipeline_kinds
+    from benchmarks.peers import PeerError, PeerHost, Task, peers
+    from benchmarks.stages import Pipeline, augment_of
 
-    batch_size = min(config.train.batch_size, len(dataset.train))
-    devices = [torch.device("cpu")] + ([device] if device.type != "cpu" else [])
-    kinds, left_out = pipeline_kinds(devices)
-    report["left_out"] |= left_out
-    with ExitStack() as stack:
-        stages: list[Sampled] = []
-        names: list[str] = []
-        if options.peers is not False:
-            names = [REFERENCE_PEER] if options.quick and not options.peers else list(peers())
-            task = Task(dataset.train.images, dataset.train.labels, batch_size, dataset.fill, device)
-            host = PeerHost(task)  # before any DALI pipeline exists
-            stack.callback(host.close)
-            for name in names:
-                try:
-                    stages.append(host.stage(name, seconds))
-                except PeerError as error:
-                    report["left_out"][name] = str(error)
-        for name, kind in kinds.items():
-            check_loader(partial(_small_epoch, kind))
-            pipeline = Pipeline(dataset, batch_size=batch_size, **kind)
-            stack.callback(pipeline.close)
-            stages.append(pipeline.stage(name, seconds))
-        rates = interleave(stages, repeats)
     known = peers()
+    batch_size = config.train.batch_size
+    task = Task(dataset.train.images, dataset.train.labels, batch_size, dataset.fill, device)
+
+    def leave_out(name: str, reason: str) -> None:
+        _leave_out(name, reason, report, say)
+
+    with ExitStack() as stack:
+        host = PeerHost(task)
+        stack.callback(host.close)
+        stages: list[Sampled] = []
+        for name in [REFERENCE_PEER] if options.quick and not options.peers else known:
+            try:
+                stages.append(host.stage(name, seconds))
+            except PeerError as error:
+                leave_out(name, str(error))
+        for name in _ours(device).values():
+            if name in kinds:
+                pipeline = Pipeline(dataset, batch_size=batch_size, augment=augment_of(config), **kinds[name])
+                stack.callback(pipeline.close)
+                stages.append(pipeline.stage(name, seconds))
+        rates = interleave(stages, repeats, leave_out)
     _say_rates(rates, say, {name: peer.what for name, peer in known.items()})
-    for name, reason in report["left_out"].items():
-        say(f"left out: {name}: {reason}")
     for name, rate in rates.items():
         report["peers" if name in known else "stages"][name] = rate.record()
-    ours = {
-        "dali": f"pipeline_dali_{device.type}",
-        "torch_eager": f"pipeline_torch_eager_{device.type}",
-        "torch_compiled": f"pipeline_torch_compiled_{device.type}",
-    }
+    _compare(rates, device, report)
+
+
+def _ours(device: Any) -> dict[str, str]:
+    """Our pipelines on the device: what a ratio calls each, and its stage."""
+    return {name: f"pipeline_{name}_{device.type}" for name in ("dali", "torch_eager", "torch_compiled")}
+
+
+def _compare(rates: dict[str, Rate], device: Any, report: dict[str, Any]) -> None:
+    """Ratios of each of ours over every peer, and of DALI over torch."""
+    ours = _ours(device)
     for name, stage in ours.items():
-        for other in (*names, *(ours.values() if name == "dali" else ())):
+        others = {key: key for key in rates if not key.startswith("pipeline_")} | (ours if name == "dali" else {})
+        for short, other in others.items():
             if stage in rates and other in rates and stage != other:
-                short = next((key for key, value in ours.items() if value == other), other)
                 report["ratios"][f"{name}_over_{short}"] = rates[stage].over(rates[other])
 
 
@@ -286,6 +358,7 @@ def _small_epoch(kind: dict[str, Any], split: Split, augment: Augment) -> Iterat
 
 
 def _augmentations(
+    kinds: dict[str, dict[str, Any]],
     config: Config,
     dataset: Dataset,
     device: Any,
@@ -296,23 +369,23 @@ def _augmentations(
 ) -> None:
     """Each alone on top of none, by the backend that training takes; and what that costs an image."""
     from benchmarks.measure import interleave
-    from benchmarks.stages import AUGMENTATIONS, Pipeline
-    from dali_pipeline.loader import choose_backend
+    from benchmarks.stages import Pipeline, augment_of, each_alone
 
-    backend = choose_backend(config.data.backend, device).name
+    backend = "dali" if config.data.backend != "torch" and f"pipeline_dali_{device.type}" in kinds else "torch"
+    augmentations = each_alone(augment_of(config))
     with ExitStack() as stack:
         stages = []
-        for name, augment in AUGMENTATIONS.items():
+        for name, augment in augmentations.items():
             pipeline = Pipeline(
                 dataset, batch_size=config.train.batch_size, device=device, backend=backend, augment=augment
             )
             stack.callback(pipeline.close)
             stages.append(pipeline.stage(f"augment_{name}", seconds))
         rates = interleave(stages, repeats)
-    _say_rates(rates, say, {f"augment_{name}": f"{backend}, augmentation: {name}" for name in AUGMENTATIONS})
+    _say_rates(rates, say, {f"augment_{name}": f"{backend}, augmentation: {name}" for name in augmentations})
     none = rates["augment_none"]
     costs = {}
-    for name in AUGMENTATIONS:
+    for name in augmentations:
         if name != "none":
             rate = rates[f"augment_{name}"]
             costs[name] = 1e9 / none.median * (1 / rate.over(none) - 1)
@@ -328,6 +401,7 @@ def _training(
 
     # chunks as short as one step and many of them: bursts of other work on the machine hit both sides of a ratio alike
     stages = [training.stage(name, seconds) for name in ("pipeline", "step", "end_to_end")]
+    report["device_peak_gib"] = training.device_peak_gib()  # before the matrices lie there too
     matrix = matrix_stage(training.device, training.runtime.precision, seconds)
     training_repeats = 3 * repeats if training.device.type == "cpu" else repeats
     rates = interleave([*stages, matrix], training_repeats)
@@ -335,6 +409,8 @@ def _training(
     multiplied = rates.pop("matrix")
     _say_rates(rates, say, {"pipeline": f"pipeline as training uses it ({training.backend.name})"})
     say(f"matrix product, {training.runtime.precision}: {multiplied.median / 1e12:,.2f} TFLOP/s")
+    if report["device_peak_gib"] is not None:
+        say(f"GPU memory of training and evaluation, peak: {report['device_peak_gib']:.2f} GiB")
     report["stages"] |= {name: rate.record() for name, rate in rates.items()}
     report["matrix_flops"] = multiplied.record()
     report["compile_seconds"] = training.compile_seconds
@@ -380,19 +456,10 @@ def verdict(ratios: dict[str, float]) -> str:
 
 def conclusions(report: dict[str, Any]) -> list[str]:
     """The ratios for a person."""
-    ratios = report["ratios"]
-    lines = []
-    for name in ("dali", "torch_compiled"):
-        key = f"{name}_over_{REFERENCE_PEER}"
-        if key in ratios:
-            lines.append(f"{name.replace('_', ' ')} over torchvision's DataLoader (PIL, 2 workers): {ratios[key]:.0f}x")
-    lines += [
-        f"overlap (end to end over the slower stage): {ratios['overlap']:.1%}",
-        f"share of the training thread that the pipeline takes: {ratios['pipeline_share_of_training_thread']:.2%}",
-        f"model FLOP utilisation, of this machine's matrix products: {ratios['model_flop_utilisation']:.1%}",
-        f"verdict: {report['verdict']}",
-    ]
-    return lines
+    from benchmarks.tables import ratios
+
+    lines = [f"{name}: {figure}" for name, figure in ratios(report).items() if figure]
+    return ["ratios are medians of paired ratios:", *lines, f"verdict: {report['verdict']}"]
 
 
 def describe(machine: dict[str, Any]) -> str:
