@@ -316,6 +316,7 @@ def reset(trainer: Trainer, setup: Setup, seed: int) -> None:
     import torch
 
     from net.resnet import CustomResNet
+    from train.optim import start_momentum
     from train.runtime import seed_everything
     from train.trainer import make_train_loader
 
@@ -329,7 +330,7 @@ def reset(trainer: Trainer, setup: Setup, seed: int) -> None:
         trainer.ema.module.load_state_dict(drawn.state_dict())
         trainer.ema.n_averaged.zero_()
     trainer.optimizer.zero_grad(set_to_none=True)
-    trainer.optimizer.state.clear()
+    start_momentum(trainer.optimizer)
     if trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(torch.amp.GradScaler(setup.runtime.device.type).state_dict())
     trainer.train_loader.close()
