@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,14 +183,23 @@ def measure(
         f"{runtime.precision}, compile {runtime.compile_mode or 'off'}"
     )
     say(f"\n{'images/s':<44}{'median':>12}{'spread':>10}{'n':>4}")
-    kinds = _pipelines(config, dataset, runtime.device, repeats, seconds, report, say)
+    measurement = Measurement(
+        config=config,
+        dataset=dataset,
+        device=runtime.device,
+        repeats=repeats,
+        seconds=seconds,
+        report=report,
+        say=say,
+    )
+    kinds = measurement.pipelines()
     save(report)
     if not options.quick:
-        _augmentations(kinds, config, dataset, runtime.device, repeats, seconds, report, say)
+        measurement.augmentations(kinds)
         save(report)
     training = Training(config, dataset)
     try:
-        _training(training, repeats, seconds, report, say)
+        measurement.training(training)
         save(report)
         if options.profile:
             from benchmarks.profiling import profile
@@ -200,7 +209,7 @@ def measure(
     finally:
         training.close()
     if options.peers is not False:  # after what is ours: one that hangs takes a while to be given up
-        _peers(options, kinds, config, dataset, runtime.device, repeats, seconds, report, say)
+        measurement.peers(kinds, [REFERENCE_PEER] if options.quick and not options.peers else None)
         save(report)
     if options.footprint if options.footprint is not None else not options.quick:
         from benchmarks.footprint import footprint_of
@@ -233,106 +242,164 @@ def measure(
     return report
 
 
-def _say_rates(rates: dict[str, Rate], say: Callable[[str], None], labels: dict[str, str] | None = None) -> None:
-    for name, rate in rates.items():
-        label = (labels or {}).get(name, name.replace("_", " "))
-        say(f"{label:<44}{rate.median:>12,.0f}{rate.spread / rate.median:>10.1%}{len(rate.samples):>4}")
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What is measured, how often and how long; results go into `report`, lines for a person to `say`."""
 
+    config: Config
+    dataset: Dataset
+    device: Any
+    repeats: int
+    seconds: float  # of one sample
+    report: dict[str, Any]
+    say: Callable[[str], None]
 
-def _leave_out(name: str, reason: str, report: dict[str, Any], say: Callable[[str], None]) -> None:
-    report["left_out"][name] = reason
-    say(f"left out: {name}: {reason}")
+    def pipelines(self) -> dict[str, dict[str, Any]]:
+        """Every pipeline of this project that runs here and gives the right pixels; their kinds by name."""
+        import torch
 
+        from benchmarks.measure import interleave
+        from benchmarks.peers import PeerError, WrongImages, check_loader
+        from benchmarks.stages import Pipeline, augment_of, pipeline_kinds
+        from dali_pipeline.loader import BackendError
 
-def _pipelines(
-    config: Config,
-    dataset: Dataset,
-    device: Any,
-    repeats: int,
-    seconds: float,
-    report: dict[str, Any],
-    say: Callable[[str], None],
-) -> dict[str, dict[str, Any]]:
-    """Every pipeline of this project that runs here and gives the right pixels; their kinds by name."""
-    import torch
+        devices = [torch.device("cpu")] + ([self.device] if self.device.type != "cpu" else [])
+        kinds, left_out = pipeline_kinds(devices)
+        for name, reason in left_out.items():
+            self._leave_out(name, reason)
+            if WRONG_PIXELS in reason:
+                self.report["wrong_pixels"].append(name)
+        sound = {}
+        with ExitStack() as stack:
+            stages = []
+            for name, kind in kinds.items():
+                try:
+                    check_loader(partial(_small_epoch, kind))
+                    pipeline = Pipeline(
+                        self.dataset, batch_size=self.config.train.batch_size, augment=augment_of(self.config), **kind
+                    )
+                    stack.callback(pipeline.close)
+                    pipeline.run(1)
+                except (PeerError, BackendError, RuntimeError) as error:
+                    reason = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
+                    self._leave_out(name, reason)
+                    if isinstance(error, WrongImages):
+                        self.report["wrong_pixels"].append(name)
+                else:
+                    sound[name] = kind
+                    stages.append(pipeline.stage(name, self.seconds))
+            rates = interleave(stages, self.repeats)
+        self._say_rates(rates)
+        self.report["stages"] |= {name: rate.record() for name, rate in rates.items()}
+        self._compare(rates)
+        return sound
 
-    from benchmarks.measure import interleave
-    from benchmarks.peers import PeerError, WrongImages, check_loader
-    from benchmarks.stages import Pipeline, augment_of, pipeline_kinds
-    from dali_pipeline.loader import BackendError
+    def peers(self, kinds: dict[str, dict[str, Any]], names: Sequence[str] | None) -> None:
+        """The pipelines of others (`names`, or all), in turn with ours on the same device, measured anew for the ratios."""
+        from benchmarks.measure import Sampled, interleave
+        from benchmarks.peers import PeerError, PeerHost, Task, peers
+        from benchmarks.stages import Pipeline, augment_of
 
-    devices = [torch.device("cpu")] + ([device] if device.type != "cpu" else [])
-    kinds, left_out = pipeline_kinds(devices)
-    for name, reason in left_out.items():
-        _leave_out(name, reason, report, say)
-        if WRONG_PIXELS in reason:
-            report["wrong_pixels"].append(name)
-    sound = {}
-    with ExitStack() as stack:
-        stages = []
-        for name, kind in kinds.items():
-            try:
-                check_loader(partial(_small_epoch, kind))
-                pipeline = Pipeline(dataset, batch_size=config.train.batch_size, augment=augment_of(config), **kind)
+        known = peers()
+        batch_size = self.config.train.batch_size
+        task = Task(self.dataset.train.images, self.dataset.train.labels, batch_size, self.dataset.fill, self.device)
+        with ExitStack() as stack:
+            host = PeerHost(task)
+            stack.callback(host.close)
+            stages: list[Sampled] = []
+            for name in names or known:
+                try:
+                    stages.append(host.stage(name, self.seconds))
+                except PeerError as error:
+                    self._leave_out(name, str(error))
+            for name in _ours(self.device).values():
+                if name in kinds:
+                    pipeline = Pipeline(
+                        self.dataset, batch_size=batch_size, augment=augment_of(self.config), **kinds[name]
+                    )
+                    stack.callback(pipeline.close)
+                    stages.append(pipeline.stage(name, self.seconds))
+            rates = interleave(stages, self.repeats, self._leave_out)
+        self._say_rates(rates, {name: peer.what for name, peer in known.items()})
+        for name, rate in rates.items():
+            self.report["peers" if name in known else "stages"][name] = rate.record()
+        self._compare(rates)
+
+    def augmentations(self, kinds: dict[str, dict[str, Any]]) -> None:
+        """Each alone on top of none, by the backend that training takes; and what that costs an image."""
+        from benchmarks.measure import interleave
+        from benchmarks.stages import Pipeline, augment_of, each_alone
+
+        backend = (
+            "dali" if self.config.data.backend != "torch" and f"pipeline_dali_{self.device.type}" in kinds else "torch"
+        )
+        augmentations = each_alone(augment_of(self.config))
+        with ExitStack() as stack:
+            stages = []
+            for name, augment in augmentations.items():
+                pipeline = Pipeline(
+                    self.dataset,
+                    batch_size=self.config.train.batch_size,
+                    device=self.device,
+                    backend=backend,
+                    augment=augment,
+                )
                 stack.callback(pipeline.close)
-                pipeline.run(1)
-            except (PeerError, BackendError, RuntimeError) as error:
-                reason = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
-                _leave_out(name, reason, report, say)
-                if isinstance(error, WrongImages):
-                    report["wrong_pixels"].append(name)
-            else:
-                sound[name] = kind
-                stages.append(pipeline.stage(name, seconds))
-        rates = interleave(stages, repeats)
-    _say_rates(rates, say)
-    report["stages"] |= {name: rate.record() for name, rate in rates.items()}
-    _compare(rates, device, report)
-    return sound
+                stages.append(pipeline.stage(f"augment_{name}", self.seconds))
+            rates = interleave(stages, self.repeats)
+        self._say_rates(rates, {f"augment_{name}": f"{backend}, augmentation: {name}" for name in augmentations})
+        none = rates["augment_none"]
+        costs = {}
+        for name in augmentations:
+            if name != "none":
+                rate = rates[f"augment_{name}"]
+                costs[name] = 1e9 / none.median * (1 / rate.over(none) - 1)
+        self.report["stages"] |= {name: rate.record() for name, rate in rates.items()}
+        self.report["augmentation_ns_per_image"] = costs
+        self.say("cost an image: " + ", ".join(f"{name} {cost:,.0f} ns" for name, cost in costs.items()))
 
+    def training(self, training: Training) -> None:
+        """Its pipeline, its step, both together and the evaluation, in turn with a matrix product."""
+        from benchmarks.measure import interleave, matrix_stage
 
-def _peers(
-    options: argparse.Namespace,
-    kinds: dict[str, dict[str, Any]],
-    config: Config,
-    dataset: Dataset,
-    device: Any,
-    repeats: int,
-    seconds: float,
-    report: dict[str, Any],
-    say: Callable[[str], None],
-) -> None:
-    """The pipelines of others, in turn with ours on the same device, which are measured anew for the ratios."""
-    from benchmarks.measure import Sampled, interleave
-    from benchmarks.peers import PeerError, PeerHost, Task, peers
-    from benchmarks.stages import Pipeline, augment_of
+        # chunks as short as one step and many of them: bursts of other work on the machine hit both sides of a ratio alike
+        stages = [training.stage(name, self.seconds) for name in ("pipeline", "step", "end_to_end")]
+        self.report["device_peak_gib"] = training.device_peak_gib()  # before the matrices lie there too
+        matrix = matrix_stage(training.device, training.runtime.precision, self.seconds)
+        training_repeats = 3 * self.repeats if training.device.type == "cpu" else self.repeats
+        rates = interleave([*stages, matrix], training_repeats)
+        rates |= interleave([training.stage("evaluation", self.seconds)], self.repeats)
+        multiplied = rates.pop("matrix")
+        self._say_rates(rates, {"pipeline": f"pipeline as training uses it ({training.backend.name})"})
+        self.say(f"matrix product, {training.runtime.precision}: {multiplied.median / 1e12:,.2f} TFLOP/s")
+        if self.report["device_peak_gib"] is not None:
+            self.say(f"GPU memory of training and evaluation, peak: {self.report['device_peak_gib']:.2f} GiB")
+        self.report["stages"] |= {name: rate.record() for name, rate in rates.items()}
+        self.report["matrix_flops"] = multiplied.record()
+        self.report["compile_seconds"] = training.compile_seconds
+        self.report["settings"]["backend"] = training.backend.name
+        self.report["ratios"] |= training_ratios(
+            rates, multiplied, training.training_flops, training.waited / max(training.spent, 1e-9)
+        )
+        self.report["verdict"] = verdict(self.report["ratios"])
 
-    known = peers()
-    batch_size = config.train.batch_size
-    task = Task(dataset.train.images, dataset.train.labels, batch_size, dataset.fill, device)
+    def _compare(self, rates: dict[str, Rate]) -> None:
+        """Ratios of each of ours over every peer, and of DALI over torch."""
+        ours = _ours(self.device)
+        for name, stage in ours.items():
+            others = {key: key for key in rates if not key.startswith("pipeline_")} | (ours if name == "dali" else {})
+            for short, other in others.items():
+                if stage in rates and other in rates and stage != other:
+                    self.report["ratios"][f"{name}_over_{short}"] = rates[stage].over(rates[other])
 
-    def leave_out(name: str, reason: str) -> None:
-        _leave_out(name, reason, report, say)
+    def _leave_out(self, name: str, reason: str) -> None:
+        self.report["left_out"][name] = reason
+        self.say(f"left out: {name}: {reason}")
 
-    with ExitStack() as stack:
-        host = PeerHost(task)
-        stack.callback(host.close)
-        stages: list[Sampled] = []
-        for name in [REFERENCE_PEER] if options.quick and not options.peers else known:
-            try:
-                stages.append(host.stage(name, seconds))
-            except PeerError as error:
-                leave_out(name, str(error))
-        for name in _ours(device).values():
-            if name in kinds:
-                pipeline = Pipeline(dataset, batch_size=batch_size, augment=augment_of(config), **kinds[name])
-                stack.callback(pipeline.close)
-                stages.append(pipeline.stage(name, seconds))
-        rates = interleave(stages, repeats, leave_out)
-    _say_rates(rates, say, {name: peer.what for name, peer in known.items()})
-    for name, rate in rates.items():
-        report["peers" if name in known else "stages"][name] = rate.record()
-    _compare(rates, device, report)
+    def _say_rates(self, rates: dict[str, Rate], labels: dict[str, str] | None = None) -> None:
+        for name, rate in rates.items():
+            label = (labels or {}).get(name, name.replace("_", " "))
+            self.say(f"{label:<44}{rate.median:>12,.0f}{rate.spread / rate.median:>10.1%}{len(rate.samples):>4}")
 
 
 def _ours(device: Any) -> dict[str, str]:
@@ -340,85 +407,11 @@ def _ours(device: Any) -> dict[str, str]:
     return {name: f"pipeline_{name}_{device.type}" for name in ("dali", "torch_eager", "torch_compiled")}
 
 
-def _compare(rates: dict[str, Rate], device: Any, report: dict[str, Any]) -> None:
-    """Ratios of each of ours over every peer, and of DALI over torch."""
-    ours = _ours(device)
-    for name, stage in ours.items():
-        others = {key: key for key in rates if not key.startswith("pipeline_")} | (ours if name == "dali" else {})
-        for short, other in others.items():
-            if stage in rates and other in rates and stage != other:
-                report["ratios"][f"{name}_over_{short}"] = rates[stage].over(rates[other])
-
-
 def _small_epoch(kind: dict[str, Any], split: Split, augment: Augment) -> Iterator[tuple[Tensor, Tensor]]:
     from benchmarks.peers import CHECK_FILL
     from dali_pipeline.loader import TrainLoader
 
     yield from TrainLoader(split, batch_size=64, augment=augment, fill=CHECK_FILL, seed=1, **kind).epoch(0)
-
-
-def _augmentations(
-    kinds: dict[str, dict[str, Any]],
-    config: Config,
-    dataset: Dataset,
-    device: Any,
-    repeats: int,
-    seconds: float,
-    report: dict[str, Any],
-    say: Callable[[str], None],
-) -> None:
-    """Each alone on top of none, by the backend that training takes; and what that costs an image."""
-    from benchmarks.measure import interleave
-    from benchmarks.stages import Pipeline, augment_of, each_alone
-
-    backend = "dali" if config.data.backend != "torch" and f"pipeline_dali_{device.type}" in kinds else "torch"
-    augmentations = each_alone(augment_of(config))
-    with ExitStack() as stack:
-        stages = []
-        for name, augment in augmentations.items():
-            pipeline = Pipeline(
-                dataset, batch_size=config.train.batch_size, device=device, backend=backend, augment=augment
-            )
-            stack.callback(pipeline.close)
-            stages.append(pipeline.stage(f"augment_{name}", seconds))
-        rates = interleave(stages, repeats)
-    _say_rates(rates, say, {f"augment_{name}": f"{backend}, augmentation: {name}" for name in augmentations})
-    none = rates["augment_none"]
-    costs = {}
-    for name in augmentations:
-        if name != "none":
-            rate = rates[f"augment_{name}"]
-            costs[name] = 1e9 / none.median * (1 / rate.over(none) - 1)
-    report["stages"] |= {name: rate.record() for name, rate in rates.items()}
-    report["augmentation_ns_per_image"] = costs
-    say("cost an image: " + ", ".join(f"{name} {cost:,.0f} ns" for name, cost in costs.items()))
-
-
-def _training(
-    training: Training, repeats: int, seconds: float, report: dict[str, Any], say: Callable[[str], None]
-) -> None:
-    from benchmarks.measure import interleave, matrix_stage
-
-    # chunks as short as one step and many of them: bursts of other work on the machine hit both sides of a ratio alike
-    stages = [training.stage(name, seconds) for name in ("pipeline", "step", "end_to_end")]
-    report["device_peak_gib"] = training.device_peak_gib()  # before the matrices lie there too
-    matrix = matrix_stage(training.device, training.runtime.precision, seconds)
-    training_repeats = 3 * repeats if training.device.type == "cpu" else repeats
-    rates = interleave([*stages, matrix], training_repeats)
-    rates |= interleave([training.stage("evaluation", seconds)], repeats)
-    multiplied = rates.pop("matrix")
-    _say_rates(rates, say, {"pipeline": f"pipeline as training uses it ({training.backend.name})"})
-    say(f"matrix product, {training.runtime.precision}: {multiplied.median / 1e12:,.2f} TFLOP/s")
-    if report["device_peak_gib"] is not None:
-        say(f"GPU memory of training and evaluation, peak: {report['device_peak_gib']:.2f} GiB")
-    report["stages"] |= {name: rate.record() for name, rate in rates.items()}
-    report["matrix_flops"] = multiplied.record()
-    report["compile_seconds"] = training.compile_seconds
-    report["settings"]["backend"] = training.backend.name
-    report["ratios"] |= training_ratios(
-        rates, multiplied, training.training_flops, training.waited / max(training.spent, 1e-9)
-    )
-    report["verdict"] = verdict(report["ratios"])
 
 
 def training_ratios(
