@@ -458,7 +458,7 @@ def test_an_import_error_of_grad_cam_names_torchvision(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("module", [misclassified, samples, grad_cam])
 def test_a_count_below_one_is_refused(module: Any, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for count in (0, -5):
-        assert f"--count {count}" in error_of(module.main, [runs / "first", f"--count={count}"], capsys)
+        assert "--count" in error_of(module.main, [runs / "first", f"--count={count}"], capsys)
 
 
 def test_errors_of_folder_and_checkpoint_name_the_remedy(

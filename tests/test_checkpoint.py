@@ -89,7 +89,7 @@ def test_missing_and_foreign_files_are_named(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "no.pt")
     torch.save({"format": 99}, tmp_path / "f.pt")
     (tmp_path / "f.pt").write_bytes(seal((tmp_path / "f.pt").read_bytes()))
-    with pytest.raises(CheckpointError, match="of format 99, this version reads format 1"):
+    with pytest.raises(CheckpointError, match="of format 99, this version reads format 2"):
         load_checkpoint(tmp_path / "f.pt")
 
 
