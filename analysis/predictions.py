@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from scipy.special import log_softmax  # type: ignore[import-untyped]
 
-from analysis.run import AnalysisError, LoadedRun, Say, command, load_for, parser, pipeline, progress
+from analysis.run import AnalysisError, LoadedRun, Say, command, load_for, loader_of, parser, progress
 from dali_pipeline.loader import EvalLoader
 from train.evaluation import evaluate
 from train.record import Log
@@ -92,9 +92,8 @@ def predict_test(run: LoadedRun, say: Say = print) -> Predictions:
         autocast_dtype=run.runtime.autocast_dtype,
         channels_last=run.runtime.channels_last,
     ).to(device)
-    loader = EvalLoader(
-        run.dataset.test, batch_size=run.config.train.eval_batch_size, device=device, backend=pipeline(run)
-    )
+    test, batch_size = run.dataset.test, run.config.train.eval_batch_size
+    loader = loader_of(run, lambda backend: EvalLoader(test, batch_size=batch_size, device=device, backend=backend))
     try:
         found = evaluate(step, progress(loader, len(loader), "test batches", say), keep_logits=True)
     finally:

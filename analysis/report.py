@@ -55,7 +55,8 @@ PICTURES = {
     "lr_finder.png": (
         "Learning rate range test",
         "The loss while the rate grows from step to step. The run warmed up and down through the shaded range, from lr_min to "
-        "lr_max: from where the loss begins to fall to twice the rate at which it rises again.",
+        "lr_max. Where the recipe asked to find them, they lie where the loss begins to fall, and at twice the rate at which it "
+        "rises again.",
     ),
     "samples.png": (
         "Training images",

@@ -352,6 +352,14 @@ def pipeline(run: LoadedRun) -> BackendChoice:
     return choose_backend("auto" if requested == "dali" else requested, run.runtime.device)
 
 
+def loader_of(run: LoadedRun, make: Callable[[BackendChoice | str], Item]) -> Item:
+    """`make` with the run's pipeline, or with torch's where DALI cannot take these images."""
+    try:
+        return make(pipeline(run))
+    except BackendError:
+        return make("torch")
+
+
 def progress(items: Iterable[Item], total: int, title: str, say: Say, every: float = 5.0) -> Iterator[Item]:
     """The items, with a bar on a terminal; elsewhere a line every `every` seconds, none where it is over sooner."""
     if getattr(say, "terminal", False) or (say is print and sys.stdout is not None and sys.stdout.isatty()):

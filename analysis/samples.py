@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from analysis.predictions import Ints
-from analysis.run import AnalysisError, LoadedRun, command, load_for, parser, pipeline
+from analysis.run import AnalysisError, LoadedRun, command, load_for, loader_of, parser
 from analysis.style import BLUE, Pixels, Tile, draw_sheet, pretty
+from dali_pipeline.loader import BackendChoice, TrainLoader
 from train.config import AugmentConfig
 from train.record import Log
 from train.trainer import make_train_loader
@@ -22,8 +23,12 @@ from train.trainer import make_train_loader
 
 def augmented_images(run: LoadedRun, count: int, epoch: int = 0) -> tuple[Pixels, Ints]:
     """The first `count` images (N, H, W, 3) uint8 and labels (N,) of an epoch (from 0), as the run's training saw them."""
-    backend = pipeline(run) if run.runtime.device.type == "cpu" else "torch"
-    loader = make_train_loader(run.config, run.dataset, torch.device("cpu"), backend)
+    cpu = torch.device("cpu")
+
+    def make(backend: BackendChoice | str) -> TrainLoader:
+        return make_train_loader(run.config, run.dataset, cpu, backend)
+
+    loader = loader_of(run, make) if run.runtime.device.type == "cpu" else make("torch")
     images, labels = [], []
     try:
         for batch, of_batch in loader.epoch(epoch):

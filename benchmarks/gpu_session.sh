@@ -11,7 +11,7 @@ data=${2:?usage: gpu_session.sh RESULTS DATA [PYTHON]}
 python=${3:-python3}
 mkdir -p "$results" && results=$(cd "$results" && pwd)
 if [ "$data" = - ]; then
-  data_words=(data.name=synthetic)
+  data_words=(data.name=synthetic schedule.lr_max=0.4 schedule.lr_min=0.002)  # a range test finds nothing in noise
 else
   data_words=("data.root=$(cd "$data" && pwd)" data.download=false)
 fi

@@ -6,6 +6,7 @@ python benchmarks/lr_finder.py data.root=DIR --json benchmarks/results/lr_finder
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 import sys
@@ -32,7 +33,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the result here")
     options = parser.parse_intermixed_args()
     from benchmarks.machine import command, shareable
-    from train.config import ConfigError, load_config
+    from train.config import ConfigError, load_config, to_dict
     from train.fit import find_only, fit
     from train.lr_finder import RangeTest, suggest
     from train.record import Log, cpu_name, git_commit
@@ -46,9 +47,13 @@ def main() -> int:
         return 2
 
     quiet = Log(quiet=True)
+    # what was measured with another recipe is no result of this one
+    recipe = {**to_dict(load_config(options.config, words)), "run": None}
+    recipe["data"]["root"] = recipe["train"]["seed"] = None
+    work = options.work / hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
 
     def accuracy(name: str, seed: int, lr_max: float, lr_min: float) -> float:
-        summary = options.work / name / "summary.json"
+        summary = work / name / "summary.json"
         if not summary.exists():
             rates = [f"schedule.lr_max={lr_max!r}", f"schedule.lr_min={lr_min!r}", f"train.seed={seed}"]
             fit(load_config(options.config, words + rates), summary.parent, log=quiet, overwrite=True)
@@ -57,7 +62,7 @@ def main() -> int:
 
     found: list[dict[str, Any]] = []
     for seed in range(options.seeds):
-        folder = options.work / f"find-{seed}"
+        folder = work / f"find-{seed}"
         if not (folder / "lr_finder.csv").exists():
             config = load_config(options.config, [*words, f"train.seed={seed}"])
             find_only(config, folder, log=quiet, overwrite=True)

@@ -45,16 +45,16 @@ class WrongPixels(Exception):
 def probe(device: torch.device) -> str:
     """DALI's version, once its graph has given on the device, image by image, the pixels that torch gives on the CPU.
 
-    Three batches of small random images, every augmentation on, as many as are prefetched and one more. Raises
-    WrongPixels where they differ; whatever else fails raises as it is.
+    Three batches of small random images, several to a picture, every augmentation on: as many as are prefetched and one
+    more. Raises WrongPixels where they differ; whatever else fails raises as it is.
     """
     dali, _ = _import_dali()
     split = _RandomRecords()
     augment, fill = Augment(pad=2, cutout=4), (1, 2, 3)
     plan = draw_plan(0, 0, len(split.records), augment, (split.height, split.width))
-    batches = [plan.take(slice(start, start + 8)) for start in range(0, len(plan), 8)]
+    batches = [plan.take(slice(start, start + 24)) for start in range(0, len(plan), 24)]
     source = itertools.cycle(batches).__next__
-    graph = DaliGraph(upload(split, device), split, source, 8, augment, fill)
+    graph = DaliGraph(upload(split, device), split, source, 24, augment, fill)
     try:
         got = torch.cat([graph.run().cpu() for _ in batches])
     finally:
@@ -67,12 +67,12 @@ def probe(device: torch.device) -> str:
 
 
 class _RandomRecords:
-    """24 images of 8 x 16 in the records' form."""
+    """72 images of 8 x 16 in the records' form."""
 
     label_bytes, height, width = 1, 8, 16
 
     def __init__(self) -> None:
-        shape = (24, self.label_bytes + 3 * self.height * self.width)
+        shape = (72, self.label_bytes + 3 * self.height * self.width)
         self.records = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 

@@ -61,7 +61,9 @@ def choose_backend(requested: str, device: torch.device) -> BackendChoice:
 
 
 def _explain(error: Exception, device: torch.device) -> str:
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # DALI tells where in the pipeline first, and then what
+    first_line = lines[lines.index("encountered:") + 1] if "encountered:" in lines[:-1] else lines[0]
     if isinstance(error, ImportError) and getattr(error, "name", None) in ("nvidia", "nvidia.dali"):
         return "DALI is not installed; it runs on Linux: pip install nvidia-dali-cuda120, or data.backend=torch"
     if isinstance(error, (ImportError, AttributeError)):

@@ -1049,6 +1049,43 @@ def test_a_save_in_the_background_that_fails_ends_the_run_with_its_error(
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 2
 
 
+@pytest.mark.usefixtures("in_background")
+@pytest.mark.parametrize(("ends_by", "failing_step"), [("signal", 4), ("loss", 3)])
+def test_a_failed_save_in_the_background_is_not_hidden_by_how_the_run_ends(
+    quick_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends_by: str, failing_step: int
+) -> None:
+    """The save that the signal asked for; the one that was under way when the loss became no number."""
+    from test_fit import Lines
+
+    from train.fit import fit
+    from train.progress import NonFiniteLoss
+    from train.trainer import Trainer
+
+    store, train_one, steps = train.loop.store, Trainer.train_one, 0
+
+    def refuse(folder: RunFolder, state: dict[str, Any], best: bool) -> None:
+        if state["step"] == failing_step:
+            raise WriteError(28, "No space left on device", "last.pt")
+        store(folder, state, best)
+
+    def ended(self: Trainer, *arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 4 and ends_by == "signal":
+            signal.raise_signal(signal.SIGINT)
+        elif steps == 4:
+            self.net.classifier.bias.data.fill_(math.nan)
+        return train_one(self, *arguments)
+
+    monkeypatch.setattr(train.loop, "store", refuse)
+    monkeypatch.setattr(Trainer, "train_one", ended)
+    quick_config.run.checkpoint_every = 3
+    log = Lines()
+    with pytest.raises(WriteError if ends_by == "signal" else NonFiniteLoss):
+        fit(quick_config, tmp_path / "run", log=log)
+    assert ends_by == "signal" or "WARNING: the last save failed, the one before it is kept" in log.text
+
+
 def test_a_test_loss_that_is_no_number_is_not_saved(
     quick_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -297,17 +297,23 @@ def test_ema_is_the_running_average_of_the_weights(quick_config: Config) -> None
     trainer = Trainer(
         quick_config, load("digits", Path("x")), prepare(device="cpu", compile="off"), BackendChoice("torch", "t")
     )
-    seen: list[Tensor] = []
-    schedule = OneCycle(0.1, 0.01, 5, trainer.total_steps)
+    names = ("classifier.weight", "prep.1.running_var", "prep.1.num_batches_tracked")
+    seen: list[dict[str, Tensor]] = []
+
+    def look(done: int) -> None:
+        state = trainer.net.state_dict()
+        seen.append({name: state[name].clone() for name in names})
+
     meter = StepMeter(0, trainer.steps_per_epoch, torch.device("cpu"))
-    trainer.train_epoch(
-        0, schedule, meter, after_step=lambda done: seen.append(trainer.net.classifier.weight.detach().clone())
-    )
-    expected = seen[1]
-    for weight in seen[3::2]:
-        expected = 0.8 * expected + 0.2 * weight
+    trainer.train_epoch(0, OneCycle(0.1, 0.01, 5, trainer.total_steps), meter, after_step=look)
     assert trainer.ema is not None
-    torch.testing.assert_close(trainer.ema.module.classifier.weight.detach(), expected)
+    average = trainer.ema.module.state_dict()
+    for name in names[:2]:
+        expected = seen[1][name]
+        for state in seen[3::2]:
+            expected = 0.8 * expected + 0.2 * state[name]
+        torch.testing.assert_close(average[name], expected)
+    assert average[names[2]] == seen[1::2][-1][names[2]] > 0
 
 
 def test_tensorboard_gets_every_figure_or_is_refused_at_once(
@@ -367,6 +373,7 @@ def test_a_range_test_that_finds_nothing_spoils_no_run_and_locks_no_folder(
 def test_data_that_dali_cannot_take_go_to_torch_under_auto_and_are_refused_on_request(
     quick_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     monkeypatch.setattr(dali_graph, "_MAX_PICTURE_BYTES", 100 * 32 * 32 * 3)
     quick_config.train.batch_size = 61
     quick_config.data.backend = "dali"

@@ -395,18 +395,31 @@ def test_dali_that_cannot_run_is_an_error_in_one_line(broken_dali: str) -> None:
 
 
 def test_dali_that_gives_wrong_pixels_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     pull = dali_graph._Regions.pull
 
-    def off_by_one(regions: Any) -> Any:
-        ids, source, *rest = pull(regions)
-        source[0, 0, 1] += 1 if source[0, 0, 1] == 0 else -1  # a single window, one column aside
-        return ids, source, *rest
+    def one_column_short(regions: Any) -> Any:
+        ids, source, shape, target = pull(regions)
+        shape[0, 0, 1] -= 1  # of one image a batch
+        return ids, source, shape, target
 
-    monkeypatch.setattr(dali_graph._Regions, "pull", off_by_one)
+    monkeypatch.setattr(dali_graph._Regions, "pull", one_column_short)
     choice = choose_backend("auto", CPU)
-    assert choice.name == "torch" and "3 of 24 images differ from the reference" in choice.reason
+    assert choice.name == "torch" and "3 of 72 images differ from the reference" in choice.reason
     with pytest.raises(BackendError, match=r"its pixels are wrong .*; use data\.backend=torch"):
         choose_backend("dali", CPU)
+
+
+def test_what_dali_encountered_is_told_not_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    pull = dali_graph._Regions.pull
+
+    def outside(regions: Any) -> Any:
+        ids, source, shape, target = pull(regions)
+        return ids, source - 1000, shape, target
+
+    monkeypatch.setattr(dali_graph._Regions, "pull", outside)
+    assert "Assert on" in choose_backend("auto", CPU).reason
 
 
 def test_dali_on_another_device_is_an_error() -> None:

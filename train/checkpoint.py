@@ -158,7 +158,9 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         raise CheckpointError(f"{path}: refused, it does not hold plain tensors and numbers: {reason}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(f"{path}: of format {found!r}, this version reads format {FORMAT}; use the version that wrote it")
+        raise CheckpointError(
+            f"{path}: of format {found!r}, this version reads format {FORMAT}; use the version that wrote it"
+        )
     return state
 
 

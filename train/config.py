@@ -35,7 +35,9 @@ class DataConfig:
     name: Literal["cifar10", "cifar100", "digits", "synthetic"] = _key("cifar10", "the data set")
     root: str = _key("data", "folder that holds the data, or that receives the download")
     download: bool = _key(True, "fetch a missing CIFAR archive (170 MB), verify it and keep it in data.root")
-    backend: Literal["auto", "dali", "torch"] = _key("auto", "input pipeline; auto takes DALI wherever it runs")
+    backend: Literal["auto", "dali", "torch"] = _key(
+        "auto", "input pipeline; auto takes DALI wherever it gives the right pixels"
+    )
     synthetic_size: int = _key(32, "height and width of synthetic images", at_least=32, at_most=1024)
     synthetic_classes: int = _key(10, "classes of the synthetic set", at_least=2, at_most=256)
     synthetic_count: int = _key(50_000, "training images of the synthetic set", at_least=10)

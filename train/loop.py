@@ -45,13 +45,15 @@ class Times:
 
     @contextmanager
     def on(self, name: str, device: torch.device | None = None) -> Iterator[None]:
-        begun = time.perf_counter()
+        """Count the block's time under `name`, without what it counts under other names."""
+        begun, counted = time.perf_counter(), sum(vars(self).values())
         try:
             yield
         finally:
             if device is not None and device.type == "cuda":
                 torch.cuda.synchronize(device)
-            setattr(self, name, getattr(self, name) + time.perf_counter() - begun)
+            inside = sum(vars(self).values()) - counted
+            setattr(self, name, getattr(self, name) + time.perf_counter() - begun - inside)
 
 
 @dataclass
@@ -380,6 +382,8 @@ class Run:
         finally:
             if self._saver is not None:
                 self._saver.shutdown(wait=True)
+            if self._saving is not None and (error := self._saving.exception()) is not None:  # beside the block's own
+                self.log(f"WARNING: the last save failed, the one before it is kept: {error}")
 
     def _maybe_stop_or_save(
         self, done: int, meter: StepMeter, seconds: float, saved: tuple[list[float], list[int]]
