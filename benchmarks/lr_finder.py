@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # instead of this folder, whose files could hide packages of the same name
 
-GRID = (0.2, 0.4, 0.8, 1.6)
+GRID = (0.4, 0.8, 1.6)
 RECIPE = ["net.width=16", "train.epochs=4", "schedule.peak_epoch=1.5", "train.compile=off", "run.analyse=false"]
 
 
