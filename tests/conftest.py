@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 def pytest_configure() -> None:
     # tests are small: a second thread gains little, and waits at every barrier on a machine with other work
     torch.set_num_threads(1)
+    # where the tests run in the background, the shell or nohup has had these ignored, and children inherit that
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

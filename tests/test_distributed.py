@@ -191,6 +191,7 @@ def noise(quick_config: Config) -> Config:
     config.data.synthetic_classes = 4
     config.augment.flip = True
     config.net.width = 4
+    config.train.seed = 3  # one with which no two values are so near that rounding decides all the same
     config.train.batch_size, config.train.eval_batch_size, config.train.epochs = 64, 50, 1
     config.train.ema_decay, config.train.channels_last = 0.9, "off"
     config.schedule.lr_max, config.schedule.lr_min, config.schedule.peak_epoch = 0.002, 0.0004, 0.5

@@ -26,7 +26,7 @@ from zygote import Job, Zygote, zygote
 
 import train.checkpoint
 import train.loop
-from train.checkpoint import CheckpointError, WriteError, load_checkpoint, save_checkpoint, seal, write_atomic
+from train.checkpoint import FORMAT, CheckpointError, WriteError, load_checkpoint, save_checkpoint, seal, write_atomic
 from train.config import TRAINING_IMAGES, Config, to_yaml
 from train.evaluation import evaluate
 from train.failures import explained
@@ -108,7 +108,7 @@ def test_kill_9_at_random_moments_leaves_a_run_that_ends_with_the_bits_of_an_und
         code = job.wait()
         assert code in (-signal.SIGKILL, 0), job.stderr
         if (parts / "last.pt").exists():
-            assert load_checkpoint(parts / "last.pt")["format"] == 1
+            assert load_checkpoint(parts / "last.pt")["format"] == FORMAT
         for name in ("previous.pt", "best.pt"):
             if (parts / name).exists():
                 load_checkpoint(parts / name)
@@ -630,7 +630,7 @@ PLAIN = st.recursive(
 @given(state=st.dictionaries(st.text(max_size=5), PLAIN, max_size=4), numbers=st.lists(st.floats(width=32), max_size=9))
 def test_any_plain_state_comes_back_equal(tmp_path: Path, state: dict[str, Any], numbers: list[float]) -> None:
     tensor = torch.tensor(numbers)
-    save_checkpoint(tmp_path / "c.pt", {**state, "tensor": tensor, "format": 1})
+    save_checkpoint(tmp_path / "c.pt", {**state, "tensor": tensor, "format": FORMAT})
     loaded = load_checkpoint(tmp_path / "c.pt")
     assert {key: loaded[key] for key in state if key not in ("tensor", "format")} == {
         key: value for key, value in state.items() if key not in ("tensor", "format")

@@ -131,7 +131,12 @@ def on_host(value: Any) -> Any:
 def pack(state: dict[str, Any]) -> bytes:
     """The content of a checkpoint's file."""
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **state}, buffer)
+    try:
+        torch.save({"format": FORMAT, **state}, buffer)
+    except RuntimeError as error:  # what torch's writer says when it closes a file that memory did not suffice for
+        if isinstance(error.__context__, MemoryError):
+            raise error.__context__ from None
+        raise
     return seal(buffer.getvalue())
 
 
