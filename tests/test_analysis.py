@@ -576,15 +576,23 @@ def test_every_module_has_help_and_a_default_output(module: str, capsys: pytest.
     assert "--output" in shown and "--checkpoint" in shown and "python -m analysis" in shown
 
 
-@pytest.mark.parametrize("module", ["samples", "misclassified", "confusion", "calibration", "predictions", "curves"])
+@pytest.mark.parametrize(
+    "module", ["samples", "misclassified", "confusion", "calibration", "predictions", "curves", "grad_cam"]
+)
 def test_every_module_runs_alone(module: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import importlib
 
     main = importlib.import_module(f"analysis.{module}").main
-    options = ["--count", "3"] if module in ("samples", "misclassified") else []
+    options = ["--count", "3"] if module in ("samples", "misclassified", "grad_cam") else []
     assert main([str(runs / "first"), "--device", "cpu", "--output", str(tmp_path / "out"), *options]) == 0
     written = [Path(line) for line in capsys.readouterr().out.splitlines() if line.startswith(str(tmp_path))]
     assert written and all(path.exists() for path in written)
+
+
+def test_the_package_runs_as_a_command() -> None:
+    command = [sys.executable, "-m", "analysis", "--help"]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "report.html" in done.stdout
 
 
 # own images

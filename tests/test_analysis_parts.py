@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from analysis import calibration, compare, confusion, curves, grad_cam, predict, style
 from analysis.predictions import Predictions
 from net.resnet import CustomResNet
+from train.lr_finder import RangeTest, suggest
 from train.optim import OneCycle
 
 
@@ -306,3 +308,24 @@ def test_drawing_needs_no_pyplot_and_no_backend() -> None:
     environment = {"MPLBACKEND": "tkagg", "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_picture_of_a_range_test_marks_the_rates_used_or_says_why_there_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(curves, "save", lambda figure, path: drawn.append(figure))
+    rates = tuple(np.geomspace(1e-4, 10, 100).tolist())
+    valley = tuple((1 + np.log10(np.asarray(rates) / 0.1) ** 2).tolist())
+    RangeTest(rates, valley, False).write_csv(tmp_path / "found.csv")
+    RangeTest(rates, valley[::-1][:50] * 2, False).write_csv(tmp_path / "given.csv")
+    RangeTest(rates[:5], valley[:5], True).write_csv(tmp_path / "none.csv")
+    found = suggest(RangeTest(rates, valley, False))
+    curves.draw_lr_finder(tmp_path / "found.csv", tmp_path / "a.png")
+    curves.draw_lr_finder(tmp_path / "given.csv", tmp_path / "b.png", used=(0.5, 0.01))
+    curves.draw_lr_finder(tmp_path / "none.csv", tmp_path / "c.png")
+    labels = [[text.get_text() for text in figure.axes[0].get_legend().get_texts()] for figure in drawn]
+    assert {f"lr_max {found.lr_max:.3g}", f"lr_min {found.lr_min:.3g}"} <= set(labels[0])
+    assert {"lr_max 0.5", "lr_min 0.01"} <= set(labels[1])
+    assert not any("lr_max" in label for label in labels[2])
+    assert "diverged after 5 steps" in drawn[2].get_suptitle()

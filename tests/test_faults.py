@@ -896,6 +896,20 @@ def test_a_batch_larger_than_the_data_is_refused_without_importing_torch() -> No
     assert "50001 is more than the 50000 training images of cifar10" in one_line(done.stderr)
 
 
+def test_the_range_test_alone_leaves_its_curve_and_is_not_overwritten(
+    runs: Zygote, recipe: Path, tmp_path: Path
+) -> None:
+    words = ["--config", recipe, "--find-lr", "net.width=4", "schedule.find_steps=40", f"run.dir={tmp_path / 'run'}"]
+    code, out, err = runs.run(*words)
+    assert code == 0, err
+    assert "found lr_max" in out and "lr_finder.png" in out
+    assert {path.name for path in (tmp_path / "run").iterdir()} - {".lock"} == {"lr_finder.csv", "lr_finder.png"}
+    assert (tmp_path / "run" / "lr_finder.png").read_bytes()[:4] == b"\x89PNG"
+    code, _, err = runs.run(*words)
+    assert code == 2 and "already holds a run" in one_line(err)
+    assert runs.run(*words, "--overwrite")[0] == 0
+
+
 def test_a_drawing_that_fails_leaves_the_run_complete(runs: Zygote, recipe: Path, tmp_path: Path) -> None:
     fail = "import analysis.report as r\ndef no(*a, **b): raise ValueError('no font\\nat all')\nr.analyse = no"
     code, out, err = runs.run("--config", recipe, "run.analyse=true", f"run.dir={tmp_path / 'run'}", before=fail)
