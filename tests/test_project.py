@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import json
 import re
 from pathlib import Path
 
@@ -42,6 +43,16 @@ def imported(path: Path) -> set[str]:
 
 def test_readme_holds_the_current_table_of_keys() -> None:
     assert reference_table() in README
+
+
+def test_readme_gives_the_measured_range_test() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "lr_finder.json").read_text(encoding="utf-8"))
+    found = ", ".join(f"{run['accuracy']:.2f}" for run in result["found"])
+    assert f"| {found} | {result['mean_accuracy_found']:.2f} |" in README
+    for row in result["grid"]:
+        assert f"| {row['lr_max']:g} | {', '.join(f'{a:.2f}' for a in row['accuracies'])} |" in README
+    assert result["ratio_of_found_lr_max"] < 2 and result["ratio_of_found_lr_min"] < 2
+    assert result["mean_accuracy_found"] > result["best_of_grid"]["accuracy"] - 0.5
 
 
 def test_readme_names_every_recipe_and_every_module() -> None:
