@@ -183,7 +183,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
     top.legend(loc="lower center", bbox_to_anchor=(0.5, -0.42))
     for axis, (name, rows) in zip(axes[1:, 0], tables.items(), strict=True):
         for stage in STAGES:
-            points = [(_short(row["setting"], name), row[stage]["median"]) for row in rows if stage in row]
+            points = [
+                (_short(row["setting"], name).replace(", ", "\n"), row[stage]["median"]) for row in rows if stage in row
+            ]
             if points:
                 axis.plot([x for x, _ in points], [y for _, y in points], marker="o", label=stage.replace("_", " "))
         axis.set_yscale("log")
