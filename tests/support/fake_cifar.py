@@ -18,8 +18,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from dali_pipeline.datasets import CIFARS, Cifar, CifarFile
+from dali_pipeline.dataset import Split
+from dali_pipeline.sources.cifar import CIFARS, Cifar, CifarFile
 
 
 def small(name: str = "cifar10", count: int = 4) -> Cifar:
@@ -46,6 +48,13 @@ def random_records(cifar: Cifar, seed: int = 0) -> dict[str, bytes]:
             rows[:, column] = generator.integers(0, limit, file.count)
         content[file.binary] = rows.tobytes()
     return content
+
+
+def records_of(split: Split) -> npt.NDArray[np.uint8]:
+    """The (N, record bytes) array that the split's pixels are a view of."""
+    records = split.pixels.base
+    assert isinstance(records, np.ndarray) and records.ndim == 2 and len(records) == len(split)
+    return records
 
 
 def write_binary_folder(cifar: Cifar, root: Path, content: dict[str, bytes]) -> Path:

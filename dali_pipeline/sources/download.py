@@ -18,6 +18,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from dali_pipeline.sources.source import Say
+
 if sys.platform != "win32":
     import fcntl
 
@@ -49,7 +51,7 @@ class _MirrorFailed(Exception):
 
 
 class _ConnectionLost(Exception):
-    """The transfer broke off: the same mirror is asked for the rest as long as it gets on."""
+    """The transfer broke off: the same mirror is asked for the rest, as long as every connection brings new bytes."""
 
     def __init__(self, reason: str, *, gained: bool) -> None:
         super().__init__(reason)
@@ -60,7 +62,7 @@ def fetch(
     archive: Archive,
     folder: Path,
     *,
-    progress: bool = True,
+    say: Say | None = None,
     timeout: float = 30.0,
     min_rate: float = 4096.0,
     pause: float = 1.0,
@@ -70,11 +72,14 @@ def fetch(
     Bytes collect in NAME.part, which survives failure, Ctrl-C and kill -9 and is resumed by the next call, from any
     mirror, with an HTTP Range request; NAME appears by `os.replace` after size and SHA-256 are right. A mirror is given
     up when `timeout` seconds pass without a byte, or at less than `min_rate` bytes/s. `pause`: seconds between two
-    connections to the same mirror. Two processes may call this at once: the second waits for the first (by flock;
-    where there is none, on Windows, a collision costs a failed checksum, not a wrong file).
+    connections to the same mirror. `say` receives lines about the progress, and where stderr is a terminal a bar is drawn
+    there besides; None wants neither.
+
+    Two processes may call this at once: the second waits for the first (by flock; where there is none, on Windows, a
+    collision costs a failed checksum, not a wrong file).
     """
     path, part = folder / archive.name, folder / (archive.name + ".part")
-    meter = _Meter(archive, progress)
+    meter = _Meter(archive, say)
     reasons: list[str] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -272,28 +277,34 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def to_stderr(line: str) -> None:
+    """Prints the line there, if anybody is there to read it."""
+    if sys.stderr is not None:
+        with suppress(OSError, ValueError):
+            print(line, file=sys.stderr, flush=True)
+
+
 class _Meter:
-    """Progress on stderr: a bar on a terminal, elsewhere a line every ten seconds."""
+    """Progress: a bar on stderr where that is a terminal, elsewhere a line every ten seconds to `say`; nothing without it."""
 
     LINE_SECONDS = 10.0
 
-    def __init__(self, archive: Archive, enabled: bool) -> None:
+    def __init__(self, archive: Archive, say: Say | None) -> None:
         self.archive = archive
-        self.enabled = enabled and sys.stderr is not None and not sys.stderr.closed
-        self.terminal = self.enabled and sys.stderr.isatty()
+        self.tell = say
+        self.terminal = say is not None and sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
         self.bar: Any = None
         self.started: tuple[float, int] | None = None
         self.last_line = time.monotonic()
 
     def say(self, text: str) -> None:
-        if self.enabled:
+        if self.tell is not None:
             self.close()
-            with suppress(OSError, ValueError):
-                print(text, file=sys.stderr, flush=True)
+            self.tell(text)
 
     def show(self, position: int) -> None:
         """`position`: bytes in hand."""
-        if not self.enabled:
+        if self.tell is None:
             return
         if self.terminal:
             if self.bar is None:

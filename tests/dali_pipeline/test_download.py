@@ -17,11 +17,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_cifar import Server, packed, random_records, serve, small
+from fake_cifar import Server, packed, random_records, records_of, serve, small
+from places import ROOT
 
-from dali_pipeline import download
-from dali_pipeline.datasets import DataError, load_cifar
-from dali_pipeline.download import Archive, DownloadError, fetch
+from dali_pipeline.dataset import DataError
+from dali_pipeline.sources import download, to_stderr
+from dali_pipeline.sources.cifar import load_cifar
+from dali_pipeline.sources.download import Archive, DownloadError, fetch
 
 CONTENT = b"\x1f\x8b" + np.random.default_rng(1).bytes(600_000)
 
@@ -42,7 +44,7 @@ def archive(*urls: str) -> Archive:
 
 
 def get(folder: Path, *urls: str, **options: Any) -> Path:
-    return fetch(archive(*urls), folder, **{"progress": False, "timeout": 5.0, "pause": 0.0, **options})
+    return fetch(archive(*urls), folder, **{"timeout": 5.0, "pause": 0.0, **options})
 
 
 def part_of(folder: Path) -> Path:
@@ -203,13 +205,13 @@ def test_addresses_that_are_none_are_reasons_not_tracebacks(tmp_path: Path, url:
 SCRIPT = """
 import sys
 from pathlib import Path
-from dali_pipeline.download import Archive, DownloadError, fetch
+from dali_pipeline.sources.download import Archive, DownloadError, fetch
 url, name, size, digest, folder = sys.argv[1:6]
 if len(sys.argv) > 6:
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[6]), int(sys.argv[6])))
 try:
-    fetch(Archive(name, int(size), digest, (url,)), Path(folder), progress=False)
+    fetch(Archive(name, int(size), digest, (url,)), Path(folder))
 except DownloadError as error:
     print(error)
     sys.exit(2)
@@ -219,7 +221,7 @@ except DownloadError as error:
 def start(url: str, folder: Path, *options: str) -> subprocess.Popen[str]:
     given = archive()
     command = [sys.executable, "-c", SCRIPT, url, given.name, str(given.size), given.sha256, str(folder), *options]
-    environment = {**os.environ, "PYTHONPATH": str(Path(download.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder
     )
@@ -320,16 +322,16 @@ class Terminal(io.StringIO):
 def test_progress_is_a_bar_on_a_terminal(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
-    get(tmp_path, server.url("status-404"), server.url("drop-400000"), progress=True)
+    get(tmp_path, server.url("status-404"), server.url("drop-400000"), say=to_stderr)
     assert "file.tar.gz: 100%" in screen.getvalue()
     assert f"file.tar.gz: from {server.url('drop-400000')}, resumed at 400,000 bytes\n" in screen.getvalue()
 
 
 def test_progress_is_lines_elsewhere(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dali_pipeline.download._Meter.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("dali_pipeline.sources.download._Meter.LINE_SECONDS", 0.0)
     screen = io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
-    get(tmp_path, server.url("slow"), progress=True)
+    get(tmp_path, server.url("slow"), say=to_stderr)
     lines = screen.getvalue().splitlines()
     assert "\r" not in screen.getvalue()
     assert lines[0] == f"file.tar.gz: from {server.url('slow')}"
@@ -345,7 +347,7 @@ def test_progress_without_a_stderr_is_silent(
     if screen is not None:
         screen.close()
     monkeypatch.setattr(sys, "stderr", screen)
-    get(tmp_path, server.url("status-404"), server.url("good"), progress=True)
+    get(tmp_path, server.url("status-404"), server.url("good"), say=to_stderr)
     assert_whole(tmp_path)
 
 
@@ -355,10 +357,10 @@ def test_a_data_set_comes_from_the_second_mirror_and_then_from_the_disk(tmp_path
     cifar, data = packed(cifar, content)
     with serve(data) as server:
         urls = [server.url("status-404"), server.url("good")]
-        dataset = load_cifar(cifar, tmp_path, mirrors=urls, progress=False, pause=0.0)
-        again = load_cifar(cifar, tmp_path, mirrors=urls, progress=False, pause=0.0)
+        dataset = load_cifar(cifar, tmp_path, mirrors=urls, pause=0.0)
+        again = load_cifar(cifar, tmp_path, mirrors=urls, pause=0.0)
         assert len(server.requests) == 2
-    assert dataset.test.records.tobytes() == content["test_batch.bin"] == again.test.records.tobytes()
+    assert records_of(dataset.test).tobytes() == content["test_batch.bin"] == records_of(again.test).tobytes()
     assert [path.name for path in tmp_path.iterdir()] == [cifar.archive.name]
     assert dataset.source == f"{tmp_path / cifar.archive.name} (sha256 {cifar.archive.sha256} verified)"
 
@@ -368,7 +370,7 @@ def test_the_environment_names_mirrors(tmp_path: Path, monkeypatch: pytest.Monke
     with serve(data) as server:
         base = server.url("good", "")
         monkeypatch.setenv("CIFAR_MIRRORS", f"{server.url('status-404')}, {base}")
-        load_cifar(cifar, tmp_path, progress=False)
+        load_cifar(cifar, tmp_path)
         assert [path for path, _ in server.requests] == ["/status-404/file.tar.gz", f"/good/{cifar.archive.name}"]
 
 
@@ -380,7 +382,7 @@ def test_no_network_and_no_data_is_one_error_with_three_remedies(
         urls = (server.url("a"), server.url("b"))
     cifar, _ = packed(small(), random_records(small()), urls)  # nothing listens there any more
     with pytest.raises(DataError) as raised:
-        load_cifar(cifar, tmp_path, progress=False)
+        load_cifar(cifar, tmp_path)
     text = str(raised.value)
     for url in urls:
         assert f"tried {url}: Connection refused" in text

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
+import hashlib
 import os
 import pickle
 import random
@@ -12,8 +14,11 @@ import sys
 import tarfile
 import tempfile
 import time
+import tracemalloc
+import typing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -24,6 +29,7 @@ from fake_cifar import (
     packed,
     python2_pickle,
     random_records,
+    records_of,
     small,
     tar_of,
     with_archive,
@@ -31,20 +37,14 @@ from fake_cifar import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import ROOT
 
-from dali_pipeline import datasets
-from dali_pipeline.datasets import (
-    CIFAR10_MEAN,
-    CIFAR10_PIXELS,
-    CIFAR10_STD,
-    CIFARS,
-    Cifar,
-    DataError,
-    Dataset,
-    Split,
-    load,
-    load_cifar,
-)
+from dali_pipeline.dataset import DataError, Dataset, Split, channel_histogram, with_statistics
+from dali_pipeline.options import DataOptions, key
+from dali_pipeline.sources import SOURCES, Say, Source, data_section, load, source_of
+from dali_pipeline.sources.cifar import CIFAR10_MEAN, CIFAR10_PIXELS, CIFAR10_STD, CIFARS, Cifar, load_cifar
+from dali_pipeline.sources.digits import _upscale
+from dali_pipeline.sources.synthetic import random_dataset
 
 NAMES = ("cifar10", "cifar100")
 
@@ -66,7 +66,7 @@ def refused(cifar: Cifar, root: Path, *expected: str) -> str:
     """Loading raises a DataError of one line that holds all of `expected`; nothing appears in root."""
     before = sorted(root.rglob("*"))
     with pytest.raises(DataError) as raised:
-        load_cifar(cifar, root, mirrors=[], progress=False)
+        load_cifar(cifar, root, mirrors=[])
     text = str(raised.value)
     assert "\n" not in text
     for part in expected:
@@ -110,7 +110,8 @@ def test_splits_of_any_size_equal_a_plain_reading(
     size = count * (label_bytes + 3 * height * width)
     content = data.draw(st.binary(min_size=size, max_size=size))
     records = np.frombuffer(content, np.uint8).reshape(count, -1 if count else label_bytes + 3 * height * width)
-    split = Split(records, label_bytes, height, width)
+    pixels = records[:, label_bytes:].reshape(count, 3, height, width)
+    split = Split(pixels, records[:, label_bytes - 1].astype(np.int64), planar=True)
     expected = plain_images(content, label_bytes, height, width)
     assert split.labels.tolist() == [label for label, _ in expected]
     assert split.images.tolist() == [image for _, image in expected]
@@ -183,9 +184,9 @@ def test_root_may_be_the_folder_itself_whatever_its_name(tmp_path: Path) -> None
     cifar = small()
     content = random_records(cifar)
     folder = write_binary_folder(cifar, tmp_path, content)
-    assert load_cifar(cifar, folder).test.records.tobytes() == content["test_batch.bin"]
+    assert records_of(load_cifar(cifar, folder).test).tobytes() == content["test_batch.bin"]
     renamed = folder.rename(tmp_path / "other")
-    assert load_cifar(cifar, renamed).test.records.tobytes() == content["test_batch.bin"]
+    assert records_of(load_cifar(cifar, renamed).test).tobytes() == content["test_batch.bin"]
 
 
 def test_binary_goes_before_pickles_before_the_archive(tmp_path: Path) -> None:
@@ -200,7 +201,7 @@ def test_binary_goes_before_pickles_before_the_archive(tmp_path: Path) -> None:
     write_binary_folder(cifar, tmp_path, contents[0])
     sources.append(load_cifar(cifar, tmp_path, mirrors=[]))
     for dataset, content in zip(sources, reversed(contents), strict=True):
-        assert dataset.test.records.tobytes() == content["test_batch.bin"]
+        assert records_of(dataset.test).tobytes() == content["test_batch.bin"]
     assert ["sha256" in s.source for s in sources] == [True, False, False]
     assert ["pickles" in s.source for s in sources] == [False, True, False]
 
@@ -218,8 +219,8 @@ def test_a_placed_archive_is_read_without_unpacking(name: str, tmp_path: Path) -
     cifar = with_archive(cifar, gzip.compress(data := tar_of([extra, *members, extra]), mtime=0))
     (tmp_path / cifar.archive.name).write_bytes(gzip.compress(data, mtime=0))
     dataset = load_cifar(cifar, tmp_path, mirrors=[])
-    assert dataset.train.records.tobytes() == b"".join(content[file.binary] for file in cifar.train_files)
-    assert dataset.test.records.tobytes() == content[cifar.test_file.binary]
+    assert records_of(dataset.train).tobytes() == b"".join(content[file.binary] for file in cifar.train_files)
+    assert records_of(dataset.test).tobytes() == content[cifar.test_file.binary]
     assert [path.name for path in tmp_path.iterdir()] == [cifar.archive.name]
 
 
@@ -325,7 +326,7 @@ def test_a_sparse_member_that_ends_early_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_load_finds_nothing_in_an_empty_folder(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"looked in {tmp_path} for {CIFARS[name].binary_folder}/"):
-        load(name, tmp_path, download=False)
+        load(DataOptions(name=name, root=str(tmp_path), download=False))
 
 
 # Pickles
@@ -351,8 +352,8 @@ def test_pickles_of_python_2_give_the_records_of_the_binary_files(name: str, tmp
     assert peer[cifar.label_keys[-1]] == test[:, len(cifar.label_limits) - 1].tolist()
     for root in (tmp_path, folder):
         dataset = load_cifar(cifar, root)
-        assert dataset.train.records.tobytes() == b"".join(content[file.binary] for file in cifar.train_files)
-        assert dataset.test.records.tobytes() == content[cifar.test_file.binary]
+        assert records_of(dataset.train).tobytes() == b"".join(content[file.binary] for file in cifar.train_files)
+        assert records_of(dataset.test).tobytes() == content[cifar.test_file.binary]
         assert "pickles" in dataset.source
 
 
@@ -367,7 +368,7 @@ def test_pickles_of_python_3_are_read_too(tmp_path: Path, protocol: int, key: An
         rows = np.frombuffer(content[file.binary], np.uint8).reshape(-1, 3073)
         entries = {key("data"): rows[:, 1:].copy(), key("labels"): rows[:, 0].tolist(), key("filenames"): ["a", "b"]}
         (folder / file.pickled).write_bytes(pickle.dumps(entries, protocol))
-    assert load_cifar(cifar, tmp_path).test.records.tobytes() == content["test_batch.bin"]
+    assert records_of(load_cifar(cifar, tmp_path).test).tobytes() == content["test_batch.bin"]
 
 
 class Payload:
@@ -488,7 +489,7 @@ def test_cifar10_constants_equal_the_published_figures() -> None:
 
 @pytest.mark.skipif("CIFAR_ROOT" not in os.environ, reason="CIFAR_ROOT names no folder with the official archive")
 def test_cifar10_constants_equal_the_official_pixels() -> None:
-    dataset = load("cifar10", os.environ["CIFAR_ROOT"], download=False)
+    dataset = load(DataOptions(name="cifar10", root=os.environ["CIFAR_ROOT"], download=False))
     if "verified" not in dataset.source:
         pytest.skip("CIFAR_ROOT holds an unpacked folder, of which nobody knows whether it is the official one")
     sums = [dataset.train.images[..., channel].sum(dtype=np.int64) for channel in range(3)]
@@ -513,7 +514,7 @@ def test_digits_are_those_of_sklearn_split_by_every_fifth_of_a_class() -> None:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    dataset = load("digits", "unused")
+    dataset = load(DataOptions(name="digits"))
     seen: dict[int, int] = {}
     train, test = [], []
     for index, label in enumerate(bunch.target.tolist()):
@@ -532,13 +533,11 @@ def test_digits_are_those_of_sklearn_split_by_every_fifth_of_a_class() -> None:
     for label in range(10):
         share = (dataset.test.labels == label).sum() / (bunch.target == label).sum()
         assert 0.19 < share <= 0.2
-    assert dataset.class_names == tuple("0123456789") and dataset.train.label_bytes == 1
+    assert dataset.class_names == tuple("0123456789") and not dataset.train.planar
 
 
 def test_digits_are_upscaled_bilinearly() -> None:
     import torch
-
-    from dali_pipeline.datasets import _upscale
 
     small_images = np.random.default_rng(0).integers(0, 17, (50, 8, 8))
     peer = torch.nn.functional.interpolate(
@@ -551,52 +550,207 @@ def test_digits_are_upscaled_bilinearly() -> None:
 def test_digits_without_sklearn_are_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(DataError, match="scikit-learn, which cannot be imported"):
-        load("digits", "unused")
+        load(DataOptions(name="digits"))
+
+
+def synthetic_options(**keys: int) -> DataOptions:
+    return data_section()(name="synthetic", **keys)  # type: ignore[arg-type]
 
 
 def test_synthetic_is_reproducible_and_of_the_size_asked_for() -> None:
-    options: dict[str, Any] = {"synthetic_size": 12, "synthetic_classes": 7, "synthetic_count": 1000}
-    first, again = (load("synthetic", "unused", **options, seed=5) for _ in range(2))
-    other = load("synthetic", "unused", **options, seed=6)
+    first, again = (random_dataset(12, 7, 1000, seed=5) for _ in range(2))
+    other = random_dataset(12, 7, 1000, seed=6)
     assert len(first.train) == 1000 and len(first.test) == 200 and first.train.images.shape == (1000, 12, 12, 3)
-    assert np.array_equal(first.train.records, again.train.records)
-    assert np.array_equal(first.test.records, again.test.records)
-    assert not np.array_equal(first.train.records, other.train.records)
-    assert not np.array_equal(first.train.records[:200], first.test.records)
+    assert np.array_equal(records_of(first.train), records_of(again.train))
+    assert np.array_equal(records_of(first.test), records_of(again.test))
+    assert not np.array_equal(records_of(first.train), records_of(other.train))
+    assert not np.array_equal(records_of(first.train)[:200], records_of(first.test))
     assert set(first.train.labels.tolist()) == set(range(7)) and first.num_classes == 7
     np.testing.assert_allclose(first.mean, 127.5, atol=1)
     np.testing.assert_allclose(first.std, np.sqrt((256**2 - 1) / 12), atol=1)
 
 
 def test_synthetic_classes_up_to_256_fit_the_label_byte() -> None:
-    dataset = load("synthetic", "unused", synthetic_size=2, synthetic_classes=256, synthetic_count=20_000)
+    dataset = load(synthetic_options(synthetic_size=2, synthetic_classes=256, synthetic_count=20_000))
     assert set(dataset.train.labels.tolist()) == set(range(256))
 
 
-@pytest.mark.parametrize(
-    "options", [{"synthetic_size": 0}, {"synthetic_classes": 257}, {"synthetic_count": 0}, {"seed": -1}]
-)
+@pytest.mark.parametrize("options", [{"size": 0}, {"classes": 257}, {"count": 0}, {"seed": -1}])
 def test_synthetic_out_of_range_is_refused(options: dict[str, int]) -> None:
     with pytest.raises(DataError, match=f"is {next(iter(options.values()))}, expected"):
-        load("synthetic", "unused", **options)
+        random_dataset(**options)
+    if "seed" not in options:
+        with pytest.raises(DataError, match=f"is {next(iter(options.values()))}, expected"):
+            load(synthetic_options(**{f"synthetic_{name}": value for name, value in options.items()}))
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
     with pytest.raises(DataError, match="'mnist', expected one of cifar10, cifar100, digits, synthetic"):
-        load("mnist", "unused")
+        load(DataOptions(name="mnist"))
 
 
-def test_a_split_of_inconsistent_sizes_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"expected uint8 \(N, 49\)"):
-        Split(np.zeros((2, 48), np.uint8), 1, 4, 4)
+# Splits
+
+
+@pytest.mark.parametrize(
+    ("pixels", "labels", "planar", "words"),
+    [
+        (np.zeros((2, 48), np.uint8), np.zeros(2, np.int64), False, r"uint8 \(2, 48\), expected uint8 \(N, H, W, 3\)"),
+        (np.zeros((2, 3, 4, 4), np.uint8), np.zeros(2, np.int64), False, r"\(2, 3, 4, 4\), .* with planar=True"),
+        (
+            np.zeros((2, 4, 4, 3), np.uint8),
+            np.zeros(2, np.int64),
+            True,
+            r"\(2, 4, 4, 3\), expected uint8 \(N, 3, H, W\)",
+        ),
+        (np.zeros((2, 4, 4, 3), np.float32), np.zeros(2, np.int64), False, "float32"),
+        (
+            np.zeros((2, 4, 4, 3), np.uint8),
+            np.zeros(3, np.int64),
+            False,
+            r"labels are int64 \(3,\), expected int64 \(2,\)",
+        ),
+        (np.zeros((2, 4, 4, 3), np.uint8), np.zeros(2, np.uint8), False, "labels are uint8"),
+        (np.zeros((2, 4, 4, 3), np.uint8), np.zeros((2, 1), np.int64), False, r"labels are int64 \(2, 1\)"),
+    ],
+)
+def test_a_split_of_inconsistent_sizes_is_refused(pixels: Any, labels: Any, planar: bool, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Split(pixels, labels, planar=planar)
+
+
+def both_layouts(count: int, height: int, width: int, seed: int = 0) -> tuple[Split, Split]:
+    """The same random images in HWC order, and planar as a view of records."""
+    generator = np.random.default_rng(seed)
+    images = generator.integers(0, 256, (count, height, width, 3), np.uint8)
+    labels = generator.integers(0, 1000, count)
+    records = np.zeros((count, 2 + 3 * height * width), np.uint8)
+    records[:, 2:] = images.transpose(0, 3, 1, 2).reshape(count, 3 * height * width)
+    return Split(images, labels), Split(records[:, 2:].reshape(count, 3, height, width), labels, planar=True)
+
+
+# a piece of the fingerprint holds 4 MiB, one of the histogram 1.5 MiB: several pieces, and images larger than a piece
+@pytest.mark.parametrize(
+    ("count", "height", "width"), [(0, 4, 4), (5, 3, 7), (7, 7, 3), (3000, 32, 24), (2, 1300, 1200)]
+)
+def test_the_order_of_the_axes_changes_neither_images_nor_statistics_nor_fingerprint(
+    count: int, height: int, width: int
+) -> None:
+    images, planar = both_layouts(count, height, width)
+    assert (images.height, images.width) == (planar.height, planar.width) == (height, width)
+    assert len(images) == len(planar) == count
+    assert np.array_equal(images.images, planar.images) and np.array_equal(images.images, images.pixels)
+    for split in (images, planar):
+        assert split.images.flags.c_contiguous and not np.shares_memory(split.images, split.pixels)
+        counted = [np.bincount(images.pixels[..., channel].ravel(), minlength=256) for channel in range(3)]
+        assert np.array_equal(channel_histogram(split), counted)
+    assert images.fingerprint == planar.fingerprint
+    if count:
+        first, second = (with_statistics("x", split, split, ("a",), "a test") for split in (images, planar))
+        assert (first.mean, first.std, first.fill) == (second.mean, second.std, second.fill)
+
+
+def test_the_fingerprint_is_that_of_shape_pixels_and_labels() -> None:
+    split, _ = both_layouts(5, 4, 6)
+    content = b"5 x 4 x 6 x 3" + split.images.tobytes() + split.labels.astype("<i8").tobytes()
+    assert split.fingerprint == hashlib.sha256(content).hexdigest()
+    pixels, labels = split.images, split.labels.copy()
+    pixels[3, 1, 2, 0] ^= 1
+    labels[4] += 1
+    others = [
+        Split(pixels, split.labels),
+        Split(split.pixels, labels),
+        Split(split.pixels.reshape(5, 6, 4, 3), split.labels),
+    ]
+    assert len({split.fingerprint, *(other.fingerprint for other in others)}) == 4
+
+
+def test_the_fingerprint_takes_no_second_copy_of_the_pixels() -> None:
+    _, planar = both_layouts(20_000, 32, 32)  # 61 MB
+    tracemalloc.start()
+    try:
+        assert len(planar.fingerprint) == 64
+        assert tracemalloc.get_traced_memory()[1] < 12e6
+    finally:
+        tracemalloc.stop()
+
+
+# The registry of sources
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stripes(Source):
+    """A source as short as one can be: grey images, brighter from class to class."""
+
+    stripes_count: int = key(6, "images", at_least=1)
+
+    def load(self, root: Path, *, download: bool, say: Say | None) -> Dataset:
+        labels = np.arange(self.stripes_count) % 2
+        pixels = np.broadcast_to((100 * labels + 10).astype(np.uint8)[:, None, None, None], (len(labels), 8, 8, 3))
+        return with_statistics("stripes", Split(pixels, labels), Split(pixels, labels), ("dark", "bright"), str(root))
+
+
+def test_a_source_of_ten_lines_is_one_row_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(SOURCES, "stripes", Stripes)
+    section = data_section()
+    assert typing.get_type_hints(section)["name"] == Literal["cifar10", "cifar100", "digits", "synthetic", "stripes"]
+    assert [f.name for f in dataclasses.fields(section)][-1] == "stripes_count"
+    options = section(name="stripes", root="~", stripes_count=4)  # type: ignore[call-arg]
+    dataset = load(options, root=tmp_path)
+    assert len(dataset.train) == 4 and dataset.class_names == ("dark", "bright") and dataset.source == str(tmp_path)
+    assert dataset.mean == (60, 60, 60) and dataset.std == (50, 50, 50)
+    assert load(options).source == str(Path.home())
+    assert len(load(DataOptions(name="stripes")).train) == 6  # the key's default
+    assert source_of(options).training_images() is None
+    source_of(options).check()
+
+
+def test_the_data_section_has_the_keys_of_every_source() -> None:
+    shared = ["name", "root", "download", "backend"]
+    assert [f.name for f in dataclasses.fields(data_section())] == [
+        *shared,
+        *("synthetic_size", "synthetic_classes", "synthetic_count"),
+    ]
+    assert dataclasses.asdict(data_section()())["name"] == "cifar10"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        data_section()().name = "digits"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("taken", ["root", "synthetic_size"])
+def test_a_key_that_two_sources_declare_is_refused(monkeypatch: pytest.MonkeyPatch, taken: str) -> None:
+    double = dataclasses.make_dataclass(
+        "Double", [(taken, int, key(1, "a number"))], bases=(Stripes,), frozen=True, kw_only=True
+    )
+    monkeypatch.setitem(SOURCES, "double", double)
+    with pytest.raises(ValueError, match=rf"data\.{taken} is a key of \w+"):
+        data_section()
+
+
+def test_sources_know_their_number_of_training_images_without_reading() -> None:
+    for name in NAMES:
+        assert source_of(DataOptions(name=name, root="/nowhere")).training_images() == 50_000
+    digits = source_of(DataOptions(name="digits"))
+    assert digits.training_images() == len(load(DataOptions(name="digits")).train)
+    assert source_of(synthetic_options(synthetic_count=321)).training_images() == 321
+
+
+def test_a_synthetic_size_that_the_network_cannot_halve_is_refused_before_loading() -> None:
+    source_of(synthetic_options(synthetic_size=40)).check()
+    with pytest.raises(ValueError, match=r"data\.synthetic_size: 36 is no multiple of 8, as the network halves images"):
+        source_of(synthetic_options(synthetic_size=36)).check()
+
+
+def test_loading_may_be_told_not_to_download(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="downloading is switched off"):
+        load(DataOptions(name="cifar10", root=str(tmp_path), download=True), download=False)
 
 
 def test_importing_the_module_imports_no_heavy_package() -> None:
     code = (
-        "import sys, dali_pipeline.datasets, dali_pipeline.download;"
+        "import sys, dali_pipeline.sources, dali_pipeline.options, dali_pipeline.layout;"
         "print({'torch', 'nvidia', 'sklearn', 'tqdm', 'matplotlib', 'torchvision'} & set(sys.modules))"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(datasets.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     output = subprocess.run([sys.executable, "-c", code], env=environment, text=True, capture_output=True, check=True)
     assert output.stdout == "set()\n"
 
@@ -677,7 +831,7 @@ def fuzz(seed: int, seconds: float, root: Path) -> dict[str, int]:
             case = mutate(generator, python2_pickle(cifar, content[victim.binary]))
             (write_pickles(cifar, folder, content) / victim.pickled).write_bytes(case)
         try:
-            dataset = load_cifar(cifar, folder, mirrors=[], progress=False)
+            dataset = load_cifar(cifar, folder, mirrors=[])
         except DataError as error:
             assert "\n" not in str(error)
             counts["refused"] += 1
@@ -696,9 +850,9 @@ def fuzz(seed: int, seconds: float, root: Path) -> dict[str, int]:
 
 def assert_valid(dataset: Dataset, cifar: Cifar) -> None:
     for split, count in ((dataset.train, len(cifar.train_files)), (dataset.test, 1)):
-        assert split.records.shape == (count, cifar.record_bytes)
+        assert records_of(split).shape == (count, cifar.record_bytes)
         for column, limit in enumerate(cifar.label_limits):
-            assert (split.records[:, column] < limit).all()
+            assert (records_of(split)[:, column] < limit).all()
 
 
 def test_fuzzed_files_give_a_data_set_or_a_data_error(tmp_path: Path) -> None:

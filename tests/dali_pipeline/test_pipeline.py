@@ -19,10 +19,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dali_pipeline import dali_graph
-from dali_pipeline.datasets import Split
-from dali_pipeline.loader import BackendChoice, BackendError, EvalLoader, TrainLoader, choose_backend
+from dali_pipeline.backend import BackendChoice, BackendError, choose_backend
+from dali_pipeline.dataset import Split
+from dali_pipeline.feed import FeedOrder
+from dali_pipeline.layout import TallPictures
+from dali_pipeline.loader import GRAPHS, Engine, EvalLoader, TrainLoader
 from dali_pipeline.plan import NO_AUGMENT, Augment, Plan, draw_plan
-from dali_pipeline.torch_graph import TorchGraph, upload
+from dali_pipeline.resident import upload
+from dali_pipeline.torch_graph import TorchGraph
 
 CPU = torch.device("cpu")
 BACKENDS = ("dali", "torch")
@@ -40,9 +44,15 @@ def one_thread() -> Iterator[None]:
 
 
 def make_split(num_images: int, height: int = 32, width: int = 32, label_bytes: int = 1, seed: int = 0) -> Split:
-    """Random pixels, so that no two places look alike; random labels."""
-    size = (num_images, label_bytes + 3 * height * width)
-    return Split(np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8), label_bytes, height, width)
+    """Random pixels, so that no two places look alike, and random labels: planar and a view of records that begin with
+    `label_bytes`, or without such bytes in HWC order and contiguous."""
+    size = (num_images, max(1, label_bytes) + 3 * height * width)
+    records = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+    labels = records[:, max(1, label_bytes) - 1].astype(np.int64)
+    pixels = records[:, max(1, label_bytes) :]
+    if label_bytes:
+        return Split(pixels.reshape(num_images, 3, height, width), labels, planar=True)
+    return Split(np.ascontiguousarray(pixels).reshape(num_images, height, width, 3), labels)
 
 
 def augmented(
@@ -81,9 +91,14 @@ def expected_batches(
     return batches
 
 
+def order(**options: Any) -> FeedOrder:
+    return FeedOrder(**{"batch_size": 16, "augment": Augment(), "fill": FILL, "device": CPU, **options})
+
+
 def make_loader(split: Split, backend: str, **options: Any) -> TrainLoader:
-    options = {"batch_size": 16, "augment": Augment(), "fill": FILL, "seed": 3, "device": CPU, **options}
-    return TrainLoader(split, backend=backend, **options)
+    options = {"seed": 3, **options}
+    of_order = {key: options.pop(key) for key in ("batch_size", "augment", "device", "compiled") if key in options}
+    return TrainLoader(split, order(**of_order), backend=backend, **options)
 
 
 def hwc(images: torch.Tensor) -> Pixels:
@@ -123,7 +138,7 @@ def test_backends_equal_the_loop_over_whole_epochs(batch_size: int, num_images: 
 @given(
     height=st.integers(1, 20),
     width=st.integers(1, 20),
-    label_bytes=st.integers(1, 2),
+    label_bytes=st.integers(0, 2),
     batch_size=st.sampled_from((1, 3, 17, 20)),
     augment=st.builds(
         Augment,
@@ -159,7 +174,7 @@ def test_dali_gives_the_same_pixels_by_every_way(mode: Any, cutout: int, padded:
     plan = draw_plan(0, 0, 150, augment)
     plans = iter([plan.take(slice(start, start + 48)) for start in (0, 48, 96)] + [plan.take(slice(48))] * 9)
     graph = dali_graph.DaliGraph(
-        upload(split, CPU), split, lambda: next(plans), 48, augment, FILL, cutout_by=cutout_by, padded=padded
+        split, order(batch_size=48, augment=augment), lambda: next(plans), cutout_by=cutout_by, padded=padded
     )
     for wanted, _ in expected_batches(split, augment, 0, 0, 48):
         np.testing.assert_array_equal(hwc(graph.run()), wanted)
@@ -250,22 +265,24 @@ def test_two_iterators_of_one_loader_do_not_disturb_each_other() -> None:
 
 
 def test_endless_uses_every_image_equally_often() -> None:
-    split = Split(np.arange(50, dtype=np.uint8)[:, None].repeat(4, 1), 1, 1, 1)
+    split = Split(np.zeros((50, 1, 1, 3), np.uint8), np.arange(50))
     loader = make_loader(split, "dali", batch_size=20, tail="endless", augment=NO_AUGMENT)
     labels = torch.cat([labels for epoch in range(5) for _, labels in loader.epoch(epoch)])
     assert torch.bincount(labels, minlength=50).tolist() == [4] * 50
     loader.close()
 
 
-def test_read_only_records_are_left_alone() -> None:
-    split = make_split(40)
-    split.records.flags.writeable = False
-    before = split.records.copy()
+@pytest.mark.parametrize("label_bytes", [0, 1])
+def test_read_only_data_is_left_alone(label_bytes: int) -> None:
+    split = make_split(40, label_bytes=label_bytes)
+    split.pixels.flags.writeable = split.labels.flags.writeable = False
+    before, labels_before = split.pixels.copy(), split.labels.copy()
     for backend in BACKENDS:
         loader = make_loader(split, backend)
         assert_epoch(loader, 0, expected_batches(split, Augment(), 3, 0, 16))
         loader.close()
-    np.testing.assert_array_equal(split.records, before)
+    np.testing.assert_array_equal(split.pixels, before)
+    np.testing.assert_array_equal(split.labels, labels_before)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -396,14 +413,14 @@ def test_dali_that_cannot_run_is_an_error_in_one_line(broken_dali: str) -> None:
 
 def test_dali_that_gives_wrong_pixels_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    pull = dali_graph._Regions.pull
+    rectangles = TallPictures.rectangles
 
-    def one_column_short(regions: Any) -> Any:
-        ids, source, shape, target = pull(regions)
+    def one_column_short(pictures: TallPictures, plan: Plan) -> Any:
+        ids, source, shape, target = rectangles(pictures, plan)
         shape[0, 0, 1] -= 1  # of one image a batch
         return ids, source, shape, target
 
-    monkeypatch.setattr(dali_graph._Regions, "pull", one_column_short)
+    monkeypatch.setattr(TallPictures, "rectangles", one_column_short)
     choice = choose_backend("auto", CPU)
     assert choice.name == "torch" and "3 of 72 images differ from the reference" in choice.reason
     with pytest.raises(BackendError, match=r"its pixels are wrong .*; use data\.backend=torch"):
@@ -412,13 +429,13 @@ def test_dali_that_gives_wrong_pixels_is_not_used(monkeypatch: pytest.MonkeyPatc
 
 def test_what_dali_encountered_is_told_not_where(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    pull = dali_graph._Regions.pull
+    rectangles = TallPictures.rectangles
 
-    def outside(regions: Any) -> Any:
-        ids, source, shape, target = pull(regions)
+    def outside(pictures: TallPictures, plan: Plan) -> Any:
+        ids, source, shape, target = rectangles(pictures, plan)
         return ids, source - 1000, shape, target
 
-    monkeypatch.setattr(dali_graph._Regions, "pull", outside)
+    monkeypatch.setattr(TallPictures, "rectangles", outside)
     assert "Assert on" in choose_backend("auto", CPU).reason
 
 
@@ -433,12 +450,13 @@ def test_dali_on_another_device_is_an_error() -> None:
 def run_script(body: str) -> subprocess.CompletedProcess[str]:
     head = """
         import os, sys, numpy as np, torch
-        from dali_pipeline.datasets import Split
+        from dali_pipeline.dataset import Split
+        from dali_pipeline.feed import FeedOrder
         from dali_pipeline.loader import EvalLoader, TrainLoader
         from dali_pipeline.plan import Augment
-        split = Split(np.zeros((64, 3073), np.uint8), 1, 32, 32)
-        loader = TrainLoader(split, batch_size=16, augment=Augment(), fill=(1, 2, 3), seed=0,
-                             device=torch.device("cpu"), backend="dali")
+        split = Split(np.zeros((64, 32, 32, 3), np.uint8), np.zeros(64, np.int64))
+        order = FeedOrder(batch_size=16, augment=Augment(), fill=(1, 2, 3), device=torch.device("cpu"))
+        loader = TrainLoader(split, order, seed=0, backend="dali")
         batches = loader.epoch(0)
         held = next(batches)
     """
@@ -472,7 +490,7 @@ def test_forked_child_gets_an_error_rather_than_a_hang() -> None:
 
 
 def test_import_takes_no_dali() -> None:
-    code = "import sys, dali_pipeline.loader, dali_pipeline.datasets; print('nvidia.dali' in sys.modules)"
+    code = "import sys, dali_pipeline.loader, dali_pipeline.sources; print('nvidia.dali' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "False"
 
@@ -506,7 +524,11 @@ def test_gpu_dali_gives_the_same_pixels_by_every_way(padded: bool, cutout_by: An
     plan = draw_plan(3, 0, 1100, augment)
     plans = iter([plan.take(slice(start, start + 512)) for start in (0, 512)] + [plan.take(slice(512))] * 9)
     graph = dali_graph.DaliGraph(
-        upload(split, cuda), split, lambda: next(plans), 512, augment, FILL, cutout_by=cutout_by, padded=padded
+        split,
+        order(batch_size=512, augment=augment, device=cuda),
+        lambda: next(plans),
+        cutout_by=cutout_by,
+        padded=padded,
     )
     for wanted, _ in expected_batches(split, augment, 3, 0, 512):
         np.testing.assert_array_equal(hwc(graph.run()), wanted)
@@ -582,12 +604,69 @@ def test_gpu_held_batches_are_never_overwritten() -> None:
 
 def test_torch_graph_takes_any_plan_length() -> None:
     split = make_split(30, 9, 9)
-    graph = TorchGraph(upload(split, CPU), split, NO_AUGMENT, FILL)
     zeros = np.zeros(5, np.int64)
     plan = Plan(np.array([3, 3, 29, 0, 1]), zeros, zeros, zeros.astype(bool), zeros, zeros)
-    images, labels = graph.batch(plan)
+    graph = TorchGraph(split, order(augment=NO_AUGMENT), lambda: plan)
+    np.testing.assert_array_equal(hwc(graph.run()), split.images[plan.indices])
+    engine = Engine(
+        split, order(augment=NO_AUGMENT), "torch", plan_of=lambda key: plan, follow=lambda epoch, step: (epoch, step)
+    )
+    images, labels = engine.batch((0, 0))
     np.testing.assert_array_equal(hwc(images), split.images[plan.indices])
     np.testing.assert_array_equal(labels.numpy(), split.labels[plan.indices])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_planar_and_hwc_splits_give_the_same_batches(backend: str) -> None:
+    planar = make_split(100, 12, 20)
+    assert planar.planar
+    hwc_split = Split(planar.images, planar.labels)
+    loaders = [make_loader(split, backend) for split in (planar, hwc_split)]
+    for (images, labels), (others, other_labels) in zip(*(loader.epoch(0) for loader in loaders), strict=True):
+        assert torch.equal(images, others) and torch.equal(labels, other_labels)
+        assert images.stride() == others.stride()
+    for loader in loaders:
+        loader.close()
+
+
+def test_pixels_stay_where_they_are_on_the_cpu() -> None:
+    for label_bytes in (0, 1):
+        pixels = make_split(10, label_bytes=label_bytes).pixels
+        on_cpu = upload(pixels, CPU)
+        assert on_cpu.data_ptr() == pixels.ctypes.data and on_cpu.stride() == pixels.strides
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("label_bytes", [0, 1])
+def test_gpu_pixels_lie_contiguous_on_the_device(label_bytes: int) -> None:
+    pixels = make_split(10, label_bytes=label_bytes).pixels
+    on_gpu = upload(pixels, torch.device("cuda"))
+    assert on_gpu.is_contiguous()
+    np.testing.assert_array_equal(on_gpu.cpu().numpy(), pixels)
+
+
+def test_a_batch_that_failed_can_be_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    split = make_split(64)
+    loader = make_loader(split, "torch")
+    expected = expected_batches(split, Augment(), 3, 0, 16)
+    next(loader.epoch(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "index_select", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+        with pytest.raises(torch.OutOfMemoryError):
+            next(loader.epoch(0, 2))
+    images, labels = next(loader.epoch(0, 2))
+    np.testing.assert_array_equal(hwc(images), expected[2][0])
+    np.testing.assert_array_equal(labels.numpy(), expected[2][1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_closed_graph_says_so(backend: str) -> None:
+    graph = GRAPHS[backend](make_split(32), order(), lambda: draw_plan(0, 0, 32, Augment()).take(slice(16)))  # type: ignore[index]
+    graph.run()
+    graph.close()
+    graph.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        graph.run()
 
 
 def test_loader_takes_a_choice_or_a_name() -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from places import ROOT
 
 
 @dataclass
@@ -140,8 +140,8 @@ def _serve() -> None:
     import sklearn.datasets  # noqa: F401
     import torch.optim.swa_utils  # noqa: F401
 
-    import train.failures
-    import train.fit  # noqa: F401
+    import train.errors
+    import train.run  # noqa: F401
 
     for line in sys.stdin:
         question = json.loads(line)

@@ -1,7 +1,7 @@
-"""Data sets as CIFAR binary records in host memory: label byte(s), then the planar RGB pixels, one row an image.
+"""CIFAR-10 and CIFAR-100: binary records, label byte(s) and then the planar RGB pixels, one row an image.
 
-`load("cifar10", "data")` takes the first of these that `data` holds: the unpacked binary folder, torchvision's unpacked
-folder of pickles, the official archive (checked against its SHA-256); else it downloads the archive. `data` may also be
+The folder `data.root` holds the first of these that is found: the unpacked binary folder, torchvision's unpacked folder of
+pickles, the official archive (checked against its SHA-256); else the archive is downloaded into it. `data.root` may also be
 the unpacked folder itself. The environment variable CIFAR_MIRRORS replaces the list of addresses: addresses separated
 by blanks or commas, one that ends in "/" gets the archive's name appended. A download that was interrupted (Ctrl-C
 included) leaves NAME.tar.gz.part, where the next one goes on.
@@ -16,15 +16,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from dali_pipeline.array_pickle import PickledArray, load_array_pickle
-from dali_pipeline.download import GZIP_MAGIC, Archive, DownloadError, fetch, sha256_of
+from dali_pipeline.dataset import DataError, Dataset, Split, with_statistics
+from dali_pipeline.sources.array_pickle import PickledArray, load_array_pickle
+from dali_pipeline.sources.download import GZIP_MAGIC, Archive, DownloadError, fetch, sha256_of
+from dali_pipeline.sources.source import Say, Source
 
-NAMES = ("cifar10", "cifar100", "digits", "synthetic")
 MIRRORS_VARIABLE = "CIFAR_MIRRORS"
 
 # Sums over the 50,000 x 32 x 32 training pixels of the official CIFAR-10, per channel (R, G, B), and of their squares.
@@ -39,86 +40,6 @@ CIFAR10_STD = tuple(
 )
 
 Records = npt.NDArray[np.uint8]
-
-
-class DataError(Exception):
-    """The data set cannot be had: the message names the file or address, what was expected, found, and to do."""
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """N labelled images. records: (N, label_bytes + 3*height*width) uint8; the last label byte is the label."""
-
-    records: Records
-    label_bytes: int
-    height: int
-    width: int
-
-    def __post_init__(self) -> None:
-        expected = self.label_bytes + 3 * self.height * self.width
-        if self.records.dtype != np.uint8 or self.records.ndim != 2 or self.records.shape[1] != expected:
-            raise ValueError(f"records are {self.records.dtype} {self.records.shape}, expected uint8 (N, {expected})")
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    @property
-    def labels(self) -> npt.NDArray[np.int64]:
-        """(N,) int64, a copy."""
-        return self.records[:, self.label_bytes - 1].astype(np.int64)
-
-    @property
-    def images(self) -> Records:
-        """(N, height, width, 3) uint8, a contiguous copy."""
-        planar = self.records[:, self.label_bytes :].reshape(len(self), 3, self.height, self.width)
-        return np.ascontiguousarray(planar.transpose(0, 2, 3, 1))
-
-
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """mean, std: per channel over all training pixels, in units of 0..255, so that x_norm = (x - mean) / std.
-
-    fill: the mean colour, rounded: what cutout paints. source: where the data came from, for the record of a run.
-    """
-
-    name: str
-    train: Split
-    test: Split
-    class_names: tuple[str, ...]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    fill: tuple[int, int, int]
-    source: str
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-
-def load(
-    name: str,
-    root: str | os.PathLike[str],
-    *,
-    download: bool = True,
-    progress: bool = True,
-    synthetic_size: int = 32,
-    synthetic_classes: int = 10,
-    synthetic_count: int = 50_000,
-    seed: int = 0,
-    mirrors: Sequence[str] | None = None,
-) -> Dataset:
-    """The data set `name` (one of NAMES), raising DataError where it cannot be had.
-
-    `root`, `download`, `progress` and `mirrors` (addresses that replace the built-in list and CIFAR_MIRRORS) concern
-    CIFAR only; `synthetic_*` and `seed` concern only "synthetic".
-    """
-    if name in CIFARS:
-        return load_cifar(CIFARS[name], root, download=download, progress=progress, mirrors=mirrors)
-    if name == "digits":
-        return digits()
-    if name == "synthetic":
-        return synthetic(synthetic_size, synthetic_classes, synthetic_count, seed)
-    raise DataError(f"unknown data set {name!r}, expected one of {', '.join(NAMES)}")
 
 
 @dataclass(frozen=True)
@@ -206,17 +127,42 @@ CIFARS = {
 }
 
 
+class _CifarSource(Source):
+    layout: ClassVar[Cifar]
+
+    def training_images(self) -> int:
+        return sum(file.count for file in self.layout.train_files)
+
+    def load(self, root: Path, *, download: bool, say: Say | None) -> Dataset:
+        return load_cifar(self.layout, root, download=download, say=say)
+
+
+class Cifar10(_CifarSource):
+    """60,000 images of 10 classes."""
+
+    layout = CIFARS["cifar10"]
+
+
+class Cifar100(_CifarSource):
+    """60,000 images of 100 classes."""
+
+    layout = CIFARS["cifar100"]
+
+
 def load_cifar(
     cifar: Cifar,
     root: str | os.PathLike[str],
     *,
     download: bool = True,
-    progress: bool = True,
+    say: Say | None = None,
     mirrors: Sequence[str] | None = None,
     timeout: float = 30.0,
     pause: float = 1.0,
 ) -> Dataset:
-    """A CIFAR from `root`, or downloaded into it; `timeout` and `pause` as in `download.fetch`."""
+    """A CIFAR from `root`, or downloaded into it; raises DataError.
+
+    `mirrors`: addresses that replace the built-in list and CIFAR_MIRRORS. `say`, `timeout` and `pause` as in `download.fetch`.
+    """
     root = Path(root)
     archive = _with_mirrors(cifar.archive, mirrors)
     path = root / archive.name
@@ -229,7 +175,7 @@ def load_cifar(
         if not path.exists():
             if not download:
                 raise DataError(_not_found(cifar, root, ["downloading is switched off"]))
-            fetch(archive, root, progress=progress, timeout=timeout, pause=pause)
+            fetch(archive, root, say=say, timeout=timeout, pause=pause)
         return _dataset(cifar, _read_archive(cifar, path), f"{path} (sha256 {archive.sha256} verified)")
     except DownloadError as error:
         raise DataError(_not_found(cifar, root, error.reasons)) from error
@@ -372,8 +318,14 @@ def _check_labels(rows: Records, limits: Sequence[int], where: object) -> None:
 
 
 def _dataset(cifar: Cifar, records: tuple[Records, Records], source: str) -> Dataset:
-    train, test = (Split(rows, len(cifar.label_limits), 32, 32) for rows in records)
-    return _with_statistics(cifar.name, train, test, cifar.class_names, source)
+    train, test = (_split(rows, len(cifar.label_limits)) for rows in records)
+    return with_statistics(cifar.name, train, test, cifar.class_names, source)
+
+
+def _split(records: Records, label_bytes: int) -> Split:
+    """The pixels as a view of the records; the last of a record's label bytes is its class."""
+    pixels = records[:, label_bytes:].reshape(len(records), 3, 32, 32)
+    return Split(pixels, records[:, label_bytes - 1].astype(np.int64), planar=True)
 
 
 def _read_pickled_folder(cifar: Cifar, folder: Path) -> tuple[Records, Records]:
@@ -418,105 +370,3 @@ def _fill_from_pickle(cifar: Cifar, rows: Records, content: object) -> None:
                 raise DataError(f"entry {key!r}: record {index} has label {label!r:.40}, expected 0..{limit - 1}")
         rows[:, column] = labels
     rows[:, len(cifar.label_limits) :] = pixels
-
-
-def digits() -> Dataset:
-    """The 1,797 handwritten digits that ship inside scikit-learn, as 32 x 32 RGB.
-
-    Pixels 0..16 on 8 x 8 are upscaled bilinearly by 4 (pixel centres aligned, edges repeated) and scaled to 0..255, in
-    integers, rounded half up; the three channels are equal. Test: every fifth image of each class, in scikit-learn's
-    order (the 5th, 10th, ...); train: the others. Writers occur in both. Mirrored digits are no digits: train without
-    flips.
-    """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DataError(f"digits come with scikit-learn, which cannot be imported: {error}") from error
-    bunch = load_digits()
-    labels = bunch.target.astype(np.uint8)
-    grey = _upscale(bunch.images.astype(np.int64))
-    records = np.empty((len(labels), 1 + 3 * 32 * 32), np.uint8)
-    records[:, 0] = labels
-    records[:, 1:] = np.tile(grey.reshape(len(labels), -1), 3)
-    is_test = np.zeros(len(labels), bool)
-    for label in range(10):
-        is_test[np.flatnonzero(labels == label)[4::5]] = True
-    train, test = (Split(records[rows], 1, 32, 32) for rows in (~is_test, is_test))
-    names = tuple(str(label) for label in range(10))
-    return _with_statistics("digits", train, test, names, "scikit-learn's load_digits, upscaled to 32 x 32 RGB")
-
-
-def _upscale(images: npt.NDArray[np.int64]) -> Records:
-    """(N, 8, 8) in 0..16 to (N, 32, 32) uint8 in 0..255."""
-    # Output i has its centre at (i + 1/2) / 4 - 1/2 = (2i - 3) / 8 of the input: weights are eighths.
-    weights = np.zeros((32, 8), np.int64)
-    for row in range(32):
-        low, fraction = divmod(2 * row - 3, 8)
-        weights[row, max(low, 0)] += 8 - fraction
-        weights[row, min(low + 1, 7)] += fraction
-    scaled = weights @ images @ weights.T  # 16 * 64 at full ink
-    pixels: Records = ((scaled * 255 + 512) // 1024).astype(np.uint8)
-    return pixels
-
-
-def synthetic(size: int = 32, classes: int = 10, count: int = 50_000, seed: int = 0) -> Dataset:
-    """Uniformly random pixels and labels: `count` training images of size x size and a fifth as many test images."""
-    limits = {
-        "size": (size, 1, 4096),
-        "classes": (classes, 1, 256),
-        "count": (count, 1, 10**9),
-        "seed": (seed, 0, 2**63),
-    }
-    for key, (value, least, most) in limits.items():
-        if not least <= value <= most:
-            raise DataError(f"synthetic {key} is {value}, expected {least}..{most}")
-
-    def split(stream: int, length: int) -> Split:
-        generator = np.random.Generator(np.random.Philox(key=[seed, stream]))
-        records = generator.integers(0, 256, (length, 1 + 3 * size * size), np.uint8)
-        records[:, 0] = generator.integers(0, classes, length, np.uint8, endpoint=False)
-        return Split(records, 1, size, size)
-
-    try:
-        train, test = split(0, count), split(1, max(1, count // 5))
-    except MemoryError as error:
-        raise DataError(f"synthetic: {count:,} images of {size} x {size} do not fit into memory") from error
-    names = tuple(f"class_{label}" for label in range(classes))
-    return _with_statistics("synthetic", train, test, names, f"synthetic, random pixels, seed {seed}")
-
-
-def _with_statistics(name: str, train: Split, test: Split, class_names: tuple[str, ...], source: str) -> Dataset:
-    histogram = channel_histogram(train)
-    values = range(256)
-    mean, std = [], []
-    for channel, counts in zip(("red", "green", "blue"), histogram.tolist(), strict=True):
-        total = sum(n * v for n, v in zip(counts, values, strict=True))
-        squares = sum(n * v * v for n, v in zip(counts, values, strict=True))
-        pixels = sum(counts)
-        if pixels * squares == total**2:
-            raise DataError(f"{source}: every training pixel of the {channel} channel is the same: these are no images")
-        mean.append(total / pixels)
-        std.append(math.sqrt(pixels * squares - total**2) / pixels)
-    return Dataset(
-        name,
-        train,
-        test,
-        class_names,
-        mean=(mean[0], mean[1], mean[2]),
-        std=(std[0], std[1], std[2]),
-        fill=(round(mean[0]), round(mean[1]), round(mean[2])),
-        source=source,
-    )
-
-
-def channel_histogram(split: Split) -> npt.NDArray[np.int64]:
-    """(3, 256): how often each value occurs in each channel."""
-    histogram = np.zeros((3, 256), np.int64)
-    area = split.height * split.width
-    rows = max(1, (1 << 19) // area)  # bincount widens what it is given to 8 bytes a value: keep that in the cache
-    for start in range(0, len(split), rows):
-        for channel in range(3):
-            first = split.label_bytes + channel * area
-            values = split.records[start : start + rows, first : first + area].ravel()
-            histogram[channel] += np.bincount(values, minlength=256)
-    return histogram
