@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from train.machine.environment import peak_memory
+from train.screen.progress import duration
 
-from train.loop import Run
-from train.progress import duration
-
-
-def peak_memory(device: torch.device) -> dict[str, float]:
-    """Peak memory in GiB: of this process on the host, and of torch's allocator on the GPU."""
-    peak = {}
-    try:
-        import resource
-
-        scale = 1 if sys.platform == "darwin" else 1024
-        peak["host_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
-    except ImportError:  # Windows
-        pass
-    if device.type == "cuda":
-        peak["device_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-    return peak
+if TYPE_CHECKING:
+    from train.loop import Run
 
 
 def summary_lines(run: Run, path: Path | None) -> tuple[dict[str, Any], list[str]]:
@@ -55,13 +40,12 @@ def summary_lines(run: Run, path: Path | None) -> tuple[dict[str, Any], list[str
         f"throughput     {summary['images_per_second']:,.0f} images/s in training",
         f"peak memory    {memory}",
     ]
-    extra = [(k, last[f"{k}_accuracy"]) for k in ("test_tta", "ema_test", "ema_test_tta") if f"{k}_accuracy" in last]
+    extra = [(measure, last[f"{measure.key}_accuracy"]) for measure in trainer.measures[1:]]
     if extra:
-        names = {"test_tta": "flip TTA", "ema_test": "EMA", "ema_test_tta": "EMA and flip TTA"}
-        lines.insert(2, "also, at the end  " + ", ".join(f"{names[k]} {accuracy:.2f}%" for k, accuracy in extra))
-        summary |= {f"last_{k}_accuracy": accuracy for k, accuracy in extra}
+        lines.insert(2, "also, at the end  " + ", ".join(f"{m.kind} {accuracy:.2f}%" for m, accuracy in extra))
+        summary |= {f"last_{measure.key}_accuracy": accuracy for measure, accuracy in extra}
     if path is not None:
         lines.append(f"run folder     {path}")
-        if not trainer.config.run.analyse:
+        if not run.config.run.analyse:
             lines.append(f"next           python -m analysis {path}")
     return summary, lines

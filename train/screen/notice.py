@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 
 from train.config import Config
-from train.progress import duration
-from train.record import Log
-from train.runtime import Runtime
+from train.machine.runtime import Runtime
+from train.screen.log import Log
+from train.screen.progress import duration
 
 LONG_RUN_SECONDS = 3600.0
 

@@ -6,14 +6,12 @@ import contextlib
 import errno
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-from train.checkpoint import remove_stale, write_atomic
+from dali_pipeline.errors import UserError
+from train.disk.atomic import remove_stale, write_atomic
 
 try:
     import fcntl
@@ -35,7 +33,7 @@ WRITTEN = (
 )
 
 
-class RunFolderError(Exception):
+class RunFolderError(UserError):
     """A run folder that cannot be used: one line with the path, the cause and the remedy."""
 
 
@@ -46,36 +44,6 @@ def default_run_dir(name: str, resume: bool, root: Path = Path("runs")) -> Path:
         taken += 1
     number = max(taken, 1) if resume else taken + 1
     return root / (name if number == 1 else f"{name}-{number}")
-
-
-def git_commit() -> str | None:
-    """The commit of this source tree, with "+changes" where files differ from it; None outside a checkout."""
-    here = Path(__file__).resolve().parent
-    try:
-        commit = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=5
-        ).stdout.strip()
-        dirty = subprocess.run(
-            ["git", "-C", str(here), "status", "--porcelain", "-uno"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit + ("+changes" if dirty else "")
-
-
-def cpu_name() -> str:
-    """The processor as /proc/cpuinfo or the platform names it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 class RunFolder:
@@ -196,39 +164,3 @@ class RunFolder:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The epochs of a run folder's metrics.jsonl, oldest first."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-class Log:
-    """Lines for a person. Silent on all ranks but the first; goes on when nobody reads any more (a closed pipe)."""
-
-    def __init__(self, quiet: bool = False) -> None:
-        self.quiet = self.quiet_by_rank = quiet
-        self.terminal = bool(
-            sys.stderr is not None and sys.stderr.isatty() and sys.stdout is not None and sys.stdout.isatty()
-        )
-
-    def __call__(self, line: str = "") -> None:
-        if self.quiet or sys.stdout is None:
-            return
-        try:
-            if self.terminal:
-                from tqdm import tqdm
-
-                tqdm.write(line)
-            else:
-                print(line, flush=True)
-        except (BrokenPipeError, ValueError, OSError):
-            # the reader went away; the run is worth more than its messages
-            self.quiet = True
-            with Path(os.devnull).open("w") as null, contextlib.suppress(OSError):
-                os.dup2(null.fileno(), 1)
-
-
-def system_record() -> dict[str, Any]:
-    """Machine facts for environment.json."""
-    return {
-        "platform": platform.platform(),
-        "cpu": cpu_name(),
-        "cpu_count": os.cpu_count(),
-        "cpus_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-    }

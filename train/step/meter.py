@@ -1,4 +1,4 @@
-"""What a person sees of an epoch while it runs, read from the device without making it wait."""
+"""Loss and hits of every step, kept on the device and read without making it wait."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import time
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from train.record import Log
+from dali_pipeline.errors import UserError
 
 
-class NonFiniteLoss(Exception):
+class NonFiniteLoss(UserError):
     """The loss became NaN or infinite: `epoch` and `step` (from 0, within the epoch) say where."""
+
+    exit_code = 3
 
     def __init__(self, epoch: int, step: int, loss: float) -> None:
         super().__init__(f"loss {loss} in epoch {epoch + 1}, step {step}")
@@ -87,58 +88,3 @@ class StepMeter:
             return math.nan, math.nan
         loss = float(self._host_losses[: self.seen].double().mean())
         return loss, 100 * int(self._host_correct[: self.seen].sum()) / (self.seen * batch_size)
-
-
-class EpochDisplay:
-    """A progress bar on a terminal; elsewhere a plain line every `line_seconds`, so that a log file stays readable."""
-
-    def __init__(
-        self,
-        log: Log,
-        title: str,
-        steps: int,
-        start: int,
-        batch_size: int,
-        processes: int = 1,
-        line_seconds: float = 30.0,
-    ) -> None:
-        self.log, self.title, self.steps, self.batch_size, self.processes = log, title, steps, batch_size, processes
-        self.start, self.begun, self.line_seconds = start, time.perf_counter(), line_seconds
-        self.next_line = self.begun + line_seconds
-        self.bar = None
-        if log.terminal and not log.quiet:
-            self.bar = tqdm(total=steps, initial=start, desc=title, unit="batch", dynamic_ncols=True, leave=False)
-
-    def update(self, done: int, meter: StepMeter) -> None:
-        now = time.perf_counter()
-        if self.bar is None and now < self.next_line:
-            return
-        loss, accuracy = meter.means(self.batch_size // self.processes)  # of this process's share
-        rate = (done - self.start) * self.batch_size / max(now - self.begun, 1e-9)
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2f}%, {rate:,.0f} images/s", refresh=False)
-            try:
-                self.bar.update(done - self.bar.n)
-            except (OSError, ValueError):  # the terminal is gone, the run goes on
-                self.bar, self.next_line = None, math.inf
-        else:
-            left = (self.steps - done) * self.batch_size / max(rate, 1e-9)
-            self.log(
-                f"{self.title}: batch {done}/{self.steps}, loss {loss:.4f}, accuracy {accuracy:.2f}%, "
-                f"{rate:,.0f} images/s, {duration(left)} to go"
-            )
-            self.next_line = now + self.line_seconds
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def duration(seconds: float) -> str:
-    """12.3 s, 4 min 10 s or 2 h 5 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"

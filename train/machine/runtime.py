@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import platform
 import random
 import shutil
 import sys
@@ -15,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dali_pipeline.errors import UserError
 
-class RuntimeUnavailable(Exception):
+
+class RuntimeUnavailable(UserError):
     """An explicit request that this machine cannot meet: one line with the cause and the remedy."""
 
 
@@ -154,21 +155,3 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     torch.backends.cudnn.allow_tf32 = not deterministic  # convolutions; the line below is for matrix products alone
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("highest" if deterministic else "high")
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of what a result depends on, for environment.json."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found: dict[str, str | None] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
-    found["cuda"] = torch.version.cuda
-    for name in ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "triton"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

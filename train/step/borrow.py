@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from train.step.optim import Optimizers
+
 
 @contextmanager
 def borrowed_state(
-    module: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
+    module: nn.Module, optimizer: Optimizers | torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
 ) -> Iterator[None]:
     """Whatever happens inside, weights, buffers, gradients, train mode, optimizer, scaler and RNG come back bit for bit.
 

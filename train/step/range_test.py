@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from train.borrow import borrowed_state
-from train.checkpoint import write_atomic
-from train.trainer import Trainer
+from dali_pipeline.errors import UserError
+from train.step.borrow import borrowed_state
+from train.step.schedule import Rates
+from train.step.trainer import Trainer
 
 SMOOTHING = 0.9  # of the running mean that decides on divergence: about ten steps
 DIVERGED = 4.0  # a loss of four times the best one does not come back
@@ -27,7 +28,7 @@ BEGUN = 0.1  # of the whole fall: less is noise
 FIRST_EPOCH = 2**32  # of the augmentation plan: far beyond any training, which so sees its own draws first
 
 
-class RangeTestError(Exception):
+class RangeTestError(UserError):
     """The curve does not show a usable range: one line with the cause and the remedy."""
 
 
@@ -53,18 +54,18 @@ class RangeTest:
         reach = [min(self.reach, i, len(values) - 1 - i) for i in range(len(values))]
         return [float(values[i - r : i + r + 1].mean()) for i, r in enumerate(reach)]
 
-    def write_csv(self, path: Path) -> None:
+    def to_csv(self) -> str:
         """Columns step, lr, loss, smoothed_loss, and diverged (0 or 1, in every row)."""
         text = io.StringIO(newline="")
         writer = csv.writer(text)
         writer.writerow(["step", "lr", "loss", "smoothed_loss", "diverged"])
         for step, row in enumerate(zip(self.rates, self.losses, self.smoothed(), strict=True)):
             writer.writerow([step, *row, int(self.diverged)])
-        write_atomic(path, text.getvalue().encode())
+        return text.getvalue()
 
     @classmethod
     def read_csv(cls, path: Path) -> RangeTest:
-        """What `write_csv` wrote."""
+        """What `to_csv` gave, from a file."""
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         return cls(
@@ -75,11 +76,9 @@ class RangeTest:
 
 
 @dataclass(frozen=True)
-class Suggestion:
+class Suggestion(Rates):
     """The two rates, and the one between them at which the smoothed loss is lowest."""
 
-    lr_max: float
-    lr_min: float
     lowest: float
 
     def sentence(self) -> str:
@@ -163,7 +162,7 @@ def range_test(
     log(f"searching the learning rate: {steps} steps from {start:g} to {end:g} ...")
     batches = _endless(trainer)
     with (
-        borrowed_state(trainer.net, trainer.optimizer, trainer.scaler),
+        borrowed_state(trainer.net, trainer.optimizers, trainer.scaler),
         tqdm(total=steps, desc="LR range test", unit="step", leave=False, disable=not bar) as shown,
     ):
         trainer.step.train()

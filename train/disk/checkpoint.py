@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-FORMAT = 2  # 1 had no net.logit_scale
+from dali_pipeline.errors import UserError
+from train.disk.atomic import write_atomic
+from train.failpoints import failpoint
+
+FORMAT = 3  # 1 had no net.logit_scale; in 2 "optimizer" was the state of the one SGD, now it is a state for each kind
+READABLE = (2, FORMAT)  # disk/snapshot.py brings the older ones up to date
 _MARK = b"sha256:"
 _COMMENT = len(_MARK) + 64  # the digest in hexadecimal
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used: one line naming the file, what is wrong and the remedy."""
-
-
-class WriteError(OSError):
-    """A file that cannot be written; the one before it is intact. `filename` names it."""
 
 
 def seal(content: bytes) -> bytes:
@@ -44,63 +42,6 @@ def unseal(content: bytes) -> bytes:
     return original
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make a rename in the folder durable (a no-op where folders cannot be opened, as on Windows)."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomic(path: Path, content: bytes, keep_previous: Path | None = None) -> None:
-    """Replace `path` by `content` so that at every moment it is whole: the old file or the new one.
-
-    With `keep_previous`, what `path` held before stays under that name. Raises WriteError.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep_previous is not None and path.exists():
-            _keep(path, keep_previous)
-        temporary.replace(path)
-        fsync_folder(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise WriteError(error.errno, error.strerror or str(error), str(path)) from error
-        raise
-
-
-def _keep(path: Path, keep_previous: Path) -> None:
-    """Give `path` a second name, so that it is never missing itself."""
-    link = keep_previous.with_name(f".{keep_previous.name}.{os.getpid()}.tmp")
-    try:
-        link.unlink(missing_ok=True)
-        try:
-            os.link(path, link)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, link)
-        link.replace(keep_previous)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            link.unlink(missing_ok=True)
-        raise
-
-
-def remove_stale(folder: Path) -> None:
-    """Remove temporary files that a killed process left behind."""
-    for stale in folder.glob(".*.tmp"):
-        stale.unlink(missing_ok=True)
-
-
 def save_checkpoint(path: str | Path, state: dict[str, Any], keep_previous: Path | None = None) -> None:
     """Write `state` (nested dicts and lists of tensors, numbers, text, None) atomically, sealed by its sha256.
 
@@ -114,7 +55,9 @@ def save_last(folder: Path, state: dict[str, Any], best: bool) -> None:
     content = pack(state)
     if best:  # first: after a kill between the two, the resumed run writes it again
         write_atomic(folder / "best.pt", content)
+        failpoint("best written")
     write_atomic(folder / "last.pt", content, keep_previous=folder / "previous.pt")
+    failpoint("last written")
 
 
 def on_host(value: Any) -> Any:
@@ -161,7 +104,7 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
     except Exception as error:  # of any kind: with bytes made up for it, torch's unpickler fails in any of its lines
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path}: refused, it does not hold plain tensors and numbers: {reason}") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") not in READABLE:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(
             f"{path}: of format {found!r}, this version reads format {FORMAT}; use the version that wrote it"

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from train.step.views import VIEWS, Views, mean_over
+
 
 class _Normalised(nn.Module):
     """Casts, normalises and lays out uint8 images as the network wants them; the cast fuses into the first layer."""
@@ -68,8 +70,8 @@ class TrainStep(_Normalised):
 
 
 class EvalStep(_Normalised):
-    """Images uint8 (N, 3, H, W) to logits (N, C) float32, or with `tta` to (2, N, C): plain, and the mean over the
-    image and its mirror image. The network must be in eval mode; call it under `torch.no_grad()`."""
+    """Images uint8 (N, 3, H, W) to logits (N, C) float32; with several sets of `views` to (sets, N, C), each the mean over
+    its views. The network must be in eval mode; call it under `torch.no_grad()`."""
 
     def __init__(
         self,
@@ -77,15 +79,15 @@ class EvalStep(_Normalised):
         mean: Sequence[float],
         std: Sequence[float],
         *,
-        tta: bool = False,
+        views: Sequence[Views] = (VIEWS["plain"],),
         autocast_dtype: torch.dtype | None = None,
         channels_last: bool = True,
     ) -> None:
         super().__init__(net, mean, std, autocast_dtype, channels_last)
-        self.tta = tta
+        self.views = tuple(views)
 
     def forward(self, images: Tensor) -> Tensor:
-        logits = self.logits(images)
-        if not self.tta:
-            return logits
-        return torch.stack([logits, (logits + self.logits(images.flip(3))) / 2])
+        looks = {(view.mirror, view.shift): view for views in self.views for view in views}
+        answers = {place: self.logits(view.of(images)) for place, view in looks.items()}
+        means = [mean_over(views, answers) for views in self.views]
+        return means[0] if len(means) == 1 else torch.stack(means)

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from train.failpoints import failpoint
+
 
 @dataclass(frozen=True)
 class Score:
@@ -30,10 +32,9 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`plain` as the network answers, `flip` averaged with the mirrored image where asked, logits where kept."""
+    """A score for each set of views of the step, in their order; logits of the first set where they are kept."""
 
-    plain: Score
-    flip: Score | None = None
+    scores: tuple[Score, ...]
     logits: Tensor | None = None  # (N, C) float32 on the CPU, in the order of the loader
     labels: Tensor | None = None  # (N,) int64 on the CPU
 
@@ -62,10 +63,8 @@ def evaluate(
         raise ValueError("nothing to evaluate: the loader gave no batch")
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(totals)
-    scores = [Score(loss / count, round(correct), round(count)) for loss, correct, count in totals.t().tolist()]
     return Evaluation(
-        plain=scores[0],
-        flip=scores[1] if len(scores) > 1 else None,
+        scores=tuple(Score(loss / count, round(correct), round(count)) for loss, correct, count in totals.t().tolist()),
         logits=torch.cat([logits for logits, _ in kept]) if kept else None,
         labels=torch.cat([labels for _, labels in kept]) if kept else None,
     )
@@ -77,11 +76,12 @@ def _totals(
     keep_logits: bool,
     after_batch: Callable[[int], None] | None,
 ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
-    """Sums of (loss, correct, count), a column a view, and (logits, labels) of every batch where they are kept."""
+    """Sums of (loss, correct, count), a column a set of views, and (logits, labels) of every batch where they are kept."""
     totals: Tensor | None = None
     kept: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
         for done, (images, labels, valid) in enumerate(loader, 1):
+            failpoint("evaluate")
             torch.compiler.cudagraph_mark_step_begin()
             logits = step(images)
             views = logits if logits.ndim == 3 else logits[None]  # (views, N, C)

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from itertools import chain
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
-from dali_pipeline.datasets import Dataset
-from dali_pipeline.loader import BackendChoice, EvalLoader, TrainLoader
-from dali_pipeline.plan import Augment
-from net.resnet import CustomResNet
-from train.borrow import borrowed_state
+import net as networks
+from dali_pipeline.backend import BackendChoice
+from dali_pipeline.dataset import Dataset
+from dali_pipeline.feed import FeedOrder
+from dali_pipeline.loader import EvalLoader, TrainLoader
+from net.interface import Network
 from train.config import Config
-from train.distributed import Group
-from train.evaluation import Evaluation, evaluate
-from train.optim import OneCycle, make_optimizer, set_learning_rate
-from train.progress import StepMeter
-from train.runtime import Runtime
-from train.steps import EvalStep, TrainStep
-from train.sync_bn import synchronise_batch_norm
+from train.failpoints import failpoint
+from train.machine.distributed import Group
+from train.machine.runtime import Runtime, seed_everything
+from train.step.average import WeightAverage
+from train.step.borrow import borrowed_state
+from train.step.evaluation import Score, evaluate
+from train.step.measures import Measure, measures_of
+from train.step.meter import StepMeter
+from train.step.optim import Optimizers, parameter_groups
+from train.step.schedule import OneCycle
+from train.step.steps import EvalStep, TrainStep
+from train.step.sync_bn import synchronise_batch_norm
+from train.step.views import VIEWS, Views
 
 
 def make_train_loader(
@@ -34,23 +39,26 @@ def make_train_loader(
     device: torch.device,
     backend: BackendChoice | str,
     *,
+    seed: int | None = None,
     compiled: bool = False,
     group: Group | None = None,
 ) -> TrainLoader:
-    """The augmented training batches of a recipe; raises what TrainLoader raises."""
+    """The augmented training batches of a recipe, by `seed` instead of its own where given; raises what TrainLoader raises."""
     group = group or Group()
     return TrainLoader(
         dataset.train,
-        batch_size=config.train.batch_size,
-        augment=Augment(**asdict(config.augment)),
-        fill=dataset.fill,
-        seed=config.train.seed,
-        device=device,
+        FeedOrder(
+            batch_size=config.train.batch_size,
+            augment=config.augment,
+            fill=dataset.fill,
+            device=device,
+            compiled=compiled,
+        ),
+        seed=config.train.seed if seed is None else seed,
         backend=backend,
         tail=config.train.tail,
         rank=group.rank,
         world_size=group.world_size,
-        compiled=compiled,
     )
 
 
@@ -58,63 +66,73 @@ class Trainer:
     """The network with everything that trains it, on one process.
 
     `step` is the compiled training step, under DistributedDataParallel where there are several processes; `net` is the
-    plain network inside, whose state-dict keys are clean.
+    plain network inside, whose state-dict keys are clean. `measures` is what an evaluation reports; best.pt follows the first.
     """
 
     def __init__(
         self, config: Config, dataset: Dataset, runtime: Runtime, backend: BackendChoice, group: Group | None = None
     ) -> None:
         self.config, self.dataset, self.runtime, self.group = config, dataset, runtime, group or Group()
+        self.backend = backend
         device = runtime.device
-        net: nn.Module = CustomResNet(dataset.num_classes, config.net.width, config.net.logit_scale).to(device)
+        network: nn.Module = networks.build(config.net, dataset.num_classes).to(device)
         if config.train.sync_bn and self.group.world_size > 1:
-            net = synchronise_batch_norm(net, device)
+            network = synchronise_batch_norm(network, device)
         if runtime.channels_last:
-            net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.net = net
-        self.ema: AveragedModel | None = None
+            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        assert isinstance(network, Network)
+        self.net = network
+        self.ema: WeightAverage | None = None
         if config.train.ema_decay > 0:
-            self.ema = AveragedModel(net)
-        self.optimizer = make_optimizer(
-            net,
-            momentum=config.optim.momentum,
-            nesterov=config.optim.nesterov,
-            weight_decay=config.optim.weight_decay,
-            norm_bias_weight_decay=config.optim.norm_bias_weight_decay,
-            device=device,
-        )
+            self.ema = WeightAverage(network, config.train.ema_decay)
+        self.optimizers = Optimizers(parameter_groups(network, config.optim), config.optim, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=runtime.precision == "fp16")
+        self.measures = measures_of(config.train)
         self._build_steps(runtime.compile_mode)
-        self.train_loader = make_train_loader(
-            config, dataset, device, backend, compiled=runtime.compile_mode is not None, group=self.group
-        )
-        self.eval_loader = EvalLoader(
-            dataset.test,
-            batch_size=config.train.eval_batch_size,
-            device=device,
-            backend=backend,
-            rank=self.group.rank,
-            world_size=self.group.world_size,
-        )
+        self.train_loader = self._train_loader(config.train.seed)
+        self.eval_loaders = {
+            measure.split: EvalLoader(
+                getattr(dataset, measure.split),
+                batch_size=config.train.eval_batch_size,
+                device=device,
+                backend=backend,
+                rank=self.group.rank,
+                world_size=self.group.world_size,
+            )
+            for measure in self.measures
+            if measure.weights == "" and measure.views == "plain"
+        }
         self.steps_per_epoch = self.train_loader.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.local_batch = config.train.batch_size // self.group.world_size
 
+    def _train_loader(self, seed: int) -> TrainLoader:
+        return make_train_loader(
+            self.config,
+            self.dataset,
+            self.runtime.device,
+            self.backend,
+            seed=seed,
+            compiled=self.runtime.compile_mode is not None,
+            group=self.group,
+        )
+
     def _build_steps(self, compile_mode: str | None) -> None:
         dataset, runtime = self.dataset, self.runtime
         common: dict[str, Any] = {"autocast_dtype": runtime.autocast_dtype, "channels_last": runtime.channels_last}
-        tta = self.config.train.tta
         self.train_step = TrainStep(
             self.net, dataset.mean, dataset.std, label_smoothing=self.config.optim.label_smoothing, **common
         ).to(runtime.device)
-        self.eval_step = EvalStep(self.net, dataset.mean, dataset.std, tta=tta, **common).to(runtime.device)
-        self.ema_step: EvalStep | None = None
-        if self.ema is not None:
-            self.ema_step = EvalStep(self.ema.module, dataset.mean, dataset.std, tta=tta, **common).to(runtime.device)
+        averaged = {} if self.ema is None else {"ema": self.ema.module}
+        self.eval_steps = {
+            weights: EvalStep(module, dataset.mean, dataset.std, views=self._views_of(weights), **common).to(
+                runtime.device
+            )
+            for weights, module in {"": self.net, **averaged}.items()
+        }
         if compile_mode is not None:
-            for step in (self.train_step, self.eval_step, self.ema_step):
-                if step is not None:
-                    step.compile(mode=compile_mode, dynamic=False)
+            for step in (self.train_step, *self.eval_steps.values()):
+                step.compile(mode=compile_mode, dynamic=False)
         self.step: nn.Module = self.train_step
         if self.group.world_size > 1:
             devices = [runtime.device.index] if runtime.device.type == "cuda" else None
@@ -127,6 +145,13 @@ class Trainer:
             }
             self.step = DistributedDataParallel(self.train_step, device_ids=devices, **off)
 
+    def _names_of_views(self, weights: str) -> list[str]:
+        """The views over which these weights are measured, once each."""
+        return list(dict.fromkeys(measure.views for measure in self.measures if measure.weights == weights))
+
+    def _views_of(self, weights: str) -> list[Views]:
+        return [VIEWS[name] for name in self._names_of_views(weights)]
+
     def compiled_off(self) -> None:
         """Go on without torch.compile."""
         self.runtime = replace(self.runtime, compile_mode=None)
@@ -134,26 +159,25 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Compile (and on CUDA capture) the training and the evaluation graph on random batches; all state comes back."""
-        height, width = self.dataset.train.height, self.dataset.train.width
+        height, width = self.dataset.height, self.dataset.width
 
         def batch(size: int) -> tuple[Tensor, Tensor]:
             images = torch.randint(0, 256, (size, height, width, 3), dtype=torch.uint8, device=self.runtime.device)
             labels = torch.randint(0, self.dataset.num_classes, (size,), device=self.runtime.device)
             return images.permute(0, 3, 1, 2), labels
 
-        with borrowed_state(self.net, self.optimizer, self.scaler):
+        with borrowed_state(self.net, self.optimizers, self.scaler):
             images, labels = batch(self.local_batch)
             for _ in range(3 if self.runtime.device.type == "cuda" else 1):
                 # not through DistributedDataParallel: a compiler may fail on one process alone
                 self.train_one(images, labels, 0.0, self.train_step)
             images, _ = batch(self.config.train.eval_batch_size // self.group.world_size)
             with torch.no_grad():
-                for step in (self.eval_step, self.ema_step):
-                    if step is not None:
-                        step.eval()
-                        for _ in range(3 if self.runtime.device.type == "cuda" else 1):
-                            torch.compiler.cudagraph_mark_step_begin()
-                            step(images)
+                for step in self.eval_steps.values():
+                    step.eval()
+                    for _ in range(3 if self.runtime.device.type == "cuda" else 1):
+                        torch.compiler.cudagraph_mark_step_begin()
+                        step(images)
         # the pipeline last: DALI prefetches from its first batch on, which would break a capture of CUDA graphs
         next(self.train_loader.epoch(0))
         # the average shares no memory with the network, but its batch-norm mode was switched
@@ -163,14 +187,15 @@ class Trainer:
         self, images: Tensor, labels: Tensor, rate: float, step: nn.Module | None = None
     ) -> tuple[Tensor, Tensor]:
         """One step: forward, loss, backward, update at the given rate. Gives (loss, correct), on the device."""
+        failpoint("step")
         # every step is a CUDA graph of its own: without the mark an evaluation between two steps would capture anew
         torch.compiler.cudagraph_mark_step_begin()
-        set_learning_rate(self.optimizer, rate)
+        self.optimizers.set_rate(rate)
         loss, correct = (step or self.step)(images, labels)
         self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
+        self.optimizers.step(self.scaler)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizers.zero_grad()
         return loss.detach(), correct
 
     def train_epoch(
@@ -192,35 +217,20 @@ class Trainer:
             loss, correct = self.train_one(images, labels, schedule(global_step))
             meter.record(step, loss, correct)
             if self.ema is not None and (global_step + 1) % ema_every == 0:
-                self._update_average(self.ema)
+                self.ema.update(self.net)
             if after_step is not None:
                 after_step(step + 1)
 
-    @torch.no_grad()
-    def _update_average(self, ema: AveragedModel) -> None:
-        """average = decay * average + (1 - decay) * now, of weights and batch-norm statistics; the first update copies.
-
-        AveragedModel's own update would make the host wait: it copies its counter to the device each time.
-        """
-        now = list(chain(self.net.parameters(), self.net.buffers()))
-        averages = list(chain(ema.module.parameters(), ema.module.buffers()))
-        floats = [i for i, tensor in enumerate(now) if tensor.is_floating_point()]
-        if int(ema.n_averaged) > 0:  # on the CPU
-            weight = 1 - self.config.train.ema_decay
-            torch._foreach_lerp_([averages[i] for i in floats], [now[i] for i in floats], weight)
-            counters = [i for i, tensor in enumerate(now) if not tensor.is_floating_point()]
-            torch._foreach_copy_([averages[i] for i in counters], [now[i] for i in counters])
-        else:
-            torch._foreach_copy_(averages, now)
-        ema.n_averaged += 1
-
-    def evaluate(self, after_batch: Callable[[int], None] | None = None) -> tuple[Evaluation, Evaluation | None]:
-        """The test set through the network, and through the weights' average where one is kept."""
+    def evaluate(self, after_batch: Callable[[int], None] | None = None) -> dict[Measure, Score]:
+        """Each of `measures`; raises whatever `after_batch` raises to end it."""
         self.average_statistics()
-        plain = evaluate(self.eval_step, self.eval_loader, after_batch=after_batch)
-        if self.ema_step is None:
-            return plain, None
-        return plain, evaluate(self.ema_step, self.eval_loader, after_batch=after_batch)
+        scores: dict[Measure, Score] = {}
+        for weights, step in self.eval_steps.items():
+            for split, loader in self.eval_loaders.items():
+                found = evaluate(step, loader, after_batch=after_batch).scores
+                names = self._names_of_views(weights)
+                scores |= {Measure(split, weights, v): score for v, score in zip(names, found, strict=True)}
+        return {measure: scores[measure] for measure in self.measures}
 
     def average_statistics(self) -> None:
         """In place, over the processes: the mean of batch norm's running statistics, each process's own until then."""
@@ -244,7 +254,7 @@ class Trainer:
         return {
             "model": self.net.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizers.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
 
@@ -253,13 +263,28 @@ class Trainer:
         self.net.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
-        fused = [group["fused"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, own in zip(self.optimizer.param_groups, fused, strict=True):
-            group["fused"] = own  # of this device, not of the one that saved
+        self.optimizers.load_state_dict(state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():  # either may have trained without one
             self.scaler.load_state_dict(state["scaler"])
 
-    def close(self) -> None:
+    def start_over(self, seed: int) -> None:
+        """Stand where a new trainer with this seed would stand. The tensors of the network and of its average keep their
+        memory, so that what was compiled or captured stays valid; `config` stays as it is."""
+        seed_everything(seed, self.config.train.deterministic)
+        drawn = networks.build(self.config.net, self.dataset.num_classes)
+        self.net.load_state_dict(drawn.state_dict())
+        self.net.train()
+        if self.ema is not None:
+            self.ema.start_over(drawn)
+        self.optimizers.zero_grad()
+        self.optimizers.start_over()
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(torch.amp.GradScaler(self.runtime.device.type).state_dict())
         self.train_loader.close()
-        self.eval_loader.close()
+        self.train_loader = self._train_loader(seed)
+
+    def close(self) -> None:
+        """Stop the pipelines and free the resident images."""
+        self.train_loader.close()
+        for loader in self.eval_loaders.values():
+            loader.close()

@@ -12,13 +12,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from dali_pipeline.errors import UserError
+
 TIMEOUT_VARIABLE = "TRAIN_DISTRIBUTED_TIMEOUT"
 TIMEOUT_SECONDS = 1800.0  # the others wait as long for the first process's download
 
 T = TypeVar("T")
 
 
-class GroupError(Exception):
+class GroupError(UserError):
     """The processes cannot work together: one line with the cause and the remedy."""
 
 
