@@ -6,7 +6,6 @@ python -m analysis.predictions runs/NAME
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +19,7 @@ from scipy.special import log_softmax  # type: ignore[import-untyped]
 from analysis.command import command, load_for, parser, progress
 from analysis.run import AnalysisError, LoadedRun, Say, loader_of
 from dali_pipeline.loader import EvalLoader
+from train.disk.atomic import write_csv
 from train.screen.log import Log
 from train.step.evaluation import evaluate
 from train.step.steps import EvalStep
@@ -156,22 +156,13 @@ def worst_first(predictions: Predictions, wrong_only: bool = True) -> Ints:
 
 def write_predictions(predictions: Predictions, class_names: tuple[str, ...], path: Path) -> None:
     """CSV, a line a test image: index, label, prediction, confidence (0..1), loss (nats), and the two class names."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["index", "label", "prediction", "confidence", "loss", "label_name", "prediction_name"])
-        rows = zip(predictions.labels, predictions.predicted, predictions.confidence, predictions.losses, strict=True)
-        for index, (label, predicted, confidence, loss) in enumerate(rows):
-            writer.writerow(
-                [
-                    index,
-                    label,
-                    predicted,
-                    f"{confidence:.6f}",
-                    f"{loss:.6g}",
-                    class_names[label],
-                    class_names[predicted],
-                ]
-            )
+    header = ["index", "label", "prediction", "confidence", "loss", "label_name", "prediction_name"]
+    answers = zip(predictions.labels, predictions.predicted, predictions.confidence, predictions.losses, strict=True)
+    rows = (
+        [index, label, predicted, f"{confidence:.6f}", f"{loss:.6g}", class_names[label], class_names[predicted]]
+        for index, (label, predicted, confidence, loss) in enumerate(answers)
+    )
+    write_csv(path, [header, *rows])
 
 
 def prediction_options(module: str, description: str, *, one_run: bool = True) -> argparse.ArgumentParser:

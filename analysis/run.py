@@ -19,7 +19,7 @@ from dali_pipeline.errors import UserError
 from net.interface import Network
 from net.options import NetOptions
 from train.config import Config, ConfigError, from_dict, load_config
-from train.disk.folder import read_metrics
+from train.disk.folder import own_folder, read_metrics
 from train.disk.snapshot import Snapshot, load_snapshot
 from train.machine.runtime import Runtime, RuntimeUnavailable, prepare
 
@@ -90,8 +90,8 @@ class LoadedRun:
         return f"run {self.name} · {self.file} · {where}{tail}"
 
     def output_dir(self, given: Path | None = None) -> Path:
-        """`given`, or the run's analysis/, made where it does not exist."""
-        folder = given or self.path / "analysis"
+        """`given`, or the run's analysis/, made where it does not exist. RunFolderError where that is a symbolic link."""
+        folder = given or own_folder(self.path, "analysis")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 

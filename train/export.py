@@ -29,7 +29,8 @@ from dali_pipeline.errors import UserError
 from net.interface import Network
 from net.options import NetOptions
 from train.config import from_dict
-from train.disk.atomic import fsync_folder
+from train.disk.atomic import fsync_folder, open_new
+from train.disk.folder import own_folder
 from train.disk.snapshot import Snapshot, load_snapshot
 from train.step.steps import EvalStep
 
@@ -160,6 +161,7 @@ def export(
     limit = TOLERANCES[name] if limit is None else limit
     temporary = folder / f".{name}.tmp{Path(name).suffix}"
     try:
+        open_new(temporary).close()  # a file of our own, which is then written by its name
         with _quiet(), torch.no_grad():
             run = MAKERS[name](temporary, snapshot, net, images)
             expected = program(snapshot, net)(images)
@@ -203,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
         snapshot = load_snapshot(options.run / options.checkpoint)
         net = network(snapshot, options.ema)
         images = first_test_images(snapshot, options.data_root)
-        folder = options.run / "export"
+        folder = own_folder(options.run, "export")
         folder.mkdir(exist_ok=True)
         for name in names:
             difference = export(folder, name, snapshot, net, images)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from train.config import Config, ConfigError, changed, to_yaml
+from train.disk.atomic import write_csv
 from train.disk.folder import RunFolder
 from train.disk.resume import check_same_data, load_for_resume, note_changes, restore_last
 from train.disk.snapshot import Position
@@ -17,6 +18,8 @@ from train.screen.summary import summary_lines
 from train.session import Session
 from train.step.range_test import RangeTestError, range_test, suggest
 from train.step.schedule import Rates, one_cycle
+
+SHOWN = 10  # names of files in one line
 
 
 def fit(
@@ -65,14 +68,15 @@ def fit(
             if folder is not None and on_range_test is not None:
                 on_range_test(folder.path)
         elif folder is not None and overwrite:
-            folder.start_over()
+            _start_over(folder, log)
         assert rates is not None
         # the rates that were found are part of the recipe now
         session.config = changed(config, {"schedule.lr_max": rates.lr_max, "schedule.lr_min": rates.lr_min})
         with group.together():
             if folder is not None:
-                folder.write_text("config.yaml", to_yaml(session.config))
+                # first, as it proves that a run lies here: after a kill the folder can be overwritten
                 folder.write_json("environment.json", session.environment())
+                folder.write_text("config.yaml", to_yaml(session.config))
         schedule = one_cycle(rates, config.schedule.peak_epoch, config.train.epochs, trainer.steps_per_epoch)
         run = Run(session, schedule, folder, position, notice)
         run.train()
@@ -135,7 +139,7 @@ def find_rates(session: Session, folder: RunFolder | None, notice: LongRunNotice
         suggestion = suggest(result)
     except RangeTestError:
         if folder is not None and not folder.holds_run():
-            folder.write_text("lr_finder.csv", result.to_csv())  # it shows why
+            write_csv(folder.path / "lr_finder.csv", result.rows())  # it shows why
         raise
     session.log(suggestion.sentence())
     lr_max = suggestion.lr_max if isinstance(schedule.lr_max, str) else schedule.lr_max
@@ -146,6 +150,13 @@ def find_rates(session: Session, folder: RunFolder | None, notice: LongRunNotice
         )
     if folder is not None:
         if overwrite:
-            folder.start_over()
-        folder.write_text("lr_finder.csv", result.to_csv())
+            _start_over(folder, session.log)
+        write_csv(folder.path / "lr_finder.csv", result.rows())
     return Rates(lr_max, lr_min)
+
+
+def _start_over(folder: RunFolder, log: Log) -> None:
+    stays = folder.start_over()
+    if stays:
+        more = f" and {len(stays) - SHOWN} more" if len(stays) > SHOWN else ""
+        log(f"--overwrite: left in {folder.path}, as no run wrote it: {', '.join(stays[:SHOWN])}{more}")

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import errno
+import io
 import os
+import re
 import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from train.failpoints import failpoint
 
@@ -26,14 +32,23 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def open_new(path: Path) -> BinaryIO:
+    """Open a file for writing that nobody else has: what had its name is removed, and no link is followed."""
+    path.unlink(missing_ok=True)
+    return path.open("xb")  # O_EXCL, which refuses a link too
+
+
 def write_atomic(path: Path, content: bytes, keep_previous: Path | None = None) -> None:
     """Replace `path` by `content` so that at every moment it is whole: the old file or the new one.
 
-    With `keep_previous`, what `path` held before stays under that name. Raises WriteError.
+    A symbolic link of that name is itself replaced; its target stays. With `keep_previous`, what `path` held before stays
+    under that name. Raises WriteError, also where the name is that of a folder, a device or a pipe.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is there and no regular file")
+        with open_new(temporary) as file:
             file.write(content)
             file.flush()
             failpoint("write")
@@ -59,7 +74,8 @@ def _keep(path: Path, keep_previous: Path) -> None:
         try:
             os.link(path, link)
         except OSError:  # a file system without hard links
-            shutil.copyfile(path, link)
+            with path.open("rb") as source, open_new(link) as copy:
+                shutil.copyfileobj(source, copy)
         link.replace(keep_previous)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -67,7 +83,21 @@ def _keep(path: Path, keep_previous: Path) -> None:
         raise
 
 
-def remove_stale(folder: Path) -> None:
-    """Remove temporary files that a killed process left behind."""
+def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
+    """`write_atomic` for a table."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    write_atomic(path, text.getvalue().encode())
+
+
+def is_temporary(name: str, of: Sequence[str]) -> bool:
+    """Whether a file's name is one under which `write_atomic` writes a file of these names."""
+    match = re.fullmatch(r"\.(.+)\.\d+\.tmp", name)
+    return match is not None and match[1] in of
+
+
+def remove_stale(folder: Path, names: Sequence[str]) -> None:
+    """Remove temporary files of these names that a killed process left behind."""
     for stale in folder.glob(".*.tmp"):
-        stale.unlink(missing_ok=True)
+        if is_temporary(stale.name, names):
+            stale.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from train.disk.atomic import write_atomic
 from train.failpoints import failpoint
 
 FORMAT = 3  # 1 had no net.logit_scale; in 2 "optimizer" was the state of the one SGD, now it is a state for each kind
+CHECKPOINTS = ("last.pt", "previous.pt", "best.pt")
 READABLE = (2, FORMAT)  # disk/snapshot.py brings the older ones up to date
 _MARK = b"sha256:"
 _COMMENT = len(_MARK) + 64  # the digest in hexadecimal
@@ -40,6 +42,16 @@ def unseal(content: bytes) -> bytes:
     if hashlib.sha256(original).hexdigest().encode() != comment[len(_MARK) :]:
         raise ValueError("its sha256 does not match its content: damaged")
     return original
+
+
+def carries_seal(path: Path) -> bool:
+    """Whether a file ends as `seal` leaves it, damaged elsewhere or not."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - _COMMENT, 0))
+            return file.read(len(_MARK)) == _MARK
+    except OSError:
+        return False
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any], keep_previous: Path | None = None) -> None:
@@ -113,7 +125,5 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
 
 
 def _other(path: Path) -> str:
-    others = [
-        name for name in ("last.pt", "previous.pt", "best.pt") if name != path.name and (path.parent / name).exists()
-    ]
+    others = [name for name in CHECKPOINTS if name != path.name and (path.parent / name).exists()]
     return f"; {others[0]} beside it may be whole" if others else ""

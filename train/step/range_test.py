@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from train.step.borrow import borrowed_state
 from train.step.schedule import Rates
 from train.step.trainer import Trainer
 
+CURVE_COLUMNS = ("step", "lr", "loss", "smoothed_loss", "diverged")  # of lr_finder.csv
 SMOOTHING = 0.9  # of the running mean that decides on divergence: about ten steps
 DIVERGED = 4.0  # a loss of four times the best one does not come back
 NEAR = 1.05  # a loss within 5% of the lowest one counts as low
@@ -54,18 +54,15 @@ class RangeTest:
         reach = [min(self.reach, i, len(values) - 1 - i) for i in range(len(values))]
         return [float(values[i - r : i + r + 1].mean()) for i, r in enumerate(reach)]
 
-    def to_csv(self) -> str:
-        """Columns step, lr, loss, smoothed_loss, and diverged (0 or 1, in every row)."""
-        text = io.StringIO(newline="")
-        writer = csv.writer(text)
-        writer.writerow(["step", "lr", "loss", "smoothed_loss", "diverged"])
-        for step, row in enumerate(zip(self.rates, self.losses, self.smoothed(), strict=True)):
-            writer.writerow([step, *row, int(self.diverged)])
-        return text.getvalue()
+    def rows(self) -> list[list[object]]:
+        """A table: CURVE_COLUMNS (`diverged` 0 or 1, in every row), then a row a step."""
+        steps = enumerate(zip(self.rates, self.losses, self.smoothed(), strict=True))
+        curve: list[list[object]] = [[step, *row, int(self.diverged)] for step, row in steps]
+        return [list(CURVE_COLUMNS), *curve]
 
     @classmethod
     def read_csv(cls, path: Path) -> RangeTest:
-        """What `to_csv` gave, from a file."""
+        """The table of `rows` from a file."""
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         return cls(
