@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +57,10 @@ class Split:
     def images(self) -> Pixels:
         """(N, H, W, 3) uint8, a contiguous copy."""
         return np.array(_hwc(self), order="C")
+
+    def take(self, rows: npt.NDArray[Any] | slice) -> Split:
+        """The images at these places (a slice, indices (n,) or a mask (N,)) as a split of their own."""
+        return Split(self.pixels[rows], self.labels[rows], planar=self.planar)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -11,10 +11,15 @@ Role = Literal["filter", "matrix", "norm_scale", "norm_bias", "bias"]
 
 
 class Network(nn.Module):
-    """Normalised images (N, 3, H, W) to logits (N, num_classes); a network of this project derives from it."""
+    """Normalised images (N, 3, H, W) to logits (N, num_classes); a network of this project derives from it.
+
+    `images_to_prepare`: how many training images `prepare` wants to see; with 0 it is not called.
+    """
+
+    images_to_prepare = 0
 
     def prepare(self, images: Tensor) -> None:
-        """Initialise from training images (N, 3, H, W), normalised. Called once, before training; here nothing to do."""
+        """Initialise layers from training images (N, 3, H, W) float32, normalised, on the CPU: once, before training."""
 
     def role(self, name: str) -> Role:
         """What the parameter of this name is for: an optimizer treats the filters of a convolution, the classifier's matrix,

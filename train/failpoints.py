@@ -2,9 +2,12 @@
 
 The names, where they stand:
 
+    lock                 the run folder was looked at and its .lock opened, the lock is not taken yet
+    load                 before the data are read, or downloaded
     build                the data are read, the network is not made yet
     step                 before a training step
     evaluate             before a batch of an evaluation
+    save                 before a save writes anything; on a GPU, the training goes on meanwhile
     write                before a temporary file is synced to the disk
     best written         best.pt is on the disk, last.pt not yet
     previous written     the old last.pt has its second name, the new one is not in place yet

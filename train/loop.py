@@ -42,6 +42,7 @@ def saves_in_background(device: torch.device) -> bool:
 
 def store(folder: RunFolder, state: dict[str, Any], best: bool) -> None:
     """Write last.pt (and best.pt), then metrics.jsonl to match."""
+    failpoint("save")
     save_last(folder.path, state, best)
     folder.write_metrics(state["metrics"])
     failpoint("saved")

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from dali_pipeline.errors import UserError
 from train.disk.atomic import is_temporary, open_new, remove_stale, write_atomic
 from train.disk.checkpoint import CHECKPOINTS, carries_seal
+from train.failpoints import failpoint
 from train.step.range_test import CURVE_COLUMNS
 
 try:
@@ -165,6 +166,7 @@ class RunFolder:
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._open_lock()
+            failpoint("lock")
             self._lock_file(self._lock)
             try:
                 if os.path.samestat(os.fstat(self._lock.fileno()), (self.path / ".lock").lstat()):

@@ -44,7 +44,9 @@ def _sgd(groups: list[dict[str, Any]], options: OptimOptions, device: torch.devi
     )
 
 
-KINDS: dict[str, Callable[[list[dict[str, Any]], OptimOptions, torch.device], torch.optim.Optimizer]] = {"sgd": _sgd}
+KINDS: dict[str, Callable[[list[dict[str, Any]], OptimOptions, torch.device], torch.optim.Optimizer]] = {
+    "sgd": _sgd,
+}
 
 
 class Optimizers:

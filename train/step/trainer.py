@@ -62,6 +62,19 @@ def make_train_loader(
     )
 
 
+def new_network(config: Config, dataset: Dataset) -> Network:
+    """The network of a recipe, drawn from torch's generator and, where a layer asks for it, initialised from the first
+    training images; on the CPU."""
+    network = networks.build(config.net, dataset.num_classes)
+    if network.images_to_prepare:
+        first = (
+            torch.from_numpy(dataset.train.take(slice(network.images_to_prepare)).images).permute(0, 3, 1, 2).float()
+        )
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (dataset.mean, dataset.std))
+        network.prepare((first - mean) / std)
+    return network
+
+
 class Trainer:
     """The network with everything that trains it, on one process.
 
@@ -75,7 +88,7 @@ class Trainer:
         self.config, self.dataset, self.runtime, self.group = config, dataset, runtime, group or Group()
         self.backend = backend
         device = runtime.device
-        network: nn.Module = networks.build(config.net, dataset.num_classes).to(device)
+        network: nn.Module = new_network(config, dataset).to(device)
         if config.train.sync_bn and self.group.world_size > 1:
             network = synchronise_batch_norm(network, device)
         if runtime.channels_last:
@@ -271,7 +284,7 @@ class Trainer:
         """Stand where a new trainer with this seed would stand. The tensors of the network and of its average keep their
         memory, so that what was compiled or captured stays valid; `config` stays as it is."""
         seed_everything(seed, self.config.train.deterministic)
-        drawn = networks.build(self.config.net, self.dataset.num_classes)
+        drawn = new_network(self.config, self.dataset)
         self.net.load_state_dict(drawn.state_dict())
         self.net.train()
         if self.ema is not None:
