@@ -19,34 +19,47 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from places import ROOT
 
 from analysis import compare, confusion, curves, grad_cam, misclassified, predict, predictions, report, samples
 from analysis.predictions import agreement, checked_predictions, predict_test, worst_first
 from analysis.report import PICTURES, analyse, render
 from analysis.run import AnalysisError, LoadedRun, class_index, fit_data, load_run
-from dali_pipeline.datasets import DataError, Split, synthetic
+from dali_pipeline.dataset import DataError, Split
 from dali_pipeline.plan import Augment, draw_plan
-from train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from train.config import Config
-from train.fit import fit
-from train.record import Log
+from dali_pipeline.sources.synthetic import random_dataset
+from net import build
+from net.options import NetOptions
+from train.config import Config, changed
+from train.disk.atomic import write_csv
+from train.disk.checkpoint import FORMAT, CheckpointError, load_checkpoint, save_checkpoint, seal
+from train.disk.folder import FOLDERS
+from train.disk.snapshot import load_snapshot
+from train.run import fit
+from train.screen.log import Log
+from train.step.range_test import RangeTest
 
 QUIET: Callable[[str], None] = lambda line: None  # noqa: E731
 
 
 def recipe(**changes: Any) -> Config:
     """Digits at width 4, two epochs or so: a run of a few seconds that still gets many digits wrong."""
-    config = Config()
-    config.data.name, config.data.backend = "digits", "torch"
-    config.augment.flip = False
-    config.net.width = 4
-    config.schedule.lr_max, config.schedule.lr_min, config.schedule.peak_epoch = 0.1, 0.002, 1.0
-    config.train.epochs, config.train.batch_size, config.train.eval_batch_size = 2, 128, 100
-    config.train.compile, config.train.device, config.train.precision = "off", "cpu", "fp32"
-    for name, value in changes.items():
-        section, key = name.split("__")
-        setattr(getattr(config, section), key, value)
-    return config
+    values: dict[str, Any] = {
+        "data.name": "digits",
+        "data.backend": "torch",
+        "augment.flip": False,
+        "net.width": 4,
+        "schedule.lr_max": 0.1,
+        "schedule.lr_min": 0.002,
+        "schedule.peak_epoch": 1.0,
+        "train.epochs": 2,
+        "train.batch_size": 128,
+        "train.eval_batch_size": 100,
+        "train.compile": "off",
+        "train.device": "cpu",
+        "train.precision": "fp32",
+    }
+    return changed(Config(), values | {name.replace("__", "."): value for name, value in changes.items()})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -122,9 +135,8 @@ def test_accuracy_equals_the_runs_to_the_last_image(runs: Path, checkpoint: str)
 
 
 def test_a_difference_that_rounding_cannot_explain_is_refused(first: LoadedRun) -> None:
-    records = first.dataset.test.records.copy()
-    records[:, 0] = (records[:, 0] + 1) % 10
-    wrong = dataclasses.replace(first.dataset, test=Split(records, 1, 32, 32))
+    test = first.dataset.test
+    wrong = dataclasses.replace(first.dataset, test=Split(test.images, (test.labels + 1) % 10))
     run = dataclasses.replace(first, data=wrong)
     with pytest.raises(AnalysisError, match="--accept-difference"):
         checked_predictions(run, QUIET)
@@ -210,7 +222,7 @@ def test_samples_are_the_first_images_of_the_epoch_as_the_plan_augments_them(fir
 
 def test_the_drawn_schedule_is_the_one_that_was_stepped(first: LoadedRun) -> None:
     schedule = curves.schedule_of(first)
-    per_epoch = first.checkpoint["steps_per_epoch"]
+    per_epoch = first.snapshot.steps_per_epoch
     assert [schedule(int(m["epoch"]) * per_epoch - 1) for m in first.metrics] == [m["lr"] for m in first.metrics]
     steps, rates = curves.learning_rates(schedule)
     assert steps == list(range(schedule.total_steps)) and max(rates) == pytest.approx(0.1)
@@ -253,8 +265,8 @@ def test_grad_cam_picture_shows_right_and_wrong_answers(
         answers,
         first.class_names,
         tmp_path / "grad_cam.png",
-        mean=first.checkpoint["mean"],
-        std=first.checkpoint["std"],
+        mean=first.snapshot.data.mean,
+        std=first.snapshot.data.std,
         count=6,
     )
     assert answers.hits[shown].tolist() == [True] * 3 + [False] * 3
@@ -264,7 +276,7 @@ def test_grad_cam_picture_shows_right_and_wrong_answers(
 
 
 def test_inputs_of_the_maps_are_normalised_as_in_evaluation(first: LoadedRun, answers: predictions.Predictions) -> None:
-    inputs = grad_cam.normalise(first.dataset.test.images[:40], first.checkpoint["mean"], first.checkpoint["std"])
+    inputs = grad_cam.normalise(first.dataset.test.images[:40], first.snapshot.data.mean, first.snapshot.data.std)
     with torch.no_grad():
         logits = first.net(inputs)
     torch.testing.assert_close(logits, torch.from_numpy(answers.logits[:40]), rtol=1e-4, atol=1e-4)
@@ -307,6 +319,60 @@ def test_report_is_one_file_that_refers_to_nothing_outside(analysed: Path) -> No
     assert len(images) == 50 + len(list(analysed.glob("*.png")))
     assert all(attributes.get("alt") for attributes in images)
     assert "prefers-color-scheme: dark" in page and "width=device-width" in page
+
+
+def test_an_analysis_into_a_folder_of_pictures_neither_removes_nor_shows_them(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("curves.png", "lr_finder.png"):  # a run without an epoch or a range test has neither
+        (tmp_path / name).write_bytes(b"mine")
+    (copied / "metrics.jsonl").unlink()
+    edit_checkpoint(copied / "best.pt", metrics=[])
+    page = analyse(copied, output=tmp_path, device="cpu", accept_difference=True, log=QUIET).read_text()
+    assert (tmp_path / "lr_finder.png").read_bytes() == (tmp_path / "curves.png").read_bytes() == b"mine"
+    assert "Learning rate range test" not in page and "Not drawn: no epoch is finished" in page
+    # beside a report of ours the same names are an earlier analysis', and go
+    page = analyse(copied, output=tmp_path, device="cpu", accept_difference=True, log=QUIET).read_text()
+    assert not (tmp_path / "lr_finder.png").exists() and not (tmp_path / "curves.png").exists()
+
+
+def test_no_file_of_an_analysis_is_written_through_a_link(copied: Path, tmp_path: Path) -> None:
+    target = tmp_path / "mine"
+    target.write_text("mine")
+    (copied / "analysis").mkdir()
+    flat = RangeTest(tuple(np.geomspace(1e-3, 1, 40).tolist()), (2.0,) * 40, diverged=False)
+    write_csv(copied / "lr_finder.csv", flat.rows())
+    names = set(FOLDERS["analysis"]) - {"predict.png"}
+    for name in names:
+        (copied / "analysis" / name).symlink_to(target)
+    analyse(copied, device="cpu", log=QUIET)
+    assert target.read_text() == "mine"
+    written = {path.name for path in (copied / "analysis").iterdir() if path.is_file() and not path.is_symlink()}
+    assert written == names
+    # nor those of a command alone, or of several runs
+    for name in ("predict.png", "compare.png"):
+        (tmp_path / name).symlink_to(target)
+    Image.new("RGB", (40, 40)).save(tmp_path / "image.png")
+    words = [str(copied), str(tmp_path / "image.png"), "--explain", "--output", str(tmp_path), "--device", "cpu"]
+    assert predict.main(words) == 0
+    other = shutil.copytree(copied, tmp_path / "other")
+    assert compare.main([str(copied), str(other), "--output", str(tmp_path / "compare.png"), "--device", "cpu"]) == 0
+    for name in ("predict.png", "compare.png"):
+        assert not (tmp_path / name).is_symlink() and (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+    assert target.read_text() == "mine"
+
+
+def test_an_analysis_folder_that_is_a_link_is_refused_by_name(
+    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "curves.png").write_text("mine")
+    (copied / "analysis").symlink_to(elsewhere)
+    for main in (report.main, curves.main, confusion.main, samples.main):
+        assert f"{copied / 'analysis'}: is a symbolic link" in error_of(main, [copied, "--device", "cpu"], capsys)
+    assert [(path.name, path.read_text()) for path in elsewhere.iterdir()] == [("curves.png", "mine")]
+    assert curves.main([str(copied), "--output", str(elsewhere), "--device", "cpu"]) == 0  # named by the user
 
 
 def test_report_holds_the_figures_the_recipe_and_the_worst_images(
@@ -493,13 +559,14 @@ def test_a_checkpoint_of_another_width_class_count_or_data_is_refused(
     }
     save_checkpoint(copied / "best.pt", foreign)
     assert "lacks lr_max" in error_of(report.main, [copied], capsys)
+    snapshot = load_snapshot(copied / "last.pt")
     with pytest.raises(AnalysisError, match="knows 10 classes, synthetic has 4"):
-        fit_data(synthetic(32, 4, 50), state, "best.pt")
+        fit_data(random_dataset(32, 4, 50), snapshot, "best.pt")
     with pytest.raises(AnalysisError, match="class names are not those"):
-        fit_data(synthetic(32, 10, 50), state, "best.pt")
+        fit_data(random_dataset(32, 10, 50), snapshot, "best.pt")
     with pytest.raises(AnalysisError, match="32 x 32, digits has 40 x 40"):
-        other = dataclasses.replace(synthetic(40, 10, 50), name="digits", class_names=first.class_names)
-        fit_data(other, state, "best.pt")
+        other = dataclasses.replace(random_dataset(40, 10, 50), name="digits", class_names=first.class_names)
+        fit_data(other, snapshot, "best.pt")
 
 
 def test_missing_data_say_how_to_name_their_folder(
@@ -537,17 +604,15 @@ def test_a_checkpoint_that_would_run_code_is_refused(copied: Path) -> None:
     import pickle
     import zipfile
 
-    from train.checkpoint import seal
-
     class Bomb:
         def __reduce__(self) -> tuple[Any, tuple[str]]:
             return (exec, ("raise SystemError('code has run')",))
 
     with zipfile.ZipFile(copied / "bomb", "w") as archive:
-        archive.writestr("archive/data.pkl", pickle.dumps({"format": 1, "model": Bomb()}, protocol=2))
+        archive.writestr("archive/data.pkl", pickle.dumps({"format": FORMAT, "model": Bomb()}, protocol=2))
         archive.writestr("archive/version", "3\n")
     (copied / "best.pt").write_bytes(seal((copied / "bomb").read_bytes()))
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="does not hold plain tensors and numbers"):
         load_run(copied, device="cpu", say=QUIET)
 
 
@@ -591,7 +656,7 @@ def test_every_module_runs_alone(module: str, runs: Path, tmp_path: Path, capsys
 
 def test_the_package_runs_as_a_command() -> None:
     command = [sys.executable, "-m", "analysis", "--help"]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "report.html" in done.stdout
 
 
@@ -671,11 +736,9 @@ def test_compare_refuses_other_test_sets_and_single_runs(runs: Path, capsys: pyt
 
 @pytest.mark.gpu
 def test_ten_thousand_images_at_full_width_take_seconds(runs: Path) -> None:
-    from net.resnet import CustomResNet
-
     run = load_run(runs / "noise", say=QUIET)
-    data = synthetic(32, 10, 50_000)
-    net = CustomResNet(10, 64).to(run.runtime.device).eval()
+    data = random_dataset(32, 10, 50_000)
+    net = build(NetOptions(width=64), 10).to(run.runtime.device).eval()
     full = dataclasses.replace(run, net=net, data=data)
     begun = time.perf_counter()
     assert len(predict_test(full, QUIET)) == 10_000

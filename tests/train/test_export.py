@@ -8,32 +8,47 @@ from typing import Any
 
 import pytest
 import torch
-from zygote import ROOT
+from places import ROOT
 
 import train.export
-from dali_pipeline.datasets import load
-from train.checkpoint import load_checkpoint, save_checkpoint
-from train.config import Config
+from dali_pipeline import sources
+from dali_pipeline.dataset import Split
+from dali_pipeline.options import DataOptions
+from net import build
+from net.interface import Network
+from net.options import NetOptions
+from train.config import Config, changed
+from train.disk.checkpoint import load_checkpoint, save_checkpoint
+from train.disk.snapshot import Snapshot, load_snapshot
 from train.export import ExportError, export, main, network, program
-from train.fit import fit
-from train.record import Log
+from train.run import fit
+from train.screen.log import Log
 
 
 @pytest.fixture
 def run(quick_config: Config, tmp_path: Path) -> Path:
-    quick_config.train.ema_decay, quick_config.train.epochs, quick_config.schedule.peak_epoch = 0.9, 1, 0.5
-    quick_config.data.backend, quick_config.net.width = "torch", 4
-    fit(quick_config, tmp_path / "run", log=Log(quiet=True))
+    values = {
+        "train.ema_decay": 0.9,
+        "train.epochs": 1,
+        "schedule.peak_epoch": 0.5,
+        "data.backend": "torch",
+        "net.width": 4,
+    }
+    fit(changed(quick_config, values), tmp_path / "run", log=Log(quiet=True))
     return tmp_path / "run"
 
 
+def digits() -> Split:
+    return sources.load(DataOptions(name="digits")).test
+
+
 def accuracy(logits: torch.Tensor) -> float:
-    labels = torch.from_numpy(load("digits", "unused").test.labels)
+    labels = torch.from_numpy(digits().labels)
     return 100 * int((logits.argmax(1) == labels).sum()) / len(labels)
 
 
 def pixels() -> torch.Tensor:
-    return torch.from_numpy(load("digits", "unused").test.images).permute(0, 3, 1, 2)
+    return torch.from_numpy(digits().images).permute(0, 3, 1, 2)
 
 
 def test_safetensors_hold_all_that_is_needed_for_the_accuracy_of_the_checkpoint(
@@ -42,14 +57,12 @@ def test_safetensors_hold_all_that_is_needed_for_the_accuracy_of_the_checkpoint(
     safetensors = pytest.importorskip("safetensors", reason="safetensors is not installed (extra: export)")
     from safetensors.torch import load_file
 
-    from net.resnet import CustomResNet
-
     assert main([str(run)]) == 0
     assert "to 0.0e+00" in capsys.readouterr().out
     path = run / "export" / "model.safetensors"
     with safetensors.safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()["about"])
-    net = CustomResNet(len(about["class_names"]), about["width"], about["logit_scale"])
+    net = build(NetOptions(width=about["width"], logit_scale=about["logit_scale"]), len(about["class_names"]))
     net.load_state_dict(load_file(path))
     mean, std = (torch.tensor(about[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
@@ -80,14 +93,14 @@ def test_ema_exports_the_average_and_is_refused_without_one(run: Path, capsys: p
 def test_programs_take_uint8_images_of_any_number(run: Path, name: str) -> None:
     for package in train.export.NEEDED[name]:
         pytest.importorskip(package, reason=f"{package} is not installed (extra: export)")
-    state = load_checkpoint(run / "best.pt")
-    net, images = network(state), pixels()
-    difference = export(run, name, state, net, images[:64])
+    snapshot = load_snapshot(run / "best.pt")
+    net, images = network(snapshot), pixels()
+    difference = export(run, name, snapshot, net, images[:64])
     assert difference <= train.export.TOLERANCES[name]
     logits = run_program(run / name, images)
-    assert accuracy(logits) == state["test_accuracy"]
+    assert accuracy(logits) == load_checkpoint(run / "best.pt")["test_accuracy"]
     with torch.no_grad():
-        torch.testing.assert_close(run_program(run / name, images[:1]), program(state, net)(images[:1]))
+        torch.testing.assert_close(run_program(run / name, images[:1]), program(snapshot, net)(images[:1]))
 
 
 def run_program(path: Path, images: torch.Tensor) -> torch.Tensor:
@@ -101,17 +114,43 @@ def run_program(path: Path, images: torch.Tensor) -> torch.Tensor:
 
 
 def test_an_export_that_differs_is_not_kept_and_the_older_one_stays(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(path: Path, state: dict[str, Any], net: Any, images: torch.Tensor) -> Any:
+    def wrong(path: Path, snapshot: Snapshot, net: Network, images: torch.Tensor) -> Any:
         path.write_bytes(b"new")
-        return lambda batch: program(state, net)(batch) + 0.01
+        return lambda batch: program(snapshot, net)(batch) + 0.01
 
     monkeypatch.setitem(train.export.MAKERS, "model.onnx", wrong)
     (run / "model.onnx").write_bytes(b"old")
-    state = load_checkpoint(run / "best.pt")
+    snapshot = load_snapshot(run / "best.pt")
     with pytest.raises(ExportError, match="differs from the network by"):
-        export(run, "model.onnx", state, network(state), pixels()[:32])
+        export(run, "model.onnx", snapshot, network(snapshot), pixels()[:32])
     assert (run / "model.onnx").read_bytes() == b"old"
     assert not list(run.glob(".*tmp*"))
+
+
+def test_an_export_is_never_written_through_a_link(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def made(path: Path, snapshot: Snapshot, net: Network, images: torch.Tensor) -> Any:
+        path.write_bytes(b"new")
+        return program(snapshot, net)
+
+    monkeypatch.setitem(train.export.MAKERS, "model.safetensors", made)
+    monkeypatch.setattr(train.export, "require", lambda name: None)
+    target, folder = tmp_path / "mine", run / "export"
+    target.write_bytes(b"mine")
+    folder.mkdir()
+    for name in ("model.safetensors", ".model.safetensors.tmp.safetensors"):
+        (folder / name).symlink_to(target)
+    assert main([str(run)]) == 0
+    assert target.read_bytes() == b"mine"
+    assert [(path.name, path.is_symlink(), path.read_bytes()) for path in folder.iterdir()] == [
+        ("model.safetensors", False, b"new")
+    ]
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    capsys.readouterr()
+    assert main([str(run)]) == 2
+    assert f"{folder}: is a symbolic link" in capsys.readouterr().err
 
 
 def test_what_cannot_be_exported_is_one_line(

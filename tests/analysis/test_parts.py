@@ -13,14 +13,16 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from places import ROOT
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from analysis import calibration, compare, confusion, curves, grad_cam, predict, style
 from analysis.predictions import Predictions
 from net.resnet import CustomResNet
-from train.lr_finder import RangeTest, suggest
-from train.optim import OneCycle
+from train.disk.atomic import write_csv
+from train.step.range_test import RangeTest, suggest
+from train.step.schedule import OneCycle
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -306,7 +308,9 @@ def test_predictions_check_their_shapes_and_rank_the_second_choice() -> None:
 def test_drawing_needs_no_pyplot_and_no_backend() -> None:
     code = "import sys, analysis.curves, analysis.report; sys.exit('matplotlib.pyplot' in sys.modules)"
     environment = {"MPLBACKEND": "tkagg", "PATH": ""}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -317,9 +321,9 @@ def test_the_picture_of_a_range_test_marks_the_rates_used_or_says_why_there_are_
     monkeypatch.setattr(curves, "save", lambda figure, path: drawn.append(figure))
     rates = tuple(np.geomspace(1e-4, 10, 100).tolist())
     valley = tuple((1 + np.log10(np.asarray(rates) / 0.1) ** 2).tolist())
-    RangeTest(rates, valley, False).write_csv(tmp_path / "found.csv")
-    RangeTest(rates, valley[::-1][:50] * 2, False).write_csv(tmp_path / "given.csv")
-    RangeTest(rates[:5], valley[:5], True).write_csv(tmp_path / "none.csv")
+    write_csv(tmp_path / "found.csv", RangeTest(rates, valley, False).rows())
+    write_csv(tmp_path / "given.csv", RangeTest(rates, valley[::-1][:50] * 2, False).rows())
+    write_csv(tmp_path / "none.csv", RangeTest(rates[:5], valley[:5], True).rows())
     found = suggest(RangeTest(rates, valley, False))
     curves.draw_lr_finder(tmp_path / "found.csv", tmp_path / "a.png")
     curves.draw_lr_finder(tmp_path / "given.csv", tmp_path / "b.png", used=(0.5, 0.01))
