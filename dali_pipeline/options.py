@@ -24,3 +24,8 @@ class DataOptions:
     backend: Literal["auto", "dali", "torch"] = key(
         "auto", "input pipeline; auto takes DALI wherever it gives the right pixels", changes="speed"
     )
+    validation: int | float | None = key(
+        None,
+        "training images held out to choose best.pt by: a fraction (0.1) or a count (5000); null holds out none",
+        above=0.0,
+    )

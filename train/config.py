@@ -100,7 +100,9 @@ def changes(name: str) -> Changes:
 
 
 def _takes_float(hint: Any) -> bool:
-    return hint is float or float in typing.get_args(hint)
+    """Whether a whole number for the key is meant as a float."""
+    arms = (hint, *typing.get_args(hint))
+    return float in arms and int not in arms
 
 
 def _is_union(hint: Any) -> bool:
@@ -215,6 +217,15 @@ def _check_together(config: Config) -> None:
     if images is not None and train.batch_size > images:
         raise ConfigError(
             f"train.batch_size: {train.batch_size} is more than the {images} training images of {config.data.name}"
+        )
+    held = config.data.validation
+    if isinstance(held, float) and held >= 1:
+        raise ConfigError(
+            f"data.validation: {held:g} is neither a fraction below 1 nor a whole number of images, such as 5000"
+        )
+    if isinstance(held, int) and images is not None and held >= images:
+        raise ConfigError(
+            f"data.validation: {held} leaves none of the {images} training images of {config.data.name}"
         )
     try:
         source.check()

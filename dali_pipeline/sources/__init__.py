@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dali_pipeline.dataset import DataError, Dataset
+from dali_pipeline.hold_out import hold_out
 from dali_pipeline.options import DataOptions
 from dali_pipeline.sources.cifar import Cifar10, Cifar100
 from dali_pipeline.sources.digits import Digits
@@ -57,10 +58,16 @@ def source_of(options: DataOptions) -> Source:
 def load(
     options: DataOptions, say: Say | None = None, *, download: bool | None = None, root: Path | None = None
 ) -> Dataset:
-    """The data set that the `data:` section asks for; raises DataError where it cannot be had.
+    """The data set that the `data:` section asks for, with the validation split that it asks for; raises DataError where it
+    cannot be had.
 
     `say` receives lines about a download's progress (`to_stderr` prints them); None is silent. `download` and `root`, where
     given, replace those of `options`.
     """
     folder = Path(options.root if root is None else root).expanduser()
-    return source_of(options).load(folder, download=options.download if download is None else download, say=say)
+    dataset = source_of(options).load(folder, download=options.download if download is None else download, say=say)
+    if options.validation is None:
+        return dataset
+    if dataset.validation is not None:
+        raise DataError(f"data.validation: {dataset.name} has a validation split of its own; leave the key out")
+    return hold_out(dataset, options.validation)
