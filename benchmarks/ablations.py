@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -18,6 +19,7 @@ from dali_pipeline.backend import choose_backend
 from dali_pipeline.dataset import Dataset
 from dali_pipeline.loader import GRAPHS
 from train.config import Config, changed
+from train.disk.atomic import write_atomic
 from train.machine.runtime import find_compiler, prepare
 from train.screen.log import Log
 from train.session import Session
@@ -74,7 +76,7 @@ def _trainings(
         def run(value: Any = value) -> dict[str, Rate]:
             try:
                 with Session(changed(config, {f"train.{key}": value}), Log(quiet=True)) as session:
-                    training = Training(session)
+                    training = Training(session, dataset)
                     return interleave([training.stage(stage, seconds) for stage in STAGES], repeats)
             finally:
                 torch._dynamo.reset()  # else settings share the limit on recompilations
@@ -187,5 +189,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axis.set_ylabel("images/s")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120, format=path.suffix.removeprefix(".") or "png")
+    write_atomic(path, content.getvalue())
     plt.close(figure)

@@ -54,11 +54,11 @@ class TimedLoader:
 
 class Training:
     """The trainer of an open session, built, compiled and warm, as stages. All of them go on where the last one stopped in
-    the plan."""
+    the plan. `dataset` is what the recipe asks for, where it has been read already."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, dataset: Dataset | None = None) -> None:
         reset_device_peak(session.runtime.device)
-        session.build()
+        session.build(dataset=dataset)
         session.warm_up()
         self.trainer, self.runtime, self.backend = session.trainer, session.runtime, session.backend
         self.device = session.runtime.device

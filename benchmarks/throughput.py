@@ -194,7 +194,7 @@ def measure(
         measurement.augmentations(kinds)
         save(report)
     with Session(config, Log(quiet=True)) as session:
-        training = Training(session)
+        training = Training(session, dataset)
         measurement.training(training)
         save(report)
         if options.profile:

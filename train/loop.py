@@ -1,4 +1,4 @@
-"""The epochs of a run: train, evaluate, report, save; and where a run stands, to go on from there."""
+"""The epochs of a run: train, evaluate, report, save."""
 
 from __future__ import annotations
 

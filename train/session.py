@@ -82,6 +82,7 @@ class Session:
         return self._trainer
 
     def _look_at_machine(self) -> None:
+        failpoint("machine")
         train = self.config.train
         self.runtime = prepare(
             device=train.device,
@@ -98,9 +99,9 @@ class Session:
         fallback = self.config.data.backend == "auto" and self.backend.name != "dali"
         self.log(f"{'WARNING: ' if fallback else ''}pipeline: {self.backend.name} ({self.backend.reason})")
 
-    def build(self, check: Callable[[Dataset], None] | None = None) -> None:
-        """Read the data, show them to `check`, which may raise, and make the trainer."""
-        self._dataset = dataset = self._load_data()
+    def build(self, check: Callable[[Dataset], None] | None = None, dataset: Dataset | None = None) -> None:
+        """Read the data, unless `dataset` holds them already, show them to `check`, which may raise, and make the trainer."""
+        self._dataset = dataset = self._load_data(dataset)
         with self.group.together():
             if check is not None:
                 check(dataset)
@@ -109,11 +110,12 @@ class Session:
         self.at_end(self.trainer.close)
         self.times.set_up += time.perf_counter() - self._begun
 
-    def _load_data(self) -> Dataset:
+    def _load_data(self, dataset: Dataset | None) -> Dataset:
         # the first process downloads what is missing, the others wait and then read it
         with self.group.together():
             failpoint("load")
-            dataset = self._load(download=None) if self.group.first else None
+            if dataset is None and self.group.first:
+                dataset = self._load(download=None)
         with self.group.together():
             dataset = dataset or self._load(download=False)
             self._check_fit(dataset)

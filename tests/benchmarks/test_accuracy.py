@@ -104,7 +104,12 @@ def test_accuracy_goes_on_after_an_interruption(
     finished.write_text(whole)
     # nothing to do: the report again, without a trainer
     monkeypatch.setattr(accuracy, "Campaign", None)
+    # the report replaces a link, and not what the link leads to
+    (tmp_path / "mine").write_text("mine")
+    path.unlink()
+    path.symlink_to(tmp_path / "mine")
     assert accuracy.main([*words, "--runs", "2"]) == 0
+    assert (tmp_path / "mine").read_text() == "mine" and json.loads(path.read_text())["runs"] == 2
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["accuracy"]["n"] == 2
 
 
@@ -122,6 +127,17 @@ def test_accuracy_refuses_a_changed_recipe(
     # a data folder and a seed are no part of the recipe
     elsewhere = changed(config, {"data.root": "elsewhere", "train.seed": 7})
     assert accuracy.read_finished(finished, to_dict(elsewhere)) == {}
+
+
+@pytest.mark.parametrize("text", ["a line without an end", "two lines\nof notes", "a list\n", '{"loss": 1}\n{"lo'])
+def test_accuracy_neither_changes_nor_removes_a_file_that_it_did_not_write(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text(text)
+    assert accuracy.main([str(recipe_file), "--runs", "1", "--finished", str(notes)]) == 2
+    assert "name another file with --finished" in capsys.readouterr().err
+    assert notes.read_text() == text
 
 
 def test_accuracy_finds_its_rates_where_the_recipe_asks_for_that(recipe_file: Path) -> None:
