@@ -47,8 +47,8 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 PICTURES = {
     "curves.png": (
         "Loss and accuracy",
-        "Training (dashed) is measured on augmented images while the weights still move, test on plain ones after each epoch. "
-        "A test loss that rises while the training loss falls is overfitting; the star marks the best epoch.",
+        "Training (dashed) is measured on augmented images while the weights still move, the others on plain ones after each "
+        "epoch. A loss that rises while the training loss falls is overfitting; the star marks the epoch of best.pt.",
     ),
     "learning_rate.png": (
         "Learning rate",
@@ -211,27 +211,30 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]], css: str = "
     return f'<div class="scroll"><table class="{css}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def _accuracies(run: LoadedRun, predictions: Predictions) -> list[tuple[str, str, str]]:
+    """The tiles of what the run reached. Where the test set itself chose best.pt, the last epoch comes first, as it was
+    chosen by nothing."""
+    answers = f"{int(predictions.hits.sum()):,} of {len(predictions):,} images, {run.file}, epoch {run.epoch}"
+    ours = (f"{predictions.accuracy:.2f}%", "test accuracy", answers)
+    if not run.metrics or run.file != "best.pt":
+        return [ours]
+    last, leading = run.metrics[-1], recorded(run.metrics[-1])[0]
+    reached = max(float(m[f"{leading.key}_accuracy"]) for m in run.metrics)
+    if leading.split == "test":
+        at_end = (f"{last['test_accuracy']:.2f}%", "test accuracy", f"after the last epoch, {last['epoch']}")
+        return [at_end, (ours[0], "of best.pt", f"{answers}, chosen on the test set itself, which flatters")]
+    tiles = [(*ours[:2], f"{answers}, chosen on the validation split ({reached:.2f}%)")]
+    if at_last := run.summary.get("test", {}).get("last.pt"):
+        tiles.append((f"{at_last['accuracy']:.2f}%", "of last.pt", f"test accuracy, epoch {at_last['epoch']}"))
+    return tiles
+
+
 def headline(run: LoadedRun, results: Results) -> list[tuple[str, str, str]]:
     """(figure, what it is, a note) of the tiles on top."""
-    predictions = results.predictions
-    tiles = [
-        (
-            f"{predictions.accuracy:.2f}%",
-            "test accuracy",
-            f"{int(predictions.hits.sum()):,} of {len(predictions):,} images, {run.file}, epoch {run.epoch}",
-        )
-    ]
-    metrics = run.metrics
+    predictions, metrics = results.predictions, run.metrics
+    tiles = _accuracies(run, predictions)
     if metrics:
-        best = max(metrics, key=lambda m: float(m["test_accuracy"]))
         planned = run.config.train.epochs
-        tiles.append(
-            (
-                f"{best['test_accuracy']:.2f}%",
-                "best epoch",
-                f"epoch {best['epoch']}; last {metrics[-1]['test_accuracy']:.2f}%",
-            )
-        )
         cut = "" if len(metrics) >= planned else " (interrupted, or still running)"
         tiles.append(
             (f"{len(metrics)} of {planned}", "epochs finished", f"batches of {run.config.train.batch_size:,}{cut}")
@@ -240,7 +243,7 @@ def headline(run: LoadedRun, results: Results) -> list[tuple[str, str, str]]:
         rate = sum(float(m["seconds"]) * float(m["images_per_second"]) for m in metrics) / seconds
         device = run.environment.get("device_name") or run.environment.get("device", "unknown device")
         tiles.append((duration(seconds), "training time", f"{rate:,.0f} images/s on {device}, evaluation apart"))
-        for measure in recorded(list(metrics[-1]))[1:]:
+        for measure in recorded(metrics[-1])[1:]:
             accuracy = metrics[-1][f"{measure.key}_accuracy"]
             tiles.append((f"{accuracy:.2f}%", measure.kind, f"{measure.split} accuracy at the end"))
     tiles.append((f"{predictions.losses.mean():.4f}", "test loss", "mean cross-entropy, nats"))

@@ -22,14 +22,13 @@ from train.config import Config, ConfigError, from_dict, load_config
 from train.disk.folder import own_folder, read_metrics
 from train.disk.snapshot import Snapshot, load_snapshot
 from train.machine.runtime import Runtime, RuntimeUnavailable, prepare
+from train.step.measures import recorded
 
 Item = TypeVar("Item")
 Say = Callable[[str], None]
 
 # what the curves and the report read of a line of metrics.jsonl
-MEASURED = {
-    "epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds", "images_per_second",
-}  # fmt: skip
+MEASURED = {"epoch", "lr", "train_loss", "train_accuracy", "seconds", "images_per_second"}
 
 
 class AnalysisError(UserError):
@@ -72,7 +71,12 @@ class LoadedRun:
 
     @property
     def recorded_accuracy(self) -> float | None:
-        return None if self.step else self.snapshot.test_accuracy
+        if self.step:
+            return None
+        if self.snapshot.test_accuracy is None:  # chosen on a validation split: measured once, at the end
+            at_end = self.summary.get("test", {}).get(self.file, {})
+            return float(at_end["accuracy"]) if at_end.get("epoch") == self.epoch else None
+        return self.snapshot.test_accuracy
 
     @property
     def dataset(self) -> Dataset:
@@ -230,7 +234,7 @@ def _metrics(path: Path, snapshot: Snapshot, notes: list[str]) -> list[dict[str,
     try:
         records = read_metrics(path / "metrics.jsonl")
         for number, record in enumerate(records, 1):
-            if not isinstance(record, dict) or not set(record) >= MEASURED:
+            if not isinstance(record, dict) or not set(record) >= MEASURED or not recorded(record):
                 raise ValueError(f"line {number} is no epoch")
         return records
     except FileNotFoundError:

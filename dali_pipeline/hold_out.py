@@ -14,7 +14,7 @@ from dali_pipeline.dataset import DataError, Dataset, Split, pieces, with_statis
 def digests(split: Split) -> list[bytes]:
     """SHA-256 of each image's pixels, (H, W, 3) in C order, whatever the order of the axes in memory."""
     return [
-        hashlib.sha256(image).digest()
+        hashlib.sha256(image.data).digest()
         for piece in pieces(split, 1 << 22)
         for image in np.ascontiguousarray(piece).reshape(len(piece), -1)
     ]
@@ -31,7 +31,8 @@ def held_out(split: Split, amount: float, num_classes: int) -> npt.NDArray[np.bo
     found = digests(split)
     if amount < 1:
         numbers = np.array([int.from_bytes(digest[:8], "big") for digest in found], np.uint64)
-        return numbers < np.uint64(min(int(amount * 2**64), 2**64 - 1))
+        mask: npt.NDArray[np.bool_] = numbers < np.uint64(min(int(amount * 2**64), 2**64 - 1))
+        return mask
     chosen: set[bytes] = set()
     each, more = divmod(int(amount), num_classes)
     for label in range(num_classes):

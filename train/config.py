@@ -224,9 +224,7 @@ def _check_together(config: Config) -> None:
             f"data.validation: {held:g} is neither a fraction below 1 nor a whole number of images, such as 5000"
         )
     if isinstance(held, int) and images is not None and held >= images:
-        raise ConfigError(
-            f"data.validation: {held} leaves none of the {images} training images of {config.data.name}"
-        )
+        raise ConfigError(f"data.validation: {held} leaves none of the {images} training images of {config.data.name}")
     try:
         source.check()
     except ValueError as error:

@@ -14,7 +14,7 @@ import torch
 from train.config import checkpoint_interval, to_dict
 from train.disk.checkpoint import on_host, save_last
 from train.disk.folder import RunFolder
-from train.disk.snapshot import DataFacts, Position, Snapshot
+from train.disk.snapshot import DataFacts, Position, Snapshot, load_snapshot
 from train.failpoints import failpoint
 from train.machine.signals import Interrupted
 from train.screen.notice import LongRunNotice
@@ -86,6 +86,29 @@ class Run:
                 self._epoch()
         if self.writer is not None:
             self.writer.close()
+
+    def measure_test(self) -> dict[str, dict[Measure, Score]]:
+        """The test set by the weights of last.pt and, where there is a run folder, of best.pt: once, after the last epoch of a
+        training that a validation split has chosen. The trainer keeps its own weights."""
+        trainer, position = self.trainer, self.position
+        with self.times.on("evaluation", trainer.runtime.device):
+            found = {"last.pt": trainer.evaluate_test()}
+            if not self.session.group.any(self.folder is not None):
+                return found
+            if position.best_epoch == position.epoch:
+                return found | {"best.pt": found["last.pt"]}
+            best = self.session.group.from_first(self._best_weights)
+            own = on_host({"model": trainer.net.state_dict(), "ema": trainer.ema and trainer.ema.state_dict()})
+            trainer.load_weights(best)
+            try:
+                return found | {"best.pt": trainer.evaluate_test()}
+            finally:
+                trainer.load_weights(own)
+
+    def _best_weights(self) -> dict[str, Any]:
+        assert self.folder is not None, "the first process has it"
+        state = load_snapshot(self.folder.path / "best.pt").trainer_state
+        return {name: state[name] for name in ("model", "ema")}
 
     def _epoch(self) -> None:
         trainer, position, config = self.trainer, self.position, self.config

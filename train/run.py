@@ -80,7 +80,11 @@ def fit(
         schedule = one_cycle(rates, config.schedule.peak_epoch, config.train.epochs, trainer.steps_per_epoch)
         run = Run(session, schedule, folder, position, notice)
         run.train()
-        summary, lines = summary_lines(run, run_dir)
+        final = None
+        if session.dataset.validation is not None:
+            log("measuring the test set, once ...")
+            final = run.measure_test()
+        summary, lines = summary_lines(run, run_dir, final)
         if folder is not None:
             folder.write_json("summary.json", summary)
         for line in lines:

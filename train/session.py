@@ -119,10 +119,16 @@ class Session:
         with self.group.together():
             dataset = dataset or self._load(download=False)
             self._check_fit(dataset)
+        counts = [f"{len(dataset.train):,} training"]
+        if dataset.validation is not None:
+            how = "" if self.config.data.validation is None else f" (data.validation={self.config.data.validation:g})"
+            counts.append(f"{len(dataset.validation):,} validation{how}")
         self.log(
-            f"data: {dataset.name}, {len(dataset.train):,} training and {len(dataset.test):,} test images of "
+            f"data: {dataset.name}, {', '.join(counts)} and {len(dataset.test):,} test images of "
             f"{dataset.height} x {dataset.width}, {dataset.num_classes} classes ({dataset.source})"
         )
+        for note in dataset.notes:
+            self.log(f"WARNING: {note}")
         return dataset
 
     def _load(self, download: bool | None) -> Dataset:

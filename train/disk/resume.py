@@ -73,6 +73,16 @@ def check_same_data(snapshot: Snapshot, dataset: Dataset) -> None:
                 f"data.root: the {dataset.name} found now is not what the run was trained on: {name} was {list(then)}, "
                 f"is {list(now)} ({dataset.source})"
             )
+    now_validation = None if dataset.validation is None else dataset.validation.fingerprint
+    if snapshot.data.validation != now_validation:
+        raise ConfigError(
+            f"data.root: the validation split of {dataset.name} is not that of the run: it was "
+            f"{_named(snapshot.data.validation)}, is {_named(now_validation)} ({dataset.source})"
+        )
+
+
+def _named(fingerprint: str | None) -> str:
+    return "none" if fingerprint is None else f"the one with SHA-256 {fingerprint[:12]}"
 
 
 def note_changes(then: dict[str, Any], now: dict[str, Any], log: Callable[[str], None]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -79,7 +79,8 @@ class Trainer:
     """The network with everything that trains it, on one process.
 
     `step` is the compiled training step, under DistributedDataParallel where there are several processes; `net` is the
-    plain network inside, whose state-dict keys are clean. `measures` is what an evaluation reports; best.pt follows the first.
+    plain network inside, whose state-dict keys are clean. `measures` is what an evaluation after an epoch reports, on the
+    validation split where there is one; best.pt follows the first.
     """
 
     def __init__(
@@ -100,21 +101,10 @@ class Trainer:
             self.ema = WeightAverage(network, config.train.ema_decay)
         self.optimizers = Optimizers(parameter_groups(network, config.optim), config.optim, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=runtime.precision == "fp16")
-        self.measures = measures_of(config.train)
+        self.measures = measures_of(config.train, "test" if dataset.validation is None else "validation")
         self._build_steps(runtime.compile_mode)
         self.train_loader = self._train_loader(config.train.seed)
-        self.eval_loaders = {
-            measure.split: EvalLoader(
-                getattr(dataset, measure.split),
-                batch_size=config.train.eval_batch_size,
-                device=device,
-                backend=backend,
-                rank=self.group.rank,
-                world_size=self.group.world_size,
-            )
-            for measure in self.measures
-            if measure.weights == "" and measure.views == "plain"
-        }
+        self.eval_loader = self.make_eval_loader(self.measures[0].split)
         self.steps_per_epoch = self.train_loader.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.local_batch = config.train.batch_size // self.group.world_size
@@ -128,6 +118,17 @@ class Trainer:
             seed=seed,
             compiled=self.runtime.compile_mode is not None,
             group=self.group,
+        )
+
+    def make_eval_loader(self, split: str) -> EvalLoader:
+        """Every image of the data set's split of this name, for this process; to be closed by who asked for it."""
+        return EvalLoader(
+            self.dataset.splits[split],
+            batch_size=self.config.train.eval_batch_size,
+            device=self.runtime.device,
+            backend=self.backend,
+            rank=self.group.rank,
+            world_size=self.group.world_size,
         )
 
     def _build_steps(self, compile_mode: str | None) -> None:
@@ -158,12 +159,9 @@ class Trainer:
             }
             self.step = DistributedDataParallel(self.train_step, device_ids=devices, **off)
 
-    def _names_of_views(self, weights: str) -> list[str]:
-        """The views over which these weights are measured, once each."""
-        return list(dict.fromkeys(measure.views for measure in self.measures if measure.weights == weights))
-
     def _views_of(self, weights: str) -> list[Views]:
-        return [VIEWS[name] for name in self._names_of_views(weights)]
+        """The sets of views over which these weights are measured."""
+        return [VIEWS[measure.views] for measure in self.measures if measure.weights == weights]
 
     def compiled_off(self) -> None:
         """Go on without torch.compile."""
@@ -236,14 +234,26 @@ class Trainer:
 
     def evaluate(self, after_batch: Callable[[int], None] | None = None) -> dict[Measure, Score]:
         """Each of `measures`; raises whatever `after_batch` raises to end it."""
+        return self._scores(self.measures, self.eval_loader, after_batch)
+
+    def evaluate_test(self, after_batch: Callable[[int], None] | None = None) -> dict[Measure, Score]:
+        """The same of the test set, for the end of a training that was chosen on a validation split."""
+        loader = self.make_eval_loader("test")
+        try:
+            return self._scores(measures_of(self.config.train, "test"), loader, after_batch)
+        finally:
+            loader.close()
+
+    def _scores(
+        self, measures: Sequence[Measure], loader: EvalLoader, after_batch: Callable[[int], None] | None
+    ) -> dict[Measure, Score]:
         self.average_statistics()
         scores: dict[Measure, Score] = {}
         for weights, step in self.eval_steps.items():
-            for split, loader in self.eval_loaders.items():
-                found = evaluate(step, loader, after_batch=after_batch).scores
-                names = self._names_of_views(weights)
-                scores |= {Measure(split, weights, v): score for v, score in zip(names, found, strict=True)}
-        return {measure: scores[measure] for measure in self.measures}
+            found = evaluate(step, loader, after_batch=after_batch).scores
+            of_step = [measure for measure in measures if measure.weights == weights]
+            scores |= zip(of_step, found, strict=True)
+        return {measure: scores[measure] for measure in measures}
 
     def average_statistics(self) -> None:
         """In place, over the processes: the mean of batch norm's running statistics, each process's own until then."""
@@ -271,11 +281,15 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave."""
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """The weights and their average from what `state` gave; the rest stays as it is."""
         self.net.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+        self.load_weights(state)
         self.optimizers.load_state_dict(state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():  # either may have trained without one
             self.scaler.load_state_dict(state["scaler"])
@@ -299,5 +313,4 @@ class Trainer:
     def close(self) -> None:
         """Stop the pipelines and free the resident images."""
         self.train_loader.close()
-        for loader in self.eval_loaders.values():
-            loader.close()
+        self.eval_loader.close()
