@@ -9,7 +9,6 @@ import torch
 
 from train.config import Config, changed
 
-
 # what helps the tests asserts too
 pytest.register_assert_rewrite("training")
 
