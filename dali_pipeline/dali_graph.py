@@ -28,7 +28,7 @@ PREFETCH_DEPTH = 2
 # DALI's GPU kernel copies a row in blocks of this many bytes, a byte a thread. Where a row's last block has fewer bytes than
 # a warp has threads, it reads beyond its table of rectangles.
 _BLOCK_BYTES, _WARP = 256, 32
-_MAX_PICTURE_BYTES = 2**31 - 1  # DALI's GPU kernel computes offsets within a picture in 32 bits
+MAX_PICTURE_BYTES = 2**31 - 1  # DALI's GPU kernel computes offsets within a picture in 32 bits
 
 
 class Unsupported(ValueError):
@@ -79,7 +79,7 @@ class DaliGraph:
             patched=cutout_by == "paste",
         )
         _, _, width, _ = tall.resident_shape
-        if math.prod(tall.resident_shape[1:]) > _MAX_PICTURE_BYTES:
+        if math.prod(tall.resident_shape[1:]) > MAX_PICTURE_BYTES:
             count = len(split) * (2 if augment.flip else 1)
             raise Unsupported(
                 f"{count} images of {tall.pitch} x {width} in {tall.pictures} pictures exceed DALI's 2 GiB a picture; "

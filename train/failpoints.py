@@ -2,6 +2,7 @@
 
 The names, where they stand:
 
+    machine              device, precision and pipeline are not chosen yet
     lock                 the run folder was looked at and its .lock opened, the lock is not taken yet
     load                 before the data are read, or downloaded
     build                the data are read, the network is not made yet

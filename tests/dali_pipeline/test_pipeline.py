@@ -182,7 +182,7 @@ def test_dali_gives_the_same_pixels_by_every_way(mode: Any, cutout: int, padded:
 
 
 def test_dali_refuses_pictures_that_its_gpu_kernel_cannot_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dali_graph, "_MAX_PICTURE_BYTES", 20 * 32 * 32 * 3)
+    monkeypatch.setattr(dali_graph, "MAX_PICTURE_BYTES", 20 * 32 * 32 * 3)
     with pytest.raises(BackendError, match="divisible by 16"):
         make_loader(make_split(64), "dali", batch_size=17)
     make_loader(make_split(64), "dali", batch_size=16).close()

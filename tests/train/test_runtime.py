@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from train.runtime import RuntimeUnavailable, prepare, seed_everything
+from train.machine.runtime import RuntimeUnavailable, prepare, seed_everything
 
 
 def notes(**requests: str) -> dict[str, str]:

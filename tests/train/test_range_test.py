@@ -10,48 +10,33 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import training
 from torch import nn
+from training import assert_same
 
-from dali_pipeline.datasets import load
-from dali_pipeline.loader import BackendChoice
-from train.borrow import borrowed_state
+from dali_pipeline.backend import BackendChoice
 from train.config import Config
-from train.lr_finder import RangeTest, RangeTestError, range_test, suggest
-from train.runtime import prepare
-from train.trainer import Trainer
+from train.disk.atomic import write_csv
+from train.step.borrow import borrowed_state
+from train.step.range_test import RangeTest, RangeTestError, range_test, suggest
+from train.step.trainer import Trainer
 
 
 def make_trainer(config: Config) -> Trainer:
-    torch.manual_seed(0)
-    runtime = prepare(device="cpu", precision="fp32", compile="off")
-    return Trainer(config, load("digits", Path("unused")), runtime, BackendChoice("torch", "test"))
+    return training.make_trainer(config, BackendChoice("torch", "test"))
 
 
 def snapshot(trainer: Trainer) -> dict[str, Any]:
+    (sgd,) = trainer.optimizers.by_kind.values()
     return {
         "model": {k: v.clone() for k, v in trainer.net.state_dict().items()},
-        "momentum": [trainer.optimizer.state[p]["momentum_buffer"].clone() for p in trainer.net.parameters()],
-        "rates": [g["lr"] for g in trainer.optimizer.param_groups],
+        "momentum": [sgd.state[p]["momentum_buffer"].clone() for p in trainer.net.parameters()],
+        "rates": [g["lr"] for g in sgd.param_groups],
         "grads": [p.grad for p in trainer.net.parameters()],
         "modes": [m.training for m in trainer.net.modules()],
         "rng": (random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist()),  # noqa: NPY002
         "scaler": trainer.scaler.state_dict(),
     }
-
-
-def assert_same(a: Any, b: Any) -> None:
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b
 
 
 def test_everything_borrowed_comes_back_bit_for_bit(quick_config: Config) -> None:
@@ -172,7 +157,7 @@ def test_divergence_and_non_finite_losses_stop_the_test(quick_config: Config) ->
 
 def test_csv_round_trip(tmp_path: Path) -> None:
     test = curve(0.02)
-    test.write_csv(tmp_path / "lr_finder.csv")
+    write_csv(tmp_path / "lr_finder.csv", test.rows())
     assert RangeTest.read_csv(tmp_path / "lr_finder.csv") == test
     header = (tmp_path / "lr_finder.csv").read_text(encoding="utf-8").splitlines()[0]
     assert header == "step,lr,loss,smoothed_loss,diverged"

@@ -2,51 +2,33 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import pytest
 import torch
-from test_fit import Lines, assert_equal_weights, weights
+from training import Lines, assert_equal_weights, make_trainer, weights
 
-from dali_pipeline.datasets import load
-from dali_pipeline.loader import choose_backend
-from train.checkpoint import load_checkpoint
-from train.config import Config
-from train.fit import fit
-from train.optim import OneCycle
-from train.progress import StepMeter
-from train.record import read_metrics
-from train.runtime import prepare
-from train.trainer import Trainer
+from train.config import Config, changed
+from train.disk.checkpoint import load_checkpoint
+from train.disk.folder import read_metrics
+from train.run import fit
+from train.step.meter import NonFiniteLoss, StepMeter
+from train.step.schedule import OneCycle
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
 def cuda_config(quick_config: Config) -> Config:
-    quick_config.train.device = "cuda"
-    quick_config.train.precision = "bf16"
-    quick_config.net.width = 8
-    quick_config.train.epochs = 4
-    return quick_config
-
-
-def make_trainer(config: Config) -> Trainer:
-    torch.manual_seed(0)
-    train = config.train
-    runtime = prepare(device=train.device, precision=train.precision, compile=train.compile)
-    backend = choose_backend(config.data.backend, runtime.device)
-    return Trainer(config, load("digits", Path("unused")), runtime, backend)
+    return changed(quick_config, {"train.device": "cuda", "train.precision": "bf16", "net.width": 8, "train.epochs": 4})
 
 
 @pytest.mark.parametrize("backend", ["dali", "torch"])
 @pytest.mark.parametrize("compile", ["off", "default"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_no_step_waits_for_the_device(cuda_config: Config, backend: str, compile: str, precision: str) -> None:
-    cuda_config.data.backend, cuda_config.train.compile = backend, compile  # type: ignore[assignment]
-    cuda_config.train.precision, cuda_config.train.ema_decay = precision, 0.9  # type: ignore[assignment]
-    trainer = make_trainer(cuda_config)
+    asked = {"data.backend": backend, "train.compile": compile, "train.precision": precision, "train.ema_decay": 0.9}
+    trainer = make_trainer(changed(cuda_config, asked))
     trainer.warm_up()
     schedule = OneCycle(0.05, 0.001, 10, trainer.total_steps)
     meters = [StepMeter(epoch, trainer.steps_per_epoch, trainer.runtime.device) for epoch in range(2)]
@@ -81,9 +63,8 @@ def test_batches_reach_the_network_channels_last(cuda_config: Config) -> None:
 def test_training_learns_in_every_precision_and_mode(
     cuda_config: Config, tmp_path: Path, mode: str, precision: str
 ) -> None:
-    cuda_config.train.compile, cuda_config.train.precision = mode, precision  # type: ignore[assignment]
-    cuda_config.train.tta, cuda_config.train.ema_decay = True, 0.9
-    fit(cuda_config, tmp_path / "run", log=Lines())
+    asked = {"train.compile": mode, "train.precision": precision, "train.tta": True, "train.ema_decay": 0.9}
+    fit(changed(cuda_config, asked), tmp_path / "run", log=Lines())
     metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert metrics[-1]["train_loss"] < 0.6 * metrics[0]["train_loss"]
     assert metrics[-1]["test_accuracy"] > 60
@@ -94,8 +75,7 @@ def test_two_graphs_are_compiled_and_none_after_the_warm_up(cuda_config: Config,
 
     torch._dynamo.reset()
     counters.clear()
-    cuda_config.train.compile = "default"
-    trainer = make_trainer(cuda_config)
+    trainer = make_trainer(changed(cuda_config, {"train.compile": "default"}))
     trainer.warm_up()
     before = counters["stats"]["unique_graphs"]
     schedule = OneCycle(0.05, 0.001, 10, trainer.total_steps)
@@ -107,13 +87,11 @@ def test_two_graphs_are_compiled_and_none_after_the_warm_up(cuda_config: Config,
 
 
 def test_fp32_first_epoch_follows_the_cpu(cuda_config: Config, tmp_path: Path) -> None:
-    cuda_config.train.precision, cuda_config.train.deterministic, cuda_config.train.epochs = "fp32", True, 1
-    cuda_config.schedule.lr_max, cuda_config.schedule.lr_min, cuda_config.schedule.peak_epoch = 0.005, 0.001, 0.5
+    slow = {"schedule.lr_max": 0.005, "schedule.lr_min": 0.001, "schedule.peak_epoch": 0.5}
+    exact = {"train.precision": "fp32", "train.deterministic": True, "train.epochs": 1}
     try:
         for device in ("cpu", "cuda"):
-            config = copy.deepcopy(cuda_config)
-            config.train.device = device  # type: ignore[assignment]
-            fit(config, tmp_path / device, log=Lines())
+            fit(changed(cuda_config, {**slow, **exact, "train.device": device}), tmp_path / device, log=Lines())
     finally:
         torch.use_deterministic_algorithms(False)
     cpu, cuda = (read_metrics(tmp_path / device / "metrics.jsonl")[0] for device in ("cpu", "cuda"))
@@ -121,10 +99,10 @@ def test_fp32_first_epoch_follows_the_cpu(cuda_config: Config, tmp_path: Path) -
 
 
 def test_deterministic_mode_gives_the_same_bits_twice(cuda_config: Config, tmp_path: Path) -> None:
-    cuda_config.train.deterministic = True
+    config = changed(cuda_config, {"train.deterministic": True})
     try:
         for name in ("a", "b"):
-            fit(copy.deepcopy(cuda_config), tmp_path / name, log=Lines())
+            fit(config, tmp_path / name, log=Lines())
     finally:
         torch.use_deterministic_algorithms(False)
     assert_equal_weights(weights(tmp_path / "a" / "last.pt"), weights(tmp_path / "b" / "last.pt"))
@@ -137,8 +115,6 @@ def test_a_run_made_on_the_gpu_loads_on_the_cpu(cuda_config: Config, tmp_path: P
 
 
 def test_non_finite_loss_is_noticed_by_the_asynchronous_meter() -> None:
-    from train.progress import NonFiniteLoss
-
     device = torch.device("cuda")
     meter = StepMeter(0, 8, device, poll_seconds=0.0)
     for step in range(8):

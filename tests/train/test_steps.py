@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from net.resnet import CustomResNet
-from train.evaluation import evaluate
-from train.steps import EvalStep, TrainStep
+from train.step.evaluation import evaluate
+from train.step.steps import EvalStep, TrainStep
+from train.step.views import VIEWS
 
 MEAN, STD = (120.0, 100.0, 90.0), (60.0, 50.0, 40.0)
 
@@ -73,9 +74,10 @@ def test_evaluation_counts_each_image_once_whatever_the_batch(size: int) -> None
     net, images, labels = Flatten(), uint8_images(50), torch.randint(0, 4, (50,))
     result = evaluate(EvalStep(net, MEAN, STD), padded_batches(images, labels, size), keep_logits=True)
     logits = numpy_logits(net, images)
-    assert result.plain.count == 50
-    assert result.plain.correct == (logits.argmax(1) == labels.numpy()).sum()
-    assert result.plain.loss == pytest.approx(numpy_losses(logits, labels.numpy()).mean(), rel=1e-5)
+    (score,) = result.scores
+    assert score.count == 50
+    assert score.correct == (logits.argmax(1) == labels.numpy()).sum()
+    assert score.loss == pytest.approx(numpy_losses(logits, labels.numpy()).mean(), rel=1e-5)
     assert result.logits is not None and result.labels is not None
     np.testing.assert_allclose(result.logits.numpy(), logits, rtol=1e-4, atol=1e-5)
     assert torch.equal(result.labels, labels)
@@ -91,17 +93,18 @@ def test_padding_of_nan_counts_nothing() -> None:
     images, labels = uint8_images(5), torch.zeros(5, dtype=torch.int64)
     valid = torch.tensor([True, True, True, False, False])
     result = evaluate(EvalStep(Poisoned(), MEAN, STD), [(images, labels, valid)])
-    assert result.plain.count == 3 and np.isfinite(result.plain.loss)
+    (score,) = result.scores
+    assert score.count == 3 and np.isfinite(score.loss)
 
 
 def test_flip_tta_is_the_mean_of_the_image_and_its_mirror() -> None:
     torch.manual_seed(3)
     net, images, labels = Flatten(), uint8_images(20), torch.randint(0, 4, (20,))
-    result = evaluate(EvalStep(net, MEAN, STD, tta=True), padded_batches(images, labels, 8))
+    step = EvalStep(net, MEAN, STD, views=[VIEWS["plain"], VIEWS["tta"]])
+    plain, flip = evaluate(step, padded_batches(images, labels, 8)).scores
     both = (numpy_logits(net, images) + numpy_logits(net, images.flip(3))) / 2
-    assert result.flip is not None
-    assert result.flip.loss == pytest.approx(numpy_losses(both, labels.numpy()).mean(), rel=1e-5)
-    assert result.plain.loss == pytest.approx(numpy_losses(numpy_logits(net, images), labels.numpy()).mean(), rel=1e-5)
+    assert flip.loss == pytest.approx(numpy_losses(both, labels.numpy()).mean(), rel=1e-5)
+    assert plain.loss == pytest.approx(numpy_losses(numpy_logits(net, images), labels.numpy()).mean(), rel=1e-5)
 
 
 def test_evaluation_gives_back_the_train_mode_and_changes_no_buffer() -> None:
