@@ -295,6 +295,7 @@ class Run:
                 dataset.fill,
                 dataset.height,
                 dataset.width,
+                None if dataset.validation is None else dataset.validation.fingerprint,
             ),
         )
 
