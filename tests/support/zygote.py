@@ -139,7 +139,7 @@ def _child(about: dict[str, Any]) -> None:
 def _serve() -> None:
     import sklearn.datasets  # noqa: F401
     import torch
-    import torch.optim.swa_utils  # noqa: F401
+    import torch.optim.swa_utils
 
     import train.errors
     import train.run  # noqa: F401

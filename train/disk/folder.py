@@ -175,7 +175,7 @@ class RunFolder:
                 pass
             self._lock.close()  # its owner removed the file between our opening and locking it
             self._lock = None
-        owner = self._lock.read(64).strip()
+        owner = self._lock.read(64).strip("\0 \r\n")  # a power cut can leave zeros
         if owner and not owner.isdecimal():
             self._lock.close()
             self._lock = None
