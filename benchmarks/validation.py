@@ -147,10 +147,12 @@ def summarise(runs: list[dict[str, Any]], recipe: dict[str, Any], environment: d
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Both accuracies by epoch, a line a seed."""
+    from matplotlib.ticker import MaxNLocator
+
     from analysis.style import BLUE, VERMILLION, new_figure, save
 
-    recipe = report["recipe"]
-    caption = f"{recipe['data']['name']}, width {recipe['net']['width']}, data.validation={recipe['data']['validation']}, n = {report['runs']}"
+    data, width = report["recipe"]["data"], report["recipe"]["net"]["width"]
+    caption = f"{data['name']}, width {width}, data.validation={data['validation']}, n = {report['runs']}"
     figure = new_figure(9.6, 4.2, "Accuracy on held-out training images and on the test set", caption)
     whole, near = figure.subplots(1, 2)
     for axes in (whole, near):
@@ -161,6 +163,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
                 label = what if number == 0 else None
                 axes.plot(epochs, values, color=colour, linestyle=style, linewidth=1.2, label=label)
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3, linewidth=0.5)
     last = [value for run in report["finished"] for value in run["epochs"][-1].values()]
     near.set_ylim(min(last) - 4, max(last) + 1.5)
