@@ -8,12 +8,14 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from places import ROOT
 
 from train.config import reference_table
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PACKAGES = ("dali_pipeline", "net", "train", "analysis", "benchmarks")
+INSTALLED = ("dali_pipeline", "net", "train", "analysis", "configs")
+PACKAGES = (*INSTALLED, "benchmarks")
 
 
 def sources(package: str) -> list[Path]:
@@ -60,7 +62,7 @@ def test_readme_names_every_recipe() -> None:
         assert f"configs/{recipe.name}" in README
 
 
-@pytest.mark.parametrize("package", PACKAGES[:4])
+@pytest.mark.parametrize("package", INSTALLED)
 def test_the_tree_names_every_module_in_its_folder(package: str) -> None:
     named = tree()
     for path in sources(package):
@@ -103,13 +105,25 @@ def test_dali_and_matplotlib_are_imported_in_one_place_each() -> None:
     importing = re.compile(r"^\s*(?:from|import)\s+(matplotlib|nvidia)\b|import_module\(.(matplotlib|nvidia)\b", re.M)
     found = {
         (path.name, first or second)
-        for package in PACKAGES[:3]
+        for package in INSTALLED[:3]
         for path in sources(package)
         for first, second in importing.findall(path.read_text(encoding="utf-8"))
     }
     assert found == {("dali_graph.py", "nvidia")}
 
 
-def test_every_package_is_installed() -> None:
-    ours = {path.parent.relative_to(ROOT) for package in PACKAGES for path in sources(package)}
+def test_every_package_but_the_benchmarks_is_installed_with_its_types() -> None:
+    ours = {path.parent.relative_to(ROOT) for package in INSTALLED for path in sources(package)}
     assert set(setup()["options"]["packages"].split()) == {".".join(folder.parts) for folder in ours}
+    assert all((ROOT / package / "py.typed").exists() for package in INSTALLED)
+
+
+def test_the_changelog_begins_with_the_version() -> None:
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert headings[0] == setup()["metadata"]["version"] and len(set(headings)) == len(headings)
+
+
+def test_the_workflow_runs_ci_from_the_lowest_python_on() -> None:
+    (job,) = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"].values()
+    assert job["steps"][-1]["run"] == "bash .ci/run" and (ROOT / ".ci/run").exists()
+    assert f">={job['strategy']['matrix']['python'][0]}" == setup()["options"]["python_requires"]
