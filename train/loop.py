@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -121,14 +121,18 @@ class Run:
             meter.correct[:start] = torch.tensor(saved[1], device=device) // processes
         title = f"epoch {position.epoch + 1}/{config.train.epochs}"
         display = EpochDisplay(self.log, title, steps, start, config.train.batch_size, processes)
-        begun, before = time.perf_counter(), position.seconds
+        elsewhere = self.times.training - position.seconds  # the training time that other epochs took
+
+        def seconds() -> float:
+            self.times.count()
+            return self.times.training - elsewhere
 
         def after_step(done: int) -> None:
             with self._noting_failure():
                 if meter.poll(done):
                     display.update(done, meter)
             self.notice.step()
-            self._maybe_stop_or_save(done, meter, before + time.perf_counter() - begun, saved)
+            self._maybe_stop_or_save(done, meter, seconds, saved)
 
         try:
             with self.times.on("training", device):
@@ -136,15 +140,14 @@ class Run:
                 losses, correct = self._totals(meter, steps, saved)
         finally:
             display.close()
-        seconds = before + time.perf_counter() - begun
         eval_begun = time.perf_counter()
         try:
             with self.times.on("evaluation", device):
                 scores = trainer.evaluate(self._stop_in_evaluation)
         except _StopAsked:
-            self._save_inside(steps, losses, correct, seconds)
+            self._save_inside(steps, losses, correct, seconds())
             raise self._interrupted() from None
-        self._finish_epoch(losses, correct, seconds, time.perf_counter() - eval_begun, scores)
+        self._finish_epoch(losses, correct, seconds(), time.perf_counter() - eval_begun, scores)
 
     @contextmanager
     def _noting_failure(self) -> Iterator[None]:
@@ -284,7 +287,7 @@ class Run:
             position=self.position,
             rates=Rates(self.schedule.lr_max, self.schedule.lr_min),
             steps_per_epoch=self.trainer.steps_per_epoch,
-            times=vars(self.times).copy(),
+            times=self.times.seconds(),
             machine=self.session.machine(),
             config=to_dict(self.config),
             data=DataFacts(
@@ -319,7 +322,7 @@ class Run:
                 self.log(f"WARNING: the last save failed, the one before it is kept: {error}")
 
     def _maybe_stop_or_save(
-        self, done: int, meter: StepMeter, seconds: float, saved: tuple[list[float], list[int]]
+        self, done: int, meter: StepMeter, seconds: Callable[[], float], saved: tuple[list[float], list[int]]
     ) -> None:
         due = self.every_steps is not None and done % self.every_steps == 0
         stop = False
@@ -332,7 +335,7 @@ class Run:
         if done == self.trainer.steps_per_epoch:
             return  # the evaluation comes next, and stops by itself
         if due or stop:
-            self._save_inside(done, *self._totals(meter, done, saved), seconds)
+            self._save_inside(done, *self._totals(meter, done, saved), seconds())
         if stop:
             raise self._interrupted()
 

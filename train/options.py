@@ -53,7 +53,9 @@ class TrainOptions:
         "auto", "arithmetic: auto is bf16 on CUDA and fp32 elsewhere; fp16 scales its gradients", changes="rounding"
     )
     compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = key(
-        "auto", "torch.compile mode; auto is default where a compiler is found and it pays", changes="rounding"
+        "auto",
+        "torch.compile mode; auto is default where a compiler is found, on a CPU where it also pays for the steps left",
+        changes="rounding",
     )
     channels_last: Literal["auto", "on", "off"] = key(
         "auto", "memory format; auto is on for CUDA and the CPU", changes="rounding"

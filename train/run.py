@@ -10,7 +10,7 @@ from train.config import Config, ConfigError, changed, to_yaml
 from train.disk.atomic import write_csv
 from train.disk.folder import RunFolder
 from train.disk.resume import check_same_data, load_for_resume, note_changes, restore_last
-from train.disk.snapshot import Position
+from train.disk.snapshot import Position, Snapshot
 from train.loop import Run
 from train.screen.log import Log
 from train.screen.notice import LongRunNotice
@@ -51,7 +51,7 @@ def fit(
                 lambda: load_for_resume(run_dir, config, fallback=fallback, extend=extend, log=log)
             )
         session.build(check=None if snapshot is None else lambda dataset: check_same_data(snapshot, dataset))
-        session.warm_up()
+        session.warm_up(_steps_left(session, snapshot), None if snapshot is None else snapshot.machine)
         trainer = session.trainer
 
         notice = LongRunNotice(trainer.total_steps, config, session.runtime, log)
@@ -107,12 +107,21 @@ def find_rates_only(
     with Session(config, log, handle_signals=True) as session:
         folder = _open_folder(session, run_dir, overwrite=overwrite, range_test=True)
         session.build()
-        session.warm_up()
+        session.warm_up(config.schedule.find_steps)
         notice = LongRunNotice(config.schedule.find_steps, config, session.runtime, session.log)
         rates = find_rates(session, folder, notice, overwrite=overwrite)
         if folder is not None and on_range_test is not None:
             on_range_test(folder.path)
         return rates
+
+
+def _steps_left(session: Session, snapshot: Snapshot | None) -> int:
+    """Of the training, and of a range test before it."""
+    trainer, schedule = session.trainer, session.config.schedule
+    if snapshot is not None:
+        position = snapshot.position
+        return trainer.total_steps - position.epoch * trainer.steps_per_epoch - position.step
+    return trainer.total_steps + (schedule.find_steps if Rates.given(schedule) is None else 0)
 
 
 def _open_folder(session: Session, run_dir: Path | None, **how: bool) -> RunFolder | None:

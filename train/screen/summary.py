@@ -44,7 +44,7 @@ def summary_lines(run: Run, path: Path | None, final: Final | None = None) -> tu
         "chosen_on": leading.split,
         "lr_max": run.schedule.lr_max,
         "lr_min": run.schedule.lr_min,
-        "seconds": vars(times).copy(),
+        "seconds": times.seconds(),
         "images_per_second": images / seconds,
         "peak_memory": peak_memory(trainer.runtime.device),
     }

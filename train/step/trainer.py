@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -145,8 +146,7 @@ class Trainer:
             for weights, module in {"": self.net, **averaged}.items()
         }
         if compile_mode is not None:
-            for step in (self.train_step, *self.eval_steps.values()):
-                step.compile(mode=compile_mode, dynamic=False)
+            self._compile_steps(compile_mode)
         self.step: nn.Module = self.train_step
         if self.group.world_size > 1:
             devices = [runtime.device.index] if runtime.device.type == "cuda" else None
@@ -159,30 +159,69 @@ class Trainer:
             }
             self.step = DistributedDataParallel(self.train_step, device_ids=devices, **off)
 
+    def _compile_steps(self, mode: str) -> None:
+        for step in (self.train_step, *self.eval_steps.values()):
+            step.compile(mode=mode, dynamic=False)
+
     def _views_of(self, weights: str) -> list[Views]:
         """The sets of views over which these weights are measured."""
         return [VIEWS[measure.views] for measure in self.measures if measure.weights == weights]
+
+    def compiled_on(self, mode: str) -> None:
+        """Compile what was built to run eagerly, at its first call."""
+        self.runtime = replace(self.runtime, compile_mode=mode)
+        self._compile_steps(mode)
+        if self.backend.name == "torch":  # its pipeline is compiled too
+            self.train_loader.close()
+            self.train_loader = self._train_loader(self.config.train.seed)
 
     def compiled_off(self) -> None:
         """Go on without torch.compile."""
         self.runtime = replace(self.runtime, compile_mode=None)
         self._build_steps(None)
 
+    def step_seconds(self, enough: float = 1.0, most: int = 4) -> float:
+        """The processor time of one training step as it stands, on the CPU: the shortest of at most so many that follow a first
+        one, or that one's where it alone takes `enough` seconds. On a random batch; all state comes back."""
+        with borrowed_state(self.net, self.optimizers, self.scaler):
+            images, labels = self._random_batch(self.local_batch)
+            first = self._timed(images, labels, self.train_step)
+            if first >= enough:
+                return first
+            times = [self._timed(images, labels, self.train_step)]
+            while len(times) < most and sum(times) < enough:
+                times.append(self._timed(images, labels, self.train_step))
+        return min(times)
+
+    def compiled_gain(self, pairs: int) -> float:
+        """An eager step's time over a compiled one's, on the CPU: the shortest of so many each, taken in turns. On a random
+        batch; all state comes back."""
+        eager, compiled = [], []
+        with borrowed_state(self.net, self.optimizers, self.scaler):
+            images, labels = self._random_batch(self.local_batch)
+            for _ in range(pairs):
+                eager.append(self._timed(images, labels, self.train_step.forward))
+                compiled.append(self._timed(images, labels, self.train_step))
+        return min(eager) / min(compiled)
+
+    def _timed(self, images: Tensor, labels: Tensor, step: Callable[[Tensor, Tensor], Any]) -> float:
+        begun = time.thread_time()  # what other programs take of the processor makes no step slower
+        self.train_one(images, labels, 0.0, step)
+        return time.thread_time() - begun
+
+    def _random_batch(self, size: int) -> tuple[Tensor, Tensor]:
+        dataset, device = self.dataset, self.runtime.device
+        images = torch.randint(0, 256, (size, dataset.height, dataset.width, 3), dtype=torch.uint8, device=device)
+        return images.permute(0, 3, 1, 2), torch.randint(0, dataset.num_classes, (size,), device=device)
+
     def warm_up(self) -> None:
         """Compile (and on CUDA capture) the training and the evaluation graph on random batches; all state comes back."""
-        height, width = self.dataset.height, self.dataset.width
-
-        def batch(size: int) -> tuple[Tensor, Tensor]:
-            images = torch.randint(0, 256, (size, height, width, 3), dtype=torch.uint8, device=self.runtime.device)
-            labels = torch.randint(0, self.dataset.num_classes, (size,), device=self.runtime.device)
-            return images.permute(0, 3, 1, 2), labels
-
         with borrowed_state(self.net, self.optimizers, self.scaler):
-            images, labels = batch(self.local_batch)
+            images, labels = self._random_batch(self.local_batch)
             for _ in range(3 if self.runtime.device.type == "cuda" else 1):
                 # not through DistributedDataParallel: a compiler may fail on one process alone
                 self.train_one(images, labels, 0.0, self.train_step)
-            images, _ = batch(self.config.train.eval_batch_size // self.group.world_size)
+            images, _ = self._random_batch(self.config.train.eval_batch_size // self.group.world_size)
             with torch.no_grad():
                 for step in self.eval_steps.values():
                     step.eval()
@@ -195,12 +234,13 @@ class Trainer:
         self.net.train()
 
     def train_one(
-        self, images: Tensor, labels: Tensor, rate: float, step: nn.Module | None = None
+        self, images: Tensor, labels: Tensor, rate: float, step: Callable[[Tensor, Tensor], Any] | None = None
     ) -> tuple[Tensor, Tensor]:
         """One step: forward, loss, backward, update at the given rate. Gives (loss, correct), on the device."""
         failpoint("step")
         # every step is a CUDA graph of its own: without the mark an evaluation between two steps would capture anew
-        torch.compiler.cudagraph_mark_step_begin()
+        if self.runtime.compile_mode is not None:  # the mark imports the compiler
+            torch.compiler.cudagraph_mark_step_begin()
         self.optimizers.set_rate(rate)
         loss, correct = (step or self.step)(images, labels)
         self.scaler.scale(loss).backward()
