@@ -99,6 +99,11 @@ class Session:
         fallback = self.config.data.backend == "auto" and self.backend.name != "dali"
         self.log(f"{'WARNING: ' if fallback else ''}pipeline: {self.backend.name} ({self.backend.reason})")
 
+    def note(self, text: str) -> None:
+        """Warn of it, and keep it for the record, environment.json."""
+        self.log(f"WARNING: {text}")
+        self.runtime = replace(self.runtime, notes=(*self.runtime.notes, text))
+
     def build(self, check: Callable[[Dataset], None] | None = None, dataset: Dataset | None = None) -> None:
         """Read the data, unless `dataset` holds them already, show them to `check`, which may raise, and make the trainer."""
         self._dataset = dataset = self._load_data(dataset)
@@ -189,9 +194,9 @@ class Session:
             failures = [found for found in self.group.gather(reason) if found is not None]
             if failures:
                 note = f"compile: off (torch.compile failed, training goes on uncompiled and slower: {failures[0]})"
-                self.log(f"WARNING: {note}")
+                self.note(note)
                 self.trainer.compiled_off()
-                self.runtime = replace(self.runtime, compile_mode=None, notes=(*self.runtime.notes, note))
+                self.runtime = replace(self.runtime, compile_mode=None)
                 return
         self.log(f"compiled in {duration(time.perf_counter() - begun)}")
 
