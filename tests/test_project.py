@@ -110,6 +110,15 @@ def test_dali_and_matplotlib_are_imported_in_one_place_each() -> None:
     assert found == {("dali_graph.py", "nvidia")}
 
 
+@pytest.mark.parametrize("package", PACKAGES[:4])
+def test_every_file_beside_the_modules_is_installed(package: str) -> None:
+    patterns = setup()["options.package_data"].get(package, "").split()
+    for path in (ROOT / package).rglob("*"):
+        inside = path.relative_to(ROOT / package)
+        if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts:
+            assert any(inside.match(pattern) for pattern in patterns), path
+
+
 def test_every_package_is_installed() -> None:
     ours = {path.parent.relative_to(ROOT) for package in PACKAGES for path in sources(package)}
     assert set(setup()["options"]["packages"].split()) == {".".join(folder.parts) for folder in ours}
