@@ -131,6 +131,8 @@ def _open_folder(session: Session, run_dir: Path | None, **how: bool) -> RunFold
         if run_dir is not None and session.group.first:
             folder = RunFolder(run_dir, **how)
             session.at_end(folder.close)
+            if folder.unlocked is not None:
+                session.note(folder.unlocked)
     return folder
 
 

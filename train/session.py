@@ -106,6 +106,11 @@ class Session:
         fallback = self.config.data.backend == "auto" and self.backend.name != "dali"
         self.log(f"{'WARNING: ' if fallback else ''}pipeline: {self.backend.name} ({self.backend.reason})")
 
+    def note(self, text: str) -> None:
+        """Warn of it, and keep it for the record, environment.json."""
+        self.log(f"WARNING: {text}")
+        self.runtime = replace(self.runtime, notes=(*self.runtime.notes, text))
+
     def build(self, check: Callable[[Dataset], None] | None = None, dataset: Dataset | None = None) -> None:
         """Read the data, unless `dataset` holds them already, show them to `check`, which may raise, and make the trainer."""
         self._dataset = dataset = self._load_data(dataset)

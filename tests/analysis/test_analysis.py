@@ -319,6 +319,10 @@ def test_report_is_one_file_that_refers_to_nothing_outside(analysed: Path) -> No
     assert len(images) == 50 + len(list(analysed.glob("*.png")))
     assert all(attributes.get("alt") for attributes in images)
     assert "prefers-color-scheme: dark" in page and "width=device-width" in page
+    policies = [
+        a["content"] for tag, a in tags.tags if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
 
 
 def test_an_analysis_into_a_folder_of_pictures_neither_removes_nor_shows_them(
@@ -396,7 +400,7 @@ def test_report_escapes_whatever_names_and_values_hold(
         path=folder,
         class_names=tuple(f"</td><script>{i}</script>" for i in range(10)),
         environment={"cpu": "<script>alert(2)</script>", "notes": ["</table><h1>"]},
-        notes=["<b>bold</b>"],
+        notes=["<b>bold</b>", "{{ 7 * 7 }} {% raw %}"],
     )
     counts, scores = confusion.draw_for(answers.labels, answers.predicted, run.class_names, tmp_path, run.caption())
     found = report.reliability(answers.confidence, answers.hits)
@@ -407,6 +411,7 @@ def test_report_escapes_whatever_names_and_values_hold(
     assert [tag for tag, _ in tags.tags].count("h1") == 1
     text = "".join(tags.text)
     assert hostile in text and "<script>alert(2)</script>" in text and "<b>bold</b>" in text
+    assert "{{ 7 * 7 }} {% raw %}" in text and "</td><script>3</script>" in text
 
 
 def chromium() -> str:

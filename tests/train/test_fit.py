@@ -82,7 +82,8 @@ def test_a_run_writes_its_folder_and_says_what_happened(quick_config: Config, tm
     )
     assert summary["best_accuracy"] == max(m["test_accuracy"] for m in metrics)
     for words in (
-        "best accuracy",
+        "test accuracy  ",
+        "chosen on the test set itself",
         "set-up",
         "compile",
         "LR search",
