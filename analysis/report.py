@@ -104,6 +104,7 @@ class Results:
     counts: Ints
     calibration: Reliability
     missing: dict[str, str]  # picture to why it is not there
+    drawn: frozenset[str] = frozenset(PICTURES)
 
 
 def analyse(
@@ -133,16 +134,23 @@ def analyse(
         say=log,
     )
     folder = run.output_dir(output)
-    for stale in PICTURES:  # of an earlier analysis: what cannot be drawn now must not be in the report
-        (folder / stale).unlink(missing_ok=True)
+    if output is None or _is_report(folder / "report.html"):
+        for stale in PICTURES:  # of an earlier analysis: what cannot be drawn now must not lie beside the new report
+            (folder / stale).unlink(missing_ok=True)
     predictions, agreement = checked_predictions(run, log, accept_difference)
     results = draw_everything(run, predictions, agreement, folder, log)
     path = folder / "report.html"
     path.write_text(render(run, results, folder), encoding="utf-8")
-    log(
-        f"{len(list(folder.glob('*.png')))} pictures and report.html in {folder}, {duration(time.perf_counter() - begun)}"
-    )
+    log(f"{len(results.drawn)} pictures and report.html in {folder}, {duration(time.perf_counter() - begun)}")
     return path
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is a report that `render` made."""
+    try:
+        return POLICY in path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
 
 
 def draw_everything(run: LoadedRun, predictions: Predictions, agreement: str, folder: Path, say: Say) -> Results:
@@ -150,7 +158,7 @@ def draw_everything(run: LoadedRun, predictions: Predictions, agreement: str, fo
     missing: dict[str, str] = {}
     images, caption = run.dataset.test.images, run.caption(predictions.accuracy)
     write_predictions(predictions, run.class_names, folder / "predictions.csv")
-    curves.draw_all(run, folder, say)
+    drawn = {path.name for path in curves.draw_all(run, folder, say)}
     if not run.metrics:
         missing["curves.png"] = "no epoch is finished"
     samples.draw_for(run, folder / "samples.png")
@@ -158,6 +166,7 @@ def draw_everything(run: LoadedRun, predictions: Predictions, agreement: str, fo
     counts, scores = confusion.draw_for(predictions.labels, predictions.predicted, run.class_names, folder, caption)
     found = reliability(predictions.confidence, predictions.hits)
     draw_calibration(found, folder / "calibration.png", caption=caption)
+    drawn |= {"samples.png", "misclassified.png", "confusion_matrix.png", "per_class.png", "calibration.png"}
     for name, method in (("grad_cam.png", "gradcam"), ("layer_cam.png", "layercam")):
         try:
             draw_grad_cam(
@@ -171,10 +180,11 @@ def draw_everything(run: LoadedRun, predictions: Predictions, agreement: str, fo
                 method=method,
                 caption=caption,
             )
+            drawn.add(name)
         except GradCamUnavailable as error:
             missing[name] = str(error)
             say(f"WARNING: no {name}: {error}")
-    return Results(predictions, agreement, scores, counts, found, missing)
+    return Results(predictions, agreement, scores, counts, found, missing, frozenset(drawn))
 
 
 def _e(value: object) -> str:
@@ -315,7 +325,7 @@ def render(run: LoadedRun, results: Results, folder: Path) -> str:
     parts.append("</div>")
     for name, (heading, reading) in PICTURES.items():
         path = folder / name
-        if path.exists():
+        if name in results.drawn and path.exists():
             parts.append(
                 f'<h2>{_e(heading)}</h2><p class="soft">{_e(reading)}</p><figure><img src="{_data_uri(path.read_bytes())}" '
                 f'alt="{_e(heading)}"></figure>'

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from train.trainer import Trainer
 
 KIND = "accuracy"
+BEGIN = '{"recipe": '  # of the file of finished runs
 TARGET = 94.0  # percent; what the field's times are given for
 COVERS = {
     "lr_search": "the range test, where the recipe asks for one",
@@ -122,17 +123,20 @@ def comparable(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_finished(path: Path, recipe: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """The finished runs by seed; a last line that was cut off is removed. RecipeChanged where another recipe wrote them."""
+    """The finished runs by seed; a last line that was cut off is removed. RecipeChanged where another recipe wrote them, or
+    another program."""
     if not path.exists():
         return {}
     text = path.read_text(encoding="utf-8")
     whole, _, torn = text.rpartition("\n")
-    if torn:
-        path.write_text(whole + "\n" if whole else "", encoding="utf-8")
+    if not (text.startswith(BEGIN) or BEGIN.startswith(text)):
+        raise RecipeChanged(f"{path} is no record of finished runs; name another file with --finished")
     records = [json.loads(line) for line in whole.splitlines()]
     if not records:
         path.unlink()
         return {}
+    if torn:
+        path.write_text(whole + "\n", encoding="utf-8")
     then, now = records[0]["recipe"], comparable(recipe)
     if then != now:
         changed = [

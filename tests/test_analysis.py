@@ -309,6 +309,21 @@ def test_report_is_one_file_that_refers_to_nothing_outside(analysed: Path) -> No
     assert "prefers-color-scheme: dark" in page and "width=device-width" in page
 
 
+def test_an_analysis_into_a_folder_of_pictures_neither_removes_nor_shows_them(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("curves.png", "lr_finder.png"):  # a run without an epoch or a range test has neither
+        (tmp_path / name).write_bytes(b"mine")
+    (copied / "metrics.jsonl").unlink()
+    edit_checkpoint(copied / "best.pt", metrics=[])
+    page = analyse(copied, output=tmp_path, device="cpu", accept_difference=True, log=QUIET).read_text()
+    assert (tmp_path / "lr_finder.png").read_bytes() == (tmp_path / "curves.png").read_bytes() == b"mine"
+    assert "Learning rate range test" not in page and "Not drawn: no epoch is finished" in page
+    # beside a report of ours the same names are an earlier analysis', and go
+    page = analyse(copied, output=tmp_path, device="cpu", accept_difference=True, log=QUIET).read_text()
+    assert not (tmp_path / "lr_finder.png").exists() and not (tmp_path / "curves.png").exists()
+
+
 def test_report_holds_the_figures_the_recipe_and_the_worst_images(
     first: LoadedRun, answers: predictions.Predictions, analysed: Path
 ) -> None:

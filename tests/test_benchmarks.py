@@ -708,6 +708,17 @@ def test_accuracy_refuses_a_changed_recipe(
     assert accuracy.read_finished(finished, to_dict(config)) == {}
 
 
+@pytest.mark.parametrize("text", ["a line without an end", "two lines\nof notes", "a list\n", '{"loss": 1}\n{"lo'])
+def test_accuracy_neither_changes_nor_removes_a_file_that_it_did_not_write(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text(text)
+    assert accuracy.main([str(recipe_file), "--runs", "1", "--finished", str(notes)]) == 2
+    assert "name another file with --finished" in capsys.readouterr().err
+    assert notes.read_text() == text
+
+
 def test_accuracy_finds_its_rates_where_the_recipe_asks_for_that(recipe_file: Path) -> None:
     from train.config import load_config
 

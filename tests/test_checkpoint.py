@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from train.checkpoint import CheckpointError, load_checkpoint, remove_stale, save_checkpoint, seal, unseal, write_atomic
+from train.record import RunFolder
 
 
 @pytest.fixture
@@ -121,3 +122,12 @@ def test_stale_temporary_files_go(tmp_path: Path) -> None:
     (tmp_path / "last.pt").write_bytes(b"whole")
     remove_stale(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_temporary_files_of_other_names_stay(tmp_path: Path) -> None:
+    theirs = {".notes.tmp", ".notes.txt.123.tmp", ".last.pt.tmp", ".last.pt.mine.tmp", ".a.last.pt.1.tmp"}
+    for name in theirs:
+        (tmp_path / name).write_text("mine")
+    remove_stale(tmp_path)
+    RunFolder(tmp_path).close()
+    assert {p.name for p in tmp_path.iterdir()} - {".lock"} == theirs

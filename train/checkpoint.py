@@ -6,13 +6,16 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 FORMAT = 2  # 1 had no net.logit_scale
+CHECKPOINTS = ("last.pt", "previous.pt", "best.pt")
 _MARK = b"sha256:"
 _COMMENT = len(_MARK) + 64  # the digest in hexadecimal
 
@@ -42,6 +45,16 @@ def unseal(content: bytes) -> bytes:
     if hashlib.sha256(original).hexdigest().encode() != comment[len(_MARK) :]:
         raise ValueError("its sha256 does not match its content: damaged")
     return original
+
+
+def carries_seal(path: Path) -> bool:
+    """Whether a file ends as `seal` leaves it, damaged elsewhere or not."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - _COMMENT, 0))
+            return file.read(len(_MARK)) == _MARK
+    except OSError:
+        return False
 
 
 def fsync_folder(folder: Path) -> None:
@@ -95,10 +108,17 @@ def _keep(path: Path, keep_previous: Path) -> None:
         raise
 
 
-def remove_stale(folder: Path) -> None:
-    """Remove temporary files that a killed process left behind."""
+def is_temporary(name: str, of: Sequence[str] = CHECKPOINTS) -> bool:
+    """Whether a file's name is one under which `write_atomic` writes a file of these names."""
+    match = re.fullmatch(r"\.(.+)\.\d+\.tmp", name)
+    return match is not None and match[1] in of
+
+
+def remove_stale(folder: Path, names: Sequence[str] = CHECKPOINTS) -> None:
+    """Remove temporary files of these names that a killed process left behind."""
     for stale in folder.glob(".*.tmp"):
-        stale.unlink(missing_ok=True)
+        if is_temporary(stale.name, names):
+            stale.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any], keep_previous: Path | None = None) -> None:
@@ -170,7 +190,5 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
 
 
 def _other(path: Path) -> str:
-    others = [
-        name for name in ("last.pt", "previous.pt", "best.pt") if name != path.name and (path.parent / name).exists()
-    ]
+    others = [name for name in CHECKPOINTS if name != path.name and (path.parent / name).exists()]
     return f"; {others[0]} beside it may be whole" if others else ""

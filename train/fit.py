@@ -41,6 +41,9 @@ HARMLESS = {
 }
 
 
+SHOWN = 10  # names of files in one line
+
+
 class Setup:
     """What a run stands on, made in the order in which things can go wrong cheaply: machine, data, network."""
 
@@ -211,9 +214,16 @@ def find_rates(
         )
     if folder is not None and curve is not None:
         if overwrite:
-            folder.start_over()
+            _start_over(folder, setup.log)
         result.write_csv(curve)
     return lr_max, lr_min
+
+
+def _start_over(folder: RunFolder, log: Log) -> None:
+    stays = folder.start_over()
+    if stays:
+        more = f" and {len(stays) - SHOWN} more" if len(stays) > SHOWN else ""
+        log(f"--overwrite: left in {folder.path}, as no run wrote it: {', '.join(stays[:SHOWN])}{more}")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -344,7 +354,7 @@ def fit(
             if folder is not None and on_range_test is not None:
                 on_range_test(folder.path)
         elif folder is not None and overwrite:
-            folder.start_over()
+            _start_over(folder, log)
         assert isinstance(config.schedule.lr_max, float) and isinstance(config.schedule.lr_min, float)
         schedule = OneCycle(
             config.schedule.lr_max,
@@ -354,8 +364,9 @@ def fit(
         )
         with group.together():
             if folder is not None:
-                folder.write_text("config.yaml", to_yaml(config))
+                # first, as it proves that a run lies here: after a kill the folder can be overwritten
                 folder.write_json("environment.json", environment(setup, dataset))
+                folder.write_text("config.yaml", to_yaml(config))
         run = Run(trainer, schedule, folder, log, times, position, signals, notice)
         run.train()
         summary, lines = summary_lines(run, run_dir)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from train.borrow import borrowed_state
 from train.checkpoint import write_atomic
+from train.record import CURVE_COLUMNS
 from train.trainer import Trainer
 
 SMOOTHING = 0.9  # of the running mean that decides on divergence: about ten steps
@@ -57,7 +58,7 @@ class RangeTest:
         """Columns step, lr, loss, smoothed_loss, and diverged (0 or 1, in every row)."""
         text = io.StringIO(newline="")
         writer = csv.writer(text)
-        writer.writerow(["step", "lr", "loss", "smoothed_loss", "diverged"])
+        writer.writerow(CURVE_COLUMNS)
         for step, row in enumerate(zip(self.rates, self.losses, self.smoothed(), strict=True)):
             writer.writerow([step, *row, int(self.diverged)])
         write_atomic(path, text.getvalue().encode())

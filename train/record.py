@@ -7,13 +7,13 @@ import errno
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TextIO
 
-from train.checkpoint import remove_stale, write_atomic
+from train.checkpoint import CHECKPOINTS, carries_seal, is_temporary, remove_stale, write_atomic
 
 try:
     import fcntl
@@ -21,18 +21,43 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
-# the files of a run, beside the folders analysis/ and tensorboard/
+# the files of a run. --overwrite removes them in this order: what proves that a run lies here goes last, so that after a
+# kill on the way the rest can still be removed
 WRITTEN = (
     "config.yaml",
-    "environment.json",
     "metrics.jsonl",
     "summary.json",
-    "lr_finder.csv",
     "lr_finder.png",
-    "last.pt",
-    "previous.pt",
     "best.pt",
+    "previous.pt",
+    "last.pt",
+    "lr_finder.csv",
+    "environment.json",
 )
+# the folders of a run, and the files that are written in each
+FOLDERS = {
+    "analysis": (
+        "report.html",
+        "curves.png",
+        "learning_rate.png",
+        "lr_finder.png",
+        "samples.png",
+        "misclassified.png",
+        "grad_cam.png",
+        "layer_cam.png",
+        "confusion_matrix.png",
+        "confusion_matrix.csv",
+        "per_class.png",
+        "per_class.csv",
+        "calibration.png",
+        "predictions.csv",
+        "predict.png",
+    ),
+    "export": ("model.safetensors", "model.pt2", "model.onnx", ".model.*.tmp.*"),
+    "tensorboard": ("events.out.tfevents.*",),
+}
+CURVE_COLUMNS = ("step", "lr", "loss", "smoothed_loss", "diverged")  # of lr_finder.csv
+_OF_ENVIRONMENT = {"versions", "device", "precision", "compile", "backend", "data_source"}
 
 
 class RunFolderError(Exception):
@@ -84,7 +109,7 @@ class RunFolder:
     Raises RunFolderError where the folder holds a run already (unless `resume` or `overwrite`), another process is
     writing it, or it cannot be written; with `range_test`, which is for one alone, a range test counts as a run. The
     lock is the operating system's: it dies with its process. What `overwrite` replaces is removed by `start_over`, once
-    the new run is about to begin.
+    the new run is about to begin; files that bear a run's names and were not written by one are refused with it.
     """
 
     def __init__(
@@ -94,11 +119,11 @@ class RunFolder:
         # where it found no rates a run goes no further, and may begin again; a range test alone counts to itself
         self._marks = WRITTEN if range_test else tuple(name for name in WRITTEN if not name.startswith("lr_finder"))
         self._lock: TextIO | None = None
-        self._check(resume, overwrite)
         try:
+            self._check(resume, overwrite)
             self._acquire()
             self._check(resume, overwrite)  # another run may have ended between the first look and the lock
-            remove_stale(self.path)
+            remove_stale(self.path, WRITTEN)
             probe = self.path / ".writable.tmp"
             probe.write_bytes(b"\0" * 4096)
             probe.unlink()
@@ -121,6 +146,12 @@ class RunFolder:
                 f"{self.path} already holds a run; continue it with --resume, replace it with --overwrite, "
                 "or choose another run.dir="
             )
+        if overwrite and not self._proves_run() and (found := self._namesakes()):
+            raise RunFolderError(
+                f"{self.path}: --overwrite replaces a run, and none lies here: {', '.join(found)} "
+                f"{'have' if len(found) > 1 else 'has'} a name that a run uses, and no checkpoint, environment.json or "
+                "lr_finder.csv of a run lies beside; move it away or choose another run.dir="
+            )
 
     def _has(self, name: str) -> bool:
         # not Path.exists: it raises where a parent is a file or must not be entered, on some versions of Python
@@ -128,6 +159,23 @@ class RunFolder:
 
     def holds_run(self) -> bool:
         return any(self._has(name) for name in self._marks)
+
+    def _proves_run(self) -> bool:
+        """Whether there is a file that only a run writes, known by its content."""
+        if any(carries_seal(self.path / name) for name in CHECKPOINTS):
+            return True
+        with contextlib.suppress(OSError, ValueError):
+            record = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
+            if isinstance(record, dict) and record.keys() >= _OF_ENVIRONMENT:
+                return True
+        with contextlib.suppress(OSError, ValueError), (self.path / "lr_finder.csv").open(encoding="utf-8") as file:
+            return file.readline().strip() == ",".join(CURVE_COLUMNS)
+        return False
+
+    def _namesakes(self) -> list[str]:
+        """What bears the name of a file or folder of a run; folders end in /, empty ones do not count."""
+        files = [name for name in WRITTEN if self._has(name)]
+        return files + [f"{name}/" for name in FOLDERS if _names_in(self.path / name)]
 
     def _acquire(self) -> None:
         while True:
@@ -163,13 +211,16 @@ class RunFolder:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise  # else a file system without locks, which is no reason not to train
 
-    def start_over(self) -> None:
-        """Remove what a run writes, and nothing else that may lie in the folder."""
+    def start_over(self) -> list[str]:
+        """Remove what a run, its analysis and its exports write, by name, and give the names of what else lies here.
+
+        An export goes too: it is the network of the run that is replaced.
+        """
+        stays = [f"{name}/{kept}" for name, files in FOLDERS.items() for kept in _clear(self.path / name, files)]
         for name in WRITTEN:
-            (self.path / name).unlink(missing_ok=True)
-        for folder in ("analysis", "tensorboard"):
-            if (self.path / folder).is_dir():
-                shutil.rmtree(self.path / folder)
+            _remove_file(self.path / name)
+        named = {kept.partition("/")[0] for kept in stays}
+        return [name for name in _names_in(self.path) if name != ".lock" and name not in named] + stays
 
     def close(self) -> None:
         """Give up the lock; a folder in which nothing was written goes too."""
@@ -191,6 +242,38 @@ class RunFolder:
     def write_metrics(self, records: list[dict[str, Any]]) -> None:
         """metrics.jsonl, whole: one line an epoch. A resumed run writes the epochs that its checkpoint knows."""
         self.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _is_folder(path: Path) -> bool:
+    """A link to a folder is none."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def _names_in(folder: Path) -> list[str]:
+    """Sorted; none where there is no such folder."""
+    return sorted(path.name for path in folder.iterdir()) if _is_folder(folder) else []
+
+
+def _remove_file(path: Path) -> bool:
+    """False where it is a folder, which no run writes under the name of a file."""
+    if _is_folder(path):
+        return False
+    path.unlink(missing_ok=True)
+    return True
+
+
+def _clear(folder: Path, files: tuple[str, ...]) -> list[str]:
+    """Remove the files of these names (or patterns), and the folder if nothing else is in it; the names of what stays."""
+    stays = [
+        name
+        for name in _names_in(folder)
+        if not (any(fnmatchcase(name, known) for known in files) or is_temporary(name, files))
+        or not _remove_file(folder / name)
+    ]
+    if not stays and _is_folder(folder):
+        with contextlib.suppress(OSError):  # something has come into it meanwhile
+            folder.rmdir()
+    return stays
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
