@@ -6,7 +6,6 @@ python -m analysis.confusion runs/NAME
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from analysis.predictions import Ints, checked_predictions, prediction_options
 from analysis.run import command, load_for
 from analysis.style import BLUE, GREEN, VERMILLION, new_figure, plain, pretty, save
+from train.checkpoint import write_csv
 from train.record import Log
 
 NUMBERED = 20  # classes up to which a cell has room for its number
@@ -58,18 +58,14 @@ def most_confused(counts: Ints, count: int = 10) -> list[tuple[int, int, int]]:
 
 def write_confusion(counts: Ints, class_names: tuple[str, ...], path: Path) -> None:
     """CSV: a line a true class, a column a prediction."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["true \\ predicted", *class_names])
-        writer.writerows([name, *row] for name, row in zip(class_names, counts.tolist(), strict=True))
+    rows = ([name, *row] for name, row in zip(class_names, counts.tolist(), strict=True))
+    write_csv(path, [["true \\ predicted", *class_names], *rows])
 
 
 def write_per_class(scores: list[ClassScore], path: Path) -> None:
     """CSV: class, precision, recall, f1, support."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["class", "precision", "recall", "f1", "support"])
-        writer.writerows([s.name, f"{s.precision:.6f}", f"{s.recall:.6f}", f"{s.f1:.6f}", s.support] for s in scores)
+    rows = ([s.name, f"{s.precision:.6f}", f"{s.recall:.6f}", f"{s.f1:.6f}", s.support] for s in scores)
+    write_csv(path, [["class", "precision", "recall", "f1", "support"], *rows])
 
 
 def draw_confusion(counts: Ints, class_names: tuple[str, ...], path: Path, *, caption: str = "") -> None:

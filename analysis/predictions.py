@@ -6,7 +6,6 @@ python -m analysis.predictions runs/NAME
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ from scipy.special import log_softmax  # type: ignore[import-untyped]
 
 from analysis.run import AnalysisError, LoadedRun, Say, command, load_for, loader_of, parser, progress
 from dali_pipeline.loader import EvalLoader
+from train.checkpoint import write_csv
 from train.evaluation import evaluate
 from train.record import Log
 from train.steps import EvalStep
@@ -155,22 +155,13 @@ def worst_first(predictions: Predictions, wrong_only: bool = True) -> Ints:
 
 def write_predictions(predictions: Predictions, class_names: tuple[str, ...], path: Path) -> None:
     """CSV, a line a test image: index, label, prediction, confidence (0..1), loss (nats), and the two class names."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["index", "label", "prediction", "confidence", "loss", "label_name", "prediction_name"])
-        rows = zip(predictions.labels, predictions.predicted, predictions.confidence, predictions.losses, strict=True)
-        for index, (label, predicted, confidence, loss) in enumerate(rows):
-            writer.writerow(
-                [
-                    index,
-                    label,
-                    predicted,
-                    f"{confidence:.6f}",
-                    f"{loss:.6g}",
-                    class_names[label],
-                    class_names[predicted],
-                ]
-            )
+    header = ["index", "label", "prediction", "confidence", "loss", "label_name", "prediction_name"]
+    answers = zip(predictions.labels, predictions.predicted, predictions.confidence, predictions.losses, strict=True)
+    rows = (
+        [index, label, predicted, f"{confidence:.6f}", f"{loss:.6g}", class_names[label], class_names[predicted]]
+        for index, (label, predicted, confidence, loss) in enumerate(answers)
+    )
+    write_csv(path, [header, *rows])
 
 
 def prediction_options(module: str, description: str, *, one_run: bool = True) -> argparse.ArgumentParser:

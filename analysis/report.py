@@ -34,6 +34,7 @@ from analysis.predictions import (
 from analysis.run import LoadedRun, Say, command, load_run
 from analysis.style import Pixels, percent
 from net.resnet import parameter_count
+from train.checkpoint import write_atomic
 from train.config import to_dict
 from train.progress import duration
 from train.record import Log
@@ -121,7 +122,8 @@ def analyse(
 ) -> Path:
     """Draw and write everything into `output` (the run's analysis/), and give the path of report.html.
 
-    Arguments as in `analysis.run.load_run`. Raises AnalysisError, CheckpointError, ConfigError or DataError, one line each.
+    Arguments as in `analysis.run.load_run`. Raises AnalysisError, CheckpointError, ConfigError, DataError,
+    RunFolderError or WriteError, one line each.
     """
     begun = time.perf_counter()
     run = load_run(
@@ -140,7 +142,7 @@ def analyse(
     predictions, agreement = checked_predictions(run, log, accept_difference)
     results = draw_everything(run, predictions, agreement, folder, log)
     path = folder / "report.html"
-    path.write_text(render(run, results, folder), encoding="utf-8")
+    write_atomic(path, render(run, results, folder).encode())
     log(f"{len(results.drawn)} pictures and report.html in {folder}, {duration(time.perf_counter() - begun)}")
     return path
 

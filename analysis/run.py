@@ -22,7 +22,7 @@ from net.resnet import CustomResNet
 from train.checkpoint import CheckpointError, load_checkpoint
 from train.config import Config, ConfigError, NetConfig, from_dict, load_config
 from train.progress import duration
-from train.record import Log, read_metrics
+from train.record import Log, RunFolderError, own_folder, read_metrics
 from train.runtime import Runtime, RuntimeUnavailable, prepare
 
 Item = TypeVar("Item")
@@ -98,8 +98,8 @@ class LoadedRun:
         return f"run {self.name} · {self.file} · {where}{tail}"
 
     def output_dir(self, given: Path | None = None) -> Path:
-        """`given`, or the run's analysis/, made where it does not exist."""
-        folder = given or self.path / "analysis"
+        """`given`, or the run's analysis/, made where it does not exist. RunFolderError where that is a symbolic link."""
+        folder = given or own_folder(self.path, "analysis")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -427,7 +427,7 @@ def command(
     log = Log()
     try:
         return body(options, log) or 0
-    except (AnalysisError, CheckpointError, ConfigError, DataError, BackendError) as error:
+    except (AnalysisError, CheckpointError, ConfigError, DataError, BackendError, RunFolderError) as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import warnings
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
+
+from train.checkpoint import write_atomic
 
 # Okabe and Ito's palette, told apart by colour-blind readers too
 BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7"
@@ -53,7 +56,9 @@ def save(figure: Figure, path: Path) -> None:
     """Write a PNG; characters that the font lacks become boxes without a warning."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(path, dpi=DPI, format="png", facecolor="white")
+        content = io.BytesIO()
+        figure.savefig(content, dpi=DPI, format="png", facecolor="white")
+    write_atomic(path, content.getvalue())
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -16,6 +17,7 @@ from benchmarks.stages import Pipeline, Training, augment_of
 from dali_pipeline import dali_graph
 from dali_pipeline.datasets import Dataset
 from dali_pipeline.loader import choose_backend
+from train.checkpoint import write_atomic
 from train.config import Config
 from train.runtime import find_compiler, prepare
 
@@ -198,5 +200,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axis.set_ylabel("images/s")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120, format=path.suffix.removeprefix(".") or "png")
+    write_atomic(path, content.getvalue())
     plt.close(figure)

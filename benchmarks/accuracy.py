@@ -57,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: --runs {options.runs}, expected 1 or more", file=sys.stderr)
         return 2
     from benchmarks.machine import command
+    from train.checkpoint import write_atomic
     from train.config import ConfigError, load_config
     from train.failures import explained
 
@@ -78,10 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report["command"] = command("accuracy", sys.argv[1:] if arguments is None else arguments)
         for line in lines(report):
             print(line)
+        print(json.dumps(report))
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        print(json.dumps(report))
+            write_atomic(options.json, (json.dumps(report, indent=1) + "\n").encode())
     return outcome.code
 
 

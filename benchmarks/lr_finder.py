@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the result here")
     options = parser.parse_intermixed_args()
     from benchmarks.machine import command, shareable
+    from train.checkpoint import write_atomic
     from train.config import ConfigError, load_config, to_dict
     from train.fit import find_only, fit
     from train.lr_finder import RangeTest, suggest
@@ -95,10 +96,10 @@ def main() -> int:
         "mean_accuracy_found": statistics.mean(f["accuracy"] for f in found),
         "best_of_grid": {"lr_max": best["lr_max"], "accuracy": statistics.mean(best["accuracies"])},
     }
+    print(json.dumps(result))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+        write_atomic(options.json, (json.dumps(result, indent=2) + "\n").encode())
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch.profiler import profile as torch_profile
 
 from benchmarks.measure import synchronize
 from benchmarks.stages import Training
+from train.checkpoint import write_atomic
 
 STEPS = {"cuda": 20, "cpu": 3}
 
@@ -25,7 +27,10 @@ def profile(training: Training, path: Path) -> list[str]:
         training.run_end_to_end(steps)
         synchronize(training.device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    profiler.export_chrome_trace(str(path))
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / path.name
+        profiler.export_chrome_trace(str(trace))
+        write_atomic(path, trace.read_bytes())
     rows = costliest(profiler.events(), on_gpu)
     total = sum(time for _, time, _ in rows)
     lines = [f"\n{'kernel':<72}{'us a step':>12}{'share':>8}{'calls':>7}"]

@@ -29,7 +29,8 @@ from dali_pipeline.plan import Augment, draw_plan
 from train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from train.config import Config
 from train.fit import fit
-from train.record import Log
+from train.lr_finder import RangeTest
+from train.record import FOLDERS, Log
 
 QUIET: Callable[[str], None] = lambda line: None  # noqa: E731
 
@@ -322,6 +323,46 @@ def test_an_analysis_into_a_folder_of_pictures_neither_removes_nor_shows_them(
     # beside a report of ours the same names are an earlier analysis', and go
     page = analyse(copied, output=tmp_path, device="cpu", accept_difference=True, log=QUIET).read_text()
     assert not (tmp_path / "lr_finder.png").exists() and not (tmp_path / "curves.png").exists()
+
+
+def test_no_file_of_an_analysis_is_written_through_a_link(copied: Path, tmp_path: Path) -> None:
+    target = tmp_path / "mine"
+    target.write_text("mine")
+    (copied / "analysis").mkdir()
+    RangeTest(tuple(np.geomspace(1e-3, 1, 40).tolist()), (2.0,) * 40, diverged=False).write_csv(
+        copied / "lr_finder.csv"
+    )
+    names = set(FOLDERS["analysis"]) - {"predict.png"}
+    for name in names:
+        (copied / "analysis" / name).symlink_to(target)
+    analyse(copied, device="cpu", log=QUIET)
+    assert target.read_text() == "mine"
+    written = {path.name for path in (copied / "analysis").iterdir() if path.is_file() and not path.is_symlink()}
+    assert written == names
+    # nor those of a command alone, or of several runs
+    for name in ("predict.png", "compare.png"):
+        (tmp_path / name).symlink_to(target)
+    Image.new("RGB", (40, 40)).save(tmp_path / "image.png")
+    words = [str(copied), str(tmp_path / "image.png"), "--explain", "--output", str(tmp_path), "--device", "cpu"]
+    assert predict.main(words) == 0
+    other = shutil.copytree(copied, tmp_path / "other")
+    assert compare.main([str(copied), str(other), "--output", str(tmp_path / "compare.png"), "--device", "cpu"]) == 0
+    for name in ("predict.png", "compare.png"):
+        assert not (tmp_path / name).is_symlink() and (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+    assert target.read_text() == "mine"
+
+
+def test_an_analysis_folder_that_is_a_link_is_refused_by_name(
+    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "curves.png").write_text("mine")
+    (copied / "analysis").symlink_to(elsewhere)
+    for main in (report.main, curves.main, confusion.main, samples.main):
+        assert f"{copied / 'analysis'}: is a symbolic link" in error_of(main, [copied, "--device", "cpu"], capsys)
+    assert [(path.name, path.read_text()) for path in elsewhere.iterdir()] == [("curves.png", "mine")]
+    assert curves.main([str(copied), "--output", str(elsewhere), "--device", "cpu"]) == 0  # named by the user
 
 
 def test_report_holds_the_figures_the_recipe_and_the_worst_images(

@@ -686,7 +686,12 @@ def test_accuracy_goes_on_after_an_interruption(
     finished.write_text(whole)
     # nothing to do: the report again, without a trainer
     monkeypatch.setattr(accuracy, "Campaign", None)
+    # the report replaces a link, and not what the link leads to
+    (tmp_path / "mine").write_text("mine")
+    path.unlink()
+    path.symlink_to(tmp_path / "mine")
     assert accuracy.main([*words, "--runs", "2"]) == 0
+    assert (tmp_path / "mine").read_text() == "mine" and json.loads(path.read_text())["runs"] == 2
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["accuracy"]["n"] == 2
 
 

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.checkpoint import CheckpointError, load_checkpoint, remove_stale, save_checkpoint, seal, unseal, write_atomic
+from train.checkpoint import (
+    CheckpointError,
+    WriteError,
+    load_checkpoint,
+    remove_stale,
+    save_checkpoint,
+    seal,
+    unseal,
+    write_atomic,
+)
 from train.record import RunFolder
 
 
@@ -115,6 +124,44 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(
         write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_links_are_replaced_and_their_targets_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hard_links: bool
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not hard_links:
+        monkeypatch.setattr(os, "link", refuse)
+    run, target = tmp_path / "run", tmp_path / "target"
+    run.mkdir()
+    target.write_text("mine")
+    pid = os.getpid()
+    for name in ("last.pt", "previous.pt", f".last.pt.{pid}.tmp", f".previous.pt.{pid}.tmp"):
+        (run / name).symlink_to(target)
+    for epoch in range(3):
+        save_checkpoint(run / "last.pt", {"epoch": epoch}, keep_previous=run / "previous.pt")
+        assert target.read_text() == "mine"
+    assert load_checkpoint(run / "last.pt")["epoch"] == 2 and load_checkpoint(run / "previous.pt")["epoch"] == 1
+    assert sorted(p.name for p in run.iterdir()) == ["last.pt", "previous.pt"]
+    assert not any(p.is_symlink() for p in run.iterdir())
+
+
+@pytest.mark.parametrize("through_a_link", [False, True])
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_a_folder_or_a_pipe_is_not_replaced_by_a_file(tmp_path: Path, kind: str, through_a_link: bool) -> None:
+    path = target = tmp_path / "there"
+    if through_a_link:
+        path = tmp_path / "link"
+        path.symlink_to(target)
+    target.mkdir() if kind == "folder" else os.mkfifo(target)
+    before = path.lstat()
+    with pytest.raises(WriteError, match="no regular file"):
+        write_atomic(path, b"new")
+    assert os.path.samestat(path.lstat(), before)
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, target.name}
 
 
 def test_stale_temporary_files_go(tmp_path: Path) -> None:

@@ -114,6 +114,32 @@ def test_an_export_that_differs_is_not_kept_and_the_older_one_stays(run: Path, m
     assert not list(run.glob(".*tmp*"))
 
 
+def test_an_export_is_never_written_through_a_link(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def made(path: Path, state: dict[str, Any], net: Any, images: torch.Tensor) -> Any:
+        path.write_bytes(b"new")
+        return program(state, net)
+
+    monkeypatch.setitem(train.export.MAKERS, "model.safetensors", made)
+    monkeypatch.setattr(train.export, "require", lambda name: None)
+    target, folder = tmp_path / "mine", run / "export"
+    target.write_bytes(b"mine")
+    folder.mkdir()
+    for name in ("model.safetensors", ".model.safetensors.tmp.safetensors"):
+        (folder / name).symlink_to(target)
+    assert main([str(run)]) == 0
+    assert target.read_bytes() == b"mine"
+    assert [(path.name, path.is_symlink(), path.read_bytes()) for path in folder.iterdir()] == [
+        ("model.safetensors", False, b"new")
+    ]
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    capsys.readouterr()
+    assert main([str(run)]) == 2
+    assert f"{folder}: is a symbolic link" in capsys.readouterr().err
+
+
 def test_what_cannot_be_exported_is_one_line(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import errno
 import hashlib
 import io
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -69,14 +71,23 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def open_new(path: Path) -> BinaryIO:
+    """Open a file for writing that nobody else has: what had its name is removed, and no link is followed."""
+    path.unlink(missing_ok=True)
+    return path.open("xb")  # O_EXCL, which refuses a link too
+
+
 def write_atomic(path: Path, content: bytes, keep_previous: Path | None = None) -> None:
     """Replace `path` by `content` so that at every moment it is whole: the old file or the new one.
 
-    With `keep_previous`, what `path` held before stays under that name. Raises WriteError.
+    A symbolic link of that name is itself replaced; its target stays. With `keep_previous`, what `path` held before stays
+    under that name. Raises WriteError, also where the name is that of a folder, a device or a pipe.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is there and no regular file")
+        with open_new(temporary) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -100,12 +111,20 @@ def _keep(path: Path, keep_previous: Path) -> None:
         try:
             os.link(path, link)
         except OSError:  # a file system without hard links
-            shutil.copyfile(path, link)
+            with path.open("rb") as source, open_new(link) as copy:
+                shutil.copyfileobj(source, copy)
         link.replace(keep_previous)
     except BaseException:
         with contextlib.suppress(OSError):
             link.unlink(missing_ok=True)
         raise
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
+    """`write_atomic` for a table."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    write_atomic(path, text.getvalue().encode())
 
 
 def is_temporary(name: str, of: Sequence[str] = CHECKPOINTS) -> bool:

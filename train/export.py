@@ -25,8 +25,9 @@ from torch import Tensor
 
 from dali_pipeline.datasets import DataError, load
 from net.resnet import CustomResNet
-from train.checkpoint import CheckpointError, fsync_folder, load_checkpoint
+from train.checkpoint import CheckpointError, fsync_folder, load_checkpoint, open_new
 from train.config import ConfigError, from_dict
+from train.record import RunFolderError, own_folder
 from train.steps import EvalStep
 
 IMAGES = 256  # test images that every export is verified on
@@ -160,6 +161,7 @@ def export(
     limit = TOLERANCES[name] if limit is None else limit
     temporary = folder / f".{name}.tmp{Path(name).suffix}"
     try:
+        open_new(temporary).close()  # a file of our own, which is then written by its name
         with _quiet(), torch.no_grad():
             run = MAKERS[name](temporary, state, net, images)
             expected = program(state, net)(images)
@@ -203,14 +205,14 @@ def main(arguments: list[str] | None = None) -> int:
         state = load_checkpoint(options.run / options.checkpoint)
         net = network(state, options.ema)
         images = first_test_images(state, options.data_root)
-        folder = options.run / "export"
+        folder = own_folder(options.run, "export")
         folder.mkdir(exist_ok=True)
         for name in names:
             difference = export(folder, name, state, net, images)
             print(
                 f"{folder / name}: equals the network's logits on {len(images)} test images to {difference:.1e} of the largest"
             )
-    except (CheckpointError, ConfigError, DataError, ExportError) as error:
+    except (CheckpointError, ConfigError, DataError, ExportError, RunFolderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

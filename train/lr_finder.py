@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train.borrow import borrowed_state
-from train.checkpoint import write_atomic
+from train.checkpoint import write_csv
 from train.record import CURVE_COLUMNS
 from train.trainer import Trainer
 
@@ -56,12 +55,8 @@ class RangeTest:
 
     def write_csv(self, path: Path) -> None:
         """Columns step, lr, loss, smoothed_loss, and diverged (0 or 1, in every row)."""
-        text = io.StringIO(newline="")
-        writer = csv.writer(text)
-        writer.writerow(CURVE_COLUMNS)
-        for step, row in enumerate(zip(self.rates, self.losses, self.smoothed(), strict=True)):
-            writer.writerow([step, *row, int(self.diverged)])
-        write_atomic(path, text.getvalue().encode())
+        rows = enumerate(zip(self.rates, self.losses, self.smoothed(), strict=True))
+        write_csv(path, [CURVE_COLUMNS, *([step, *row, int(self.diverged)] for step, row in rows)])
 
     @classmethod
     def read_csv(cls, path: Path) -> RangeTest:

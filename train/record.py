@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TextIO
 
-from train.checkpoint import CHECKPOINTS, carries_seal, is_temporary, remove_stale, write_atomic
+from train.checkpoint import CHECKPOINTS, carries_seal, is_temporary, open_new, remove_stale, write_atomic
 
 try:
     import fcntl
@@ -57,11 +57,23 @@ FOLDERS = {
     "tensorboard": ("events.out.tfevents.*",),
 }
 CURVE_COLUMNS = ("step", "lr", "loss", "smoothed_loss", "diverged")  # of lr_finder.csv
+_PROBE = "writable"  # a file is written under its temporary name, and removed
 _OF_ENVIRONMENT = {"versions", "device", "precision", "compile", "backend", "data_source"}
 
 
 class RunFolderError(Exception):
     """A run folder that cannot be used: one line with the path, the cause and the remedy."""
+
+
+def own_folder(run: Path, name: str) -> Path:
+    """A folder inside a run's, where what is written must land there. RunFolderError where it is a symbolic link."""
+    path = run / name
+    if path.is_symlink():
+        raise RunFolderError(
+            f"{path}: is a symbolic link, and what is written in it would land in another folder; remove the link or "
+            "choose another folder"
+        )
+    return path
 
 
 def default_run_dir(name: str, resume: bool, root: Path = Path("runs")) -> Path:
@@ -123,9 +135,10 @@ class RunFolder:
             self._check(resume, overwrite)
             self._acquire()
             self._check(resume, overwrite)  # another run may have ended between the first look and the lock
-            remove_stale(self.path, WRITTEN)
-            probe = self.path / ".writable.tmp"
-            probe.write_bytes(b"\0" * 4096)
+            remove_stale(self.path, (*WRITTEN, _PROBE))
+            probe = self.path / f".{_PROBE}.{os.getpid()}.tmp"
+            with open_new(probe) as file:
+                file.write(b"\0" * 4096)
             probe.unlink()
         except OSError as error:
             self.close()
@@ -135,6 +148,8 @@ class RunFolder:
             raise
 
     def _check(self, resume: bool, overwrite: bool) -> None:
+        for name in FOLDERS:
+            own_folder(self.path, name)
         held = self.holds_run()
         if resume and not any(self._has(name) for name in ("last.pt", "previous.pt")):
             raise RunFolderError(
@@ -180,18 +195,42 @@ class RunFolder:
     def _acquire(self) -> None:
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("a+", encoding="ascii")
+            self._lock = self._open_lock()
             self._lock_file(self._lock)
             try:
-                if os.path.samestat(os.fstat(self._lock.fileno()), (self.path / ".lock").stat()):
+                if os.path.samestat(os.fstat(self._lock.fileno()), (self.path / ".lock").lstat()):
                     break
             except FileNotFoundError:
                 pass
             self._lock.close()  # its owner removed the file between our opening and locking it
+            self._lock = None
+        owner = self._lock.read(64).strip("\0 \r\n")  # a power cut can leave zeros
+        if owner and not owner.isdecimal():
+            self._lock.close()
+            self._lock = None
+            raise RunFolderError(
+                f"{self.path / '.lock'}: no run wrote this file, and a run would overwrite it; move it away or choose "
+                "another run.dir="
+            )
         self._lock.seek(0)
         self._lock.truncate()
         self._lock.write(str(os.getpid()))
         self._lock.flush()
+
+    def _open_lock(self) -> TextIO:
+        path = self.path / ".lock"
+        refused = (
+            f"{path}: is a symbolic link, and a run would overwrite its target; remove it or choose another run.dir="
+        )
+        if path.is_symlink():
+            raise RunFolderError(refused)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        except OSError:
+            if path.is_symlink():  # since then
+                raise RunFolderError(refused) from None
+            raise
+        return os.fdopen(handle, "r+", encoding="ascii", errors="replace")
 
     def _lock_file(self, lock: TextIO) -> None:
         if fcntl is None:
