@@ -138,11 +138,13 @@ def _child(about: dict[str, Any]) -> None:
 
 def _serve() -> None:
     import sklearn.datasets  # noqa: F401
-    import torch.optim.swa_utils  # noqa: F401
+    import torch
+    import torch.optim.swa_utils
 
     import train.failures
     import train.fit  # noqa: F401
 
+    torch.compiler.cudagraph_mark_step_begin()  # every step does; the first imports the compiler, for two seconds
     for line in sys.stdin:
         question = json.loads(line)
         answer: int | None

@@ -55,7 +55,7 @@ class HostSyncBatchNorm(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(input)  # type: ignore[no-any-return]
-        x = input.float()
+        x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         mean, variance = self._statistics(x)
         scale = self.weight * torch.rsqrt(variance + self.eps)
         normalised: Tensor = (x - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]
@@ -71,7 +71,7 @@ def synchronise_batch_norm(net: nn.Module, device: torch.device) -> nn.Module:
         return nn.SyncBatchNorm.convert_sync_batchnorm(net)  # type: ignore[no-any-return]
     for name, part in net.named_children():
         if isinstance(part, nn.BatchNorm2d):
-            own = HostSyncBatchNorm(part.num_features, part.eps, part.momentum, device=device)
+            own = HostSyncBatchNorm(part.num_features, part.eps, part.momentum, device=device, dtype=part.weight.dtype)
             own.load_state_dict(part.state_dict())
             setattr(net, name, own)
         else:
