@@ -60,3 +60,11 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(train.disk.folder.fcntl, "flock", refuse)
     RunFolder(tmp_path / "run").close()
+
+
+@pytest.mark.parametrize("left", [b"", b"123", b"123\n", b"\0" * 5])
+def test_what_a_dead_run_can_leave_in_its_lock_is_no_obstacle(tmp_path: Path, left: bytes) -> None:
+    (tmp_path / ".lock").write_bytes(left)
+    folder = RunFolder(tmp_path)
+    assert (tmp_path / ".lock").read_text() == str(os.getpid())
+    folder.close()
