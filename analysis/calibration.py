@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.colors import to_rgb
 
+from analysis.command import command, load_for
 from analysis.predictions import Floats, Ints, checked_predictions, prediction_options
-from analysis.run import AnalysisError, command, load_for
+from analysis.run import AnalysisError
 from analysis.style import BLUE, GREY, ORANGE, new_figure, save
-from train.record import Log
+from train.screen.log import Log
 
 FEW = 10  # images below which a bin says little
 

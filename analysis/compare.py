@@ -6,7 +6,6 @@ python -m analysis.compare runs/A runs/B [runs/C ...]
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import sys
 from collections.abc import Sequence
@@ -19,16 +18,15 @@ import numpy.typing as npt
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import binomtest, norm  # type: ignore[import-untyped]
 
+from analysis.command import command, load_for
 from analysis.predictions import checked_predictions, prediction_options
-from analysis.run import AnalysisError, LoadedRun, command, load_for
+from analysis.run import AnalysisError, LoadedRun
 from analysis.style import BLUE, GREY, SERIES, new_figure, plain, save
-from train.config import to_dict
-from train.progress import duration
-from train.record import Log
+from train.config import changes, to_dict
+from train.screen.log import Log
+from train.screen.progress import duration
 
 Hits = npt.NDArray[np.bool_]
-# keys that say where a run was written, not what it is
-PLACES = ("run.dir", "data.root", "run.checkpoint_every", "run.tensorboard")
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class Contender:
     epoch: int
     config: dict[str, dict[str, Any]]
     metrics: list[dict[str, Any]]
-    test_set: str  # sha256 over the test records
+    test_set: str  # fingerprint of the test images and labels
     hits: Hits
     where: str  # device and precision of the training
 
@@ -101,11 +99,6 @@ class Contender:
         return images / self.seconds if self.seconds else math.nan
 
 
-def fingerprint(run: LoadedRun) -> str:
-    """sha256 over the test images and labels."""
-    return hashlib.sha256(run.dataset.test.records.tobytes()).hexdigest()
-
-
 def contender(run: LoadedRun, name: str, hits: Hits) -> Contender:
     """Keep what a comparison needs of a run."""
     environment = run.environment
@@ -115,7 +108,7 @@ def contender(run: LoadedRun, name: str, hits: Hits) -> Contender:
         epoch=run.epoch,
         config=to_dict(run.config),
         metrics=run.metrics,
-        test_set=fingerprint(run),
+        test_set=run.dataset.test.fingerprint,
         hits=hits,
         where=f"{environment.get('device_name') or environment.get('device', '?')}, {environment.get('precision', '?')}",
     )
@@ -123,7 +116,7 @@ def contender(run: LoadedRun, name: str, hits: Hits) -> Contender:
 
 def check_same_test_set(first: Contender, other: LoadedRun, name: str) -> None:
     """AnalysisError where the two were not tested on the same images."""
-    if first.test_set == fingerprint(other):
+    if first.test_set == other.dataset.test.fingerprint:
         return
     ours, theirs = first.config["data"]["name"], other.config.data.name
     found = theirs if ours != theirs else f"other test images of {ours}, of another folder or version"
@@ -133,13 +126,13 @@ def check_same_test_set(first: Contender, other: LoadedRun, name: str) -> None:
 
 
 def differing_keys(configs: Sequence[dict[str, dict[str, Any]]]) -> list[tuple[str, list[Any]]]:
-    """(section.key, its value in each) of every key in which the recipes differ, but for where things are written."""
+    """(section.key, its value in each) of every key in which the recipes differ, but for those that change nothing."""
     names = [f"{section}.{key}" for section, keys in configs[0].items() for key in keys]
     found = []
     for name in names:
         section, key = name.split(".", 1)
         values = [config[section][key] for config in configs]
-        if name not in PLACES and any(value != values[0] for value in values):
+        if changes(name) != "nothing" and any(value != values[0] for value in values):
             found.append((name, values))
     return found
 

@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
+from analysis.command import command, load_for
 from analysis.predictions import Ints, checked_predictions, prediction_options
-from analysis.run import command, load_for
 from analysis.style import BLUE, GREEN, VERMILLION, new_figure, plain, pretty, save
-from train.checkpoint import write_csv
-from train.record import Log
+from train.disk.atomic import write_csv
+from train.screen.log import Log
 
 NUMBERED = 20  # classes up to which a cell has room for its number
 

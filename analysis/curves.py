@@ -9,6 +9,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from analysis.run import LoadedRun, Say, command, load_for, parser
+from analysis.command import command, load_for, parser
+from analysis.run import LoadedRun, Say
 from analysis.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, new_figure, plain, save
-from train.lr_finder import RangeTest, RangeTestError, Suggestion, suggest
-from train.optim import OneCycle
-from train.record import Log
+from train.screen.log import Log
+from train.step.measures import recorded
+from train.step.range_test import RangeTest, RangeTestError, Suggestion, suggest
+from train.step.schedule import OneCycle, one_cycle
 
 Records = Sequence[dict[str, Any]]
-# further accuracies that a run may report, as keys of metrics.jsonl
-EXTRA = {
-    "test_tta_accuracy": ("test, flip TTA", GREEN, ":"),
-    "ema_test_accuracy": ("test, averaged weights", PURPLE, "--"),
-    "ema_test_tta_accuracy": ("test, averaged weights and flip TTA", ORANGE, "-."),
-}
+# of the measures beside the plain test accuracy, in the order in which they are reported
+STYLES = ((GREEN, ":"), (PURPLE, "--"), (ORANGE, "-."))
 
 
 def draw_curves(metrics: Records, path: Path, *, title: str = "Loss and accuracy", caption: str = "") -> None:
@@ -54,9 +53,9 @@ def draw_curves(metrics: Records, path: Path, *, title: str = "Loss and accuracy
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(epochs) == 1:
             axes.set_xlim(epochs[0] - 0.5, epochs[0] + 0.5)
-    for key, (name, colour, style) in EXTRA.items():
-        if key in metrics[-1]:
-            right.plot(epochs, [m.get(key, math.nan) for m in metrics], color=colour, linestyle=style, label=name)
+    for measure, (colour, style) in zip(recorded(list(metrics[-1]))[1:], cycle(STYLES), strict=False):
+        values = [m.get(f"{measure.key}_accuracy", math.nan) for m in metrics]
+        right.plot(epochs, values, color=colour, linestyle=style, label=measure.label)
     left.set_ylabel("cross-entropy")
     left.set_yscale("log")
     _plain_log_ticks(left)
@@ -175,14 +174,8 @@ def draw_lr_finder(
 
 def schedule_of(run: LoadedRun) -> OneCycle:
     """The schedule as the run stepped it."""
-    steps_per_epoch = int(run.checkpoint["steps_per_epoch"])
-    config = run.config
-    return OneCycle(
-        float(run.checkpoint["lr_max"]),
-        float(run.checkpoint["lr_min"]),
-        config.schedule.peak_epoch * steps_per_epoch,
-        config.train.epochs * steps_per_epoch,
-    )
+    config, snapshot = run.config, run.snapshot
+    return one_cycle(snapshot.rates, config.schedule.peak_epoch, config.train.epochs, snapshot.steps_per_epoch)
 
 
 def draw_all(run: LoadedRun, folder: Path, say: Say = print) -> list[Path]:
@@ -198,7 +191,7 @@ def draw_all(run: LoadedRun, folder: Path, say: Say = print) -> list[Path]:
         say("no epoch is finished: no curves.png")
     draw_learning_rate(
         schedule_of(run),
-        int(run.checkpoint["steps_per_epoch"]),
+        run.snapshot.steps_per_epoch,
         folder / "learning_rate.png",
         metrics=run.metrics,
         caption=caption,
@@ -206,7 +199,7 @@ def draw_all(run: LoadedRun, folder: Path, say: Say = print) -> list[Path]:
     drawn.append(folder / "learning_rate.png")
     if (run.path / "lr_finder.csv").exists():
         try:
-            used = float(run.checkpoint["lr_max"]), float(run.checkpoint["lr_min"])
+            used = run.snapshot.rates.lr_max, run.snapshot.rates.lr_min
             draw_lr_finder(run.path / "lr_finder.csv", folder / "lr_finder.png", used=used, caption=caption)
             drawn.append(folder / "lr_finder.png")
         except (ValueError, KeyError, TypeError) as error:

@@ -35,10 +35,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from analysis.command import command, load_for
 from analysis.predictions import Ints, Predictions, checked_predictions, prediction_options, worst_first
-from analysis.run import AnalysisError, class_index, command, load_for, nearest
+from analysis.run import AnalysisError, class_index, nearest
 from analysis.style import BLUE, GREY, VERMILLION, Pixels, Tile, draw_sheet, percent, pretty
-from train.record import Log
+from train.screen.log import Log
 
 DEFAULT_LAYER = "layer3"
 DEFAULT_LAYERS = {"layercam": "layer2", "hirescam": "layer2", "elementwise": "layer2"}  # where another one is sharper
@@ -299,7 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
         run = load_for(options, log)
         label = None if options.label is None else class_index(options.label, run.class_names)
         if options.layer is not None:
-            size = (1, 3, run.checkpoint["height"], run.checkpoint["width"])
+            size = (1, 3, run.snapshot.data.height, run.snapshot.data.width)
             check_layer(run.net, options.layer, torch.zeros(size, device=run.runtime.device))
         predictions, _ = checked_predictions(run, log, options.accept_difference)
         path = run.output_dir(options.output) / ("layer_cam.png" if options.method == "layercam" else "grad_cam.png")
@@ -309,8 +310,8 @@ def main(arguments: list[str] | None = None) -> int:
             predictions,
             run.class_names,
             path,
-            mean=run.checkpoint["mean"],
-            std=run.checkpoint["std"],
+            mean=run.snapshot.data.mean,
+            std=run.snapshot.data.std,
             count=options.count,
             layer=options.layer,
             method=options.method,

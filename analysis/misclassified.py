@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from analysis.command import command, load_for
 from analysis.predictions import Ints, Predictions, checked_predictions, prediction_options, worst_first
-from analysis.run import AnalysisError, class_index, command, load_for
+from analysis.run import AnalysisError, class_index
 from analysis.style import BLUE, VERMILLION, Pixels, Tile, draw_sheet, percent, pretty
-from train.record import Log
+from train.screen.log import Log
 
 ORDERS = {
     "loss": "highest loss first",

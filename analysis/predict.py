@@ -17,11 +17,12 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 
+from analysis.command import command, load_for, parser
 from analysis.grad_cam import default_layer, heat_maps, method_class, normalise, overlay
 from analysis.predictions import Floats
-from analysis.run import AnalysisError, command, load_for, parser
+from analysis.run import AnalysisError
 from analysis.style import BLUE, GREY, Pixels, Tile, draw_sheet, percent, plain, pretty
-from train.record import Log
+from train.screen.log import Log
 
 
 class ImageError(Exception):
@@ -164,7 +165,7 @@ def _predict(options: argparse.Namespace, log: Log) -> int:
     if options.explain:
         method_class(options.method)
     run = load_for(options, log)
-    height, width = int(run.checkpoint["height"]), int(run.checkpoint["width"])
+    height, width = run.snapshot.data.height, run.snapshot.data.width
     images, paths, failures = [], [], 0
     for path in options.images:
         try:
@@ -174,7 +175,7 @@ def _predict(options: argparse.Namespace, log: Log) -> int:
             failures += 1
             print(f"error: {error}", file=sys.stderr, flush=True)
     if images:
-        mean, std = run.checkpoint["mean"], run.checkpoint["std"]
+        mean, std = run.snapshot.data.mean, run.snapshot.data.std
         found = predict_images(run.net, np.stack(images), mean, std)
         answers = [Answer(*parts) for parts in zip(paths, images, found, strict=True)]
         for answer in answers:

@@ -16,12 +16,13 @@ import numpy.typing as npt
 import torch
 from scipy.special import log_softmax  # type: ignore[import-untyped]
 
-from analysis.run import AnalysisError, LoadedRun, Say, command, load_for, loader_of, parser, progress
+from analysis.command import command, load_for, parser, progress
+from analysis.run import AnalysisError, LoadedRun, Say, loader_of
 from dali_pipeline.loader import EvalLoader
-from train.checkpoint import write_csv
-from train.evaluation import evaluate
-from train.record import Log
-from train.steps import EvalStep
+from train.disk.atomic import write_csv
+from train.screen.log import Log
+from train.step.evaluation import evaluate
+from train.step.steps import EvalStep
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -87,8 +88,8 @@ def predict_test(run: LoadedRun, say: Say = print) -> Predictions:
     device = run.runtime.device
     step = EvalStep(
         run.net,
-        run.checkpoint["mean"],
-        run.checkpoint["std"],
+        run.snapshot.data.mean,
+        run.snapshot.data.std,
         autocast_dtype=run.runtime.autocast_dtype,
         channels_last=run.runtime.channels_last,
     ).to(device)

@@ -20,6 +20,7 @@ from PIL import Image
 
 from analysis import confusion, curves, samples
 from analysis.calibration import Reliability, draw_calibration, reliability
+from analysis.command import command
 from analysis.confusion import ClassScore, most_confused
 from analysis.grad_cam import GradCamUnavailable, draw_grad_cam
 from analysis.misclassified import draw_misclassified
@@ -31,13 +32,13 @@ from analysis.predictions import (
     worst_first,
     write_predictions,
 )
-from analysis.run import LoadedRun, Say, command, load_run
+from analysis.run import LoadedRun, Say, load_run
 from analysis.style import Pixels, percent
-from net.resnet import parameter_count
-from train.checkpoint import write_atomic
 from train.config import to_dict
-from train.progress import duration
-from train.record import Log
+from train.disk.atomic import write_atomic
+from train.screen.log import Log
+from train.screen.progress import duration
+from train.step.measures import recorded
 
 WORST = 50
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -177,8 +178,8 @@ def draw_everything(run: LoadedRun, predictions: Predictions, agreement: str, fo
                 predictions,
                 run.class_names,
                 folder / name,
-                mean=run.checkpoint["mean"],
-                std=run.checkpoint["std"],
+                mean=run.snapshot.data.mean,
+                std=run.snapshot.data.std,
                 method=method,
                 caption=caption,
             )
@@ -239,10 +240,9 @@ def headline(run: LoadedRun, results: Results) -> list[tuple[str, str, str]]:
         rate = sum(float(m["seconds"]) * float(m["images_per_second"]) for m in metrics) / seconds
         device = run.environment.get("device_name") or run.environment.get("device", "unknown device")
         tiles.append((duration(seconds), "training time", f"{rate:,.0f} images/s on {device}, evaluation apart"))
-        extra = {"test_tta": "flip TTA", "ema_test": "averaged weights", "ema_test_tta": "averaged weights, flip TTA"}
-        for key, name in extra.items():
-            if f"{key}_accuracy" in metrics[-1]:
-                tiles.append((f"{metrics[-1][f'{key}_accuracy']:.2f}%", name, "test accuracy at the end"))
+        for measure in recorded(list(metrics[-1]))[1:]:
+            accuracy = metrics[-1][f"{measure.key}_accuracy"]
+            tiles.append((f"{accuracy:.2f}%", measure.kind, f"{measure.split} accuracy at the end"))
     tiles.append((f"{predictions.losses.mean():.4f}", "test loss", "mean cross-entropy, nats"))
     over = 100 * results.calibration.overconfidence
     tiles.append(
@@ -252,7 +252,7 @@ def headline(run: LoadedRun, results: Results) -> list[tuple[str, str, str]]:
             f"on average {abs(over):.2f} points {'over' if over > 0 else 'under'}confident",
         )
     )
-    count = parameter_count(len(run.class_names), run.config.net.width)
+    count = sum(parameter.numel() for parameter in run.net.parameters())
     tiles.append(
         (f"{count / 1e6:.2f} M" if count >= 1e6 else f"{count:,}", "parameters", f"width {run.config.net.width}")
     )

@@ -1,45 +1,38 @@
-"""A finished or interrupted run, loaded once for everything that looks at it; and the command line that all modules share."""
+"""A finished or interrupted run, loaded once for everything that looks at it."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from tqdm import tqdm
 
-from dali_pipeline.datasets import DataError, Dataset
-from dali_pipeline.datasets import load as load_dataset
-from dali_pipeline.loader import BackendChoice, BackendError, choose_backend
-from net.resnet import CustomResNet
-from train.checkpoint import CheckpointError, load_checkpoint
-from train.config import Config, ConfigError, NetConfig, from_dict, load_config
-from train.progress import duration
-from train.record import Log, RunFolderError, own_folder, read_metrics
-from train.runtime import Runtime, RuntimeUnavailable, prepare
+import net as networks
+from dali_pipeline import sources
+from dali_pipeline.backend import BackendChoice, BackendError, choose_backend
+from dali_pipeline.dataset import DataError, Dataset
+from dali_pipeline.errors import UserError
+from net.interface import Network
+from net.options import NetOptions
+from train.config import Config, ConfigError, from_dict, load_config
+from train.disk.folder import own_folder, read_metrics
+from train.disk.snapshot import Snapshot, load_snapshot
+from train.machine.runtime import Runtime, RuntimeUnavailable, prepare
 
 Item = TypeVar("Item")
 Say = Callable[[str], None]
 
-
-# what every part of the analysis may ask of a checkpoint, and of a line of metrics.jsonl
-NEEDED = {
-    "model", "config", "class_names", "mean", "std", "height", "width", "epoch", "step", "test_accuracy", "lr_max", "lr_min",
-    "steps_per_epoch",
-}  # fmt: skip
+# what the curves and the report read of a line of metrics.jsonl
 MEASURED = {
     "epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds", "images_per_second",
 }  # fmt: skip
 
 
-class AnalysisError(Exception):
+class AnalysisError(UserError):
     """What was asked for cannot be drawn: one line with the cause and the remedy."""
 
 
@@ -55,8 +48,8 @@ class LoadedRun:
     path: Path
     file: str  # best.pt or last.pt
     config: Config
-    checkpoint: dict[str, Any]
-    net: CustomResNet
+    snapshot: Snapshot
+    net: Network
     runtime: Runtime
     class_names: tuple[str, ...]
     metrics: list[dict[str, Any]]
@@ -71,16 +64,15 @@ class LoadedRun:
 
     @property
     def epoch(self) -> int:
-        return int(self.checkpoint["epoch"])
+        return self.snapshot.position.epoch
 
     @property
     def step(self) -> int:
-        return int(self.checkpoint["step"])
+        return self.snapshot.position.step
 
     @property
     def recorded_accuracy(self) -> float | None:
-        accuracy = self.checkpoint["test_accuracy"]
-        return None if accuracy is None or self.step else float(accuracy)
+        return None if self.step else self.snapshot.test_accuracy
 
     @property
     def dataset(self) -> Dataset:
@@ -142,35 +134,32 @@ def load_run(
     path = _check_folder(Path(path).expanduser())
     notes: list[str] = []
     file = _choose_checkpoint(path, checkpoint, notes)
-    state = load_checkpoint(path / file)
     where = f"{path / file}"
-    absent = sorted(NEEDED - set(state))
-    if absent:
-        raise AnalysisError(f"{where}: lacks {', '.join(absent)}: not a checkpoint of a run of this version")
+    snapshot = load_snapshot(where)
     try:
-        config = from_dict(state["config"])
+        config = from_dict(snapshot.config)
     except ConfigError as error:
         raise AnalysisError(f"{where}: holds no recipe that this version reads: {error}") from None
     _check_recipe(path, file, config)
     environment = _read_json(path / "environment.json", notes)
     runtime = _runtime(device, precision, config, environment, notes)
-    class_names = tuple(str(name) for name in state["class_names"])
-    net = _build_net(state["model"], len(class_names), config.net, where)
+    class_names = tuple(str(name) for name in snapshot.data.class_names)
+    net = _build_net(snapshot.model, len(class_names), config.net, where)
     if runtime.channels_last:
         net = net.to(memory_format=torch.channels_last)
     run = LoadedRun(
         path=path,
         file=file,
         config=config,
-        checkpoint=state,
+        snapshot=snapshot,
         net=net.to(runtime.device).eval(),
         runtime=runtime,
         class_names=class_names,
-        metrics=_metrics(path, state, notes),
+        metrics=_metrics(path, snapshot, notes),
         environment=environment,
         summary=_read_json(path / "summary.json", []),
         notes=notes,
-        data=_load_data(config, state, where, data_root, download, notes) if need_data else None,
+        data=_load_data(config, snapshot, where, data_root, download, notes) if need_data else None,
     )
     say(f"{run.caption()} ({runtime.device}, {runtime.precision})")
     for note in notes:
@@ -236,7 +225,7 @@ def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _metrics(path: Path, state: dict[str, Any], notes: list[str]) -> list[dict[str, Any]]:
+def _metrics(path: Path, snapshot: Snapshot, notes: list[str]) -> list[dict[str, Any]]:
     """metrics.jsonl, or what the checkpoint remembers of it."""
     try:
         records = read_metrics(path / "metrics.jsonl")
@@ -250,7 +239,7 @@ def _metrics(path: Path, state: dict[str, Any], notes: list[str]) -> list[dict[s
         notes.append(
             f"metrics.jsonl is damaged ({error}): the curves are those that {path.name}'s checkpoint remembers"
         )
-    return list(state.get("metrics", []))
+    return list(snapshot.position.metrics)
 
 
 def _runtime(device: str, precision: str, config: Config, environment: dict[str, Any], notes: list[str]) -> Runtime:
@@ -273,14 +262,14 @@ def _runtime(device: str, precision: str, config: Config, environment: dict[str,
         ) from None
 
 
-def _build_net(state: dict[str, Any], num_classes: int, shape: NetConfig, where: str) -> CustomResNet:
-    net = CustomResNet(num_classes, shape.width, shape.logit_scale)
+def _build_net(state: dict[str, Any], num_classes: int, shape: NetOptions, where: str) -> Network:
+    net = networks.build(shape, num_classes)
     expected = net.state_dict()
     missing = sorted(set(expected) ^ set(state))
     if missing:
         raise AnalysisError(
             f"{where}: {missing[0]} {'is missing from' if missing[0] in expected else 'is no part of'} "
-            f"CustomResNet ({len(missing)} such): a checkpoint of another network or version"
+            f"{type(net).__name__} ({len(missing)} such): a checkpoint of another network or version"
         )
     for key, what, ours in (("prep.0.weight", "width", shape.width), ("classifier.weight", "class count", num_classes)):
         found = int(state[key].shape[0])
@@ -297,28 +286,21 @@ def _build_net(state: dict[str, Any], num_classes: int, shape: NetConfig, where:
 
 
 def _load_data(
-    config: Config, state: dict[str, Any], where: str, root: str | Path | None, download: bool, notes: list[str]
+    config: Config, snapshot: Snapshot, where: str, root: str | Path | None, download: bool, notes: list[str]
 ) -> Dataset:
-    data = config.data
-    folder = Path(root if root is not None else data.root).expanduser()
     try:
-        dataset = load_dataset(
-            data.name,
-            folder,
-            download=download,
-            synthetic_size=data.synthetic_size,
-            synthetic_classes=data.synthetic_classes,
-            synthetic_count=data.synthetic_count,
+        dataset = sources.load(
+            config.data, sources.to_stderr, root=None if root is None else Path(root), download=download
         )
     except DataError as error:
         raise DataError(
             f"{error}\n  --data-root DIR names the folder here that holds the data; --download fetches it"
         ) from None
-    fit_data(dataset, state, where)
-    if list(dataset.mean) != list(state["mean"]) or list(dataset.std) != list(state["std"]):
+    fit_data(dataset, snapshot, where)
+    if dataset.mean != snapshot.data.mean or dataset.std != snapshot.data.std:
         notes.append(
             f"the training images in {dataset.source} are not those that the run saw (mean "
-            f"{_triple(dataset.mean)}, the run's {_triple(state['mean'])}); images are normalised as in the run"
+            f"{_triple(dataset.mean)}, the run's {_triple(snapshot.data.mean)}); images are normalised as in the run"
         )
     return dataset
 
@@ -327,18 +309,19 @@ def _triple(values: Sequence[float]) -> str:
     return "/".join(f"{value:.3f}" for value in values)
 
 
-def fit_data(dataset: Dataset, state: dict[str, Any], where: str) -> None:
+def fit_data(dataset: Dataset, snapshot: Snapshot, where: str) -> None:
     """AnalysisError unless the checkpoint's classes and image size are those of the data."""
-    if dataset.num_classes != len(state["class_names"]):
+    then = snapshot.data
+    if dataset.num_classes != len(then.class_names):
         raise AnalysisError(
-            f"{where}: knows {len(state['class_names'])} classes, {dataset.name} has {dataset.num_classes}; "
+            f"{where}: knows {len(then.class_names)} classes, {dataset.name} has {dataset.num_classes}; "
             "the checkpoint belongs to other data"
         )
-    if list(dataset.class_names) != list(state["class_names"]):
+    if dataset.class_names != then.class_names:
         raise AnalysisError(
             f"{where}: its class names are not those of {dataset.name}; the checkpoint belongs to other data"
         )
-    size, seen = (dataset.test.height, dataset.test.width), (state["height"], state["width"])
+    size, seen = (dataset.height, dataset.width), (then.height, then.width)
     if size != seen:
         raise AnalysisError(
             f"{where}: was trained on images of {seen[0]} x {seen[1]}, {dataset.name} has {size[0]} x {size[1]}; "
@@ -358,87 +341,3 @@ def loader_of(run: LoadedRun, make: Callable[[BackendChoice | str], Item]) -> It
         return make(pipeline(run))
     except BackendError:
         return make("torch")
-
-
-def progress(items: Iterable[Item], total: int, title: str, say: Say, every: float = 5.0) -> Iterator[Item]:
-    """The items, with a bar on a terminal; elsewhere a line every `every` seconds, none where it is over sooner."""
-    if getattr(say, "terminal", False) or (say is print and sys.stdout is not None and sys.stdout.isatty()):
-        yield from tqdm(items, total=total, desc=title, leave=False, dynamic_ncols=True)
-        return
-    begun = last = time.perf_counter()
-    for done, item in enumerate(items):
-        now = time.perf_counter()
-        if now - last >= every and done:
-            say(f"{title}: {done}/{total}, {duration((now - begun) / done * (total - done))} to go")
-            last = now
-        yield item
-
-
-def parser(module: str, description: str, *, data: bool = True, one_run: bool = True) -> argparse.ArgumentParser:
-    """The options that all modules share."""
-    result = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
-    if one_run:
-        result.add_argument("run", type=Path, metavar="runs/NAME", help="the run folder")
-    result.add_argument(
-        "--checkpoint",
-        choices=("best", "last"),
-        help="which weights (default: best, or last where there is no best.pt)",
-    )
-    result.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one"
-    )
-    result.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        default="auto",
-        help="arithmetic of the evaluation (default: the run's own on its kind of device, else fp32)",
-    )
-    if data:
-        result.add_argument(
-            "--data-root", type=Path, metavar="DIR", help="where the data lie here (default: the run's data.root)"
-        )
-        result.add_argument("--download", action="store_true", help="fetch missing data into the data root")
-    if one_run:
-        result.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: runs/NAME/analysis)")
-    return result
-
-
-def load_for(options: argparse.Namespace, say: Say, path: Path | None = None) -> LoadedRun:
-    """The run that the shared options name."""
-    return load_run(
-        path or options.run,
-        checkpoint=options.checkpoint,
-        device=options.device,
-        precision=options.precision,
-        data_root=getattr(options, "data_root", None),
-        download=getattr(options, "download", False),
-        need_data=hasattr(options, "data_root"),
-        say=say,
-    )
-
-
-def command(
-    arguments_parser: argparse.ArgumentParser,
-    arguments: list[str] | None,
-    body: Callable[[argparse.Namespace, Log], int | None],
-) -> int:
-    """Parse, run, and end what a user can mend as one line on stderr with exit code 2."""
-    options = arguments_parser.parse_args(arguments)
-    log = Log()
-    try:
-        return body(options, log) or 0
-    except (AnalysisError, CheckpointError, ConfigError, DataError, BackendError, RunFolderError) as error:
-        return _fail(str(error), 2)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-    except torch.OutOfMemoryError as error:
-        return _fail(f"out of memory ({str(error).strip().splitlines()[0]}); try --device cpu", 1)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        return _fail(f"{error.filename}: {error.strerror}", 1)
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    return code

@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from analysis.command import command, load_for, parser
 from analysis.predictions import Ints
-from analysis.run import AnalysisError, LoadedRun, command, load_for, loader_of, parser
+from analysis.run import AnalysisError, LoadedRun, loader_of
 from analysis.style import BLUE, Pixels, Tile, draw_sheet, pretty
-from dali_pipeline.loader import BackendChoice, TrainLoader
-from train.config import AugmentConfig
-from train.record import Log
-from train.trainer import make_train_loader
+from dali_pipeline.backend import BackendChoice
+from dali_pipeline.loader import TrainLoader
+from dali_pipeline.plan import Augment
+from train.screen.log import Log
+from train.step.trainer import make_train_loader
 
 
 def augmented_images(run: LoadedRun, count: int, epoch: int = 0) -> tuple[Pixels, Ints]:
@@ -41,7 +43,7 @@ def augmented_images(run: LoadedRun, count: int, epoch: int = 0) -> tuple[Pixels
     return np.concatenate(images)[:count], np.concatenate(labels)[:count]
 
 
-def describe(augment: AugmentConfig) -> str:
+def describe(augment: Augment) -> str:
     """In words: crop from 4 pixels of black padding, flip, cutout 8 x 8."""
     parts = []
     if augment.crop and augment.pad:

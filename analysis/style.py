@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 
-from train.checkpoint import write_atomic
+from train.disk.atomic import write_atomic
 
 # Okabe and Ito's palette, told apart by colour-blind readers too
 BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7"

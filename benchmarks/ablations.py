@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from benchmarks.measure import Rate, Stage, device_peak_gib, interleave
-from benchmarks.stages import Pipeline, Training, augment_of
+from benchmarks.stages import Kind, Pipeline, Training
 from dali_pipeline import dali_graph
-from dali_pipeline.datasets import Dataset
-from dali_pipeline.loader import choose_backend
-from train.checkpoint import write_atomic
-from train.config import Config
-from train.runtime import find_compiler, prepare
+from dali_pipeline.backend import choose_backend
+from dali_pipeline.dataset import Dataset
+from dali_pipeline.loader import GRAPHS
+from train.config import Config, changed
+from train.disk.atomic import write_atomic
+from train.machine.runtime import find_compiler, prepare
+from train.screen.log import Log
+from train.session import Session
 
 BATCH_SIZES = (128, 256, 512, 1024, 2048, 4096)
 PIPELINES = (1, 2, 3, 4)
@@ -69,15 +72,13 @@ def _trainings(
     }
     key = {"batch": "batch_size"}.get(name, name)
     for value in values[name]:
-        varied = copy.deepcopy(config)
-        setattr(varied.train, key, value)
 
-        def run(varied: Config = varied) -> dict[str, Rate]:
-            training = Training(varied, dataset)
+        def run(value: Any = value) -> dict[str, Rate]:
             try:
-                return interleave([training.stage(stage, seconds) for stage in STAGES], repeats)
+                with Session(changed(config, {f"train.{key}": value}), Log(quiet=True)) as session:
+                    training = Training(session, dataset)
+                    return interleave([training.stage(stage, seconds) for stage in STAGES], repeats)
             finally:
-                training.close()
                 torch._dynamo.reset()  # else settings share the limit on recompilations
 
         yield f"{key} {value}", run
@@ -107,7 +108,7 @@ def _prefetch(config: Config, dataset: Dataset, device: torch.device, repeats: i
     for depth in PREFETCH_DEPTHS:
 
         def run(depth: int = depth) -> dict[str, Rate]:
-            with _replaced(dali_graph, "PREFETCH_DEPTH", depth):
+            with patch.object(dali_graph, "PREFETCH_DEPTH", depth):
                 pipeline = _dali(config, dataset, device)
             try:
                 return interleave([pipeline.stage("pipeline", seconds)], repeats)
@@ -120,12 +121,12 @@ def _prefetch(config: Config, dataset: Dataset, device: torch.device, repeats: i
 def _graphs(config: Config, dataset: Dataset, device: torch.device, repeats: int, seconds: float) -> Variants:
     """The choices that the DALI graph leaves: what paints the cutout, and whether borders lie on the device. It pastes, and
     has borders on a GPU, where nothing else is asked of it."""
-    graph = dali_graph.DaliGraph
     for cutout_by in ("paste", "erase"):
         for padded in (False, True):
 
             def run(cutout_by: Any = cutout_by, padded: bool = padded) -> dict[str, Rate]:
-                with _replaced(dali_graph, "DaliGraph", partial(graph, cutout_by=cutout_by, padded=padded)):
+                graph = partial(dali_graph.DaliGraph, cutout_by=cutout_by, padded=padded)
+                with patch.dict(GRAPHS, {"dali": graph}):
                     pipeline = _dali(config, dataset, device)
                 try:
                     return interleave([pipeline.stage("pipeline", seconds)], repeats)
@@ -136,19 +137,7 @@ def _graphs(config: Config, dataset: Dataset, device: torch.device, repeats: int
 
 
 def _dali(config: Config, dataset: Dataset, device: torch.device) -> Pipeline:
-    return Pipeline(
-        dataset, batch_size=config.train.batch_size, device=device, backend="dali", augment=augment_of(config)
-    )
-
-
-@contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
+    return Pipeline(dataset, Kind("dali", device), batch_size=config.train.batch_size, augment=config.augment)
 
 
 OF_DALI = {"pipelines": _pipelines, "prefetch": _prefetch, "graph": _graphs}

@@ -13,17 +13,20 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parent.parent
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # instead of this folder, whose files could hide packages of the same name
+if __name__ == "__main__":  # instead of this folder, whose files could hide packages of the same name
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from dali_pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from train.config import Config
-    from train.fit import Setup
-    from train.trainer import Trainer
+    from train.session import Session
+    from train.step.measures import Measure
+    from train.step.steps import EvalStep
 
 KIND = "accuracy"
 BEGIN = '{"recipe": '  # of the file of finished runs
@@ -37,7 +40,7 @@ COVERS = {
 }
 
 
-class RecipeChanged(Exception):
+class RecipeChanged(UserError):
     """The file of finished runs belongs to another recipe, or to the same one on another device or in other arithmetic."""
 
 
@@ -57,38 +60,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: --runs {options.runs}, expected 1 or more", file=sys.stderr)
         return 2
     from benchmarks.machine import command
-    from train.checkpoint import write_atomic
-    from train.config import ConfigError, load_config
-    from train.failures import explained
-
-    try:
-        config = load_config(options.config, options.overrides)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    from train.record import Log
+    from benchmarks.outcome import explained, write_report
+    from train.config import load_config
+    from train.screen.log import Log
 
     log = Log()
     finished = options.finished or Path("runs/accuracy") / f"{Path(options.config).stem}.jsonl"
-    with explained(config, log) as outcome:
-        try:
-            report = measure(config, options.runs, finished, log)
-        except RecipeChanged as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+    with explained(log) as outcome:
+        report = measure(load_config(options.config, options.overrides), options.runs, finished, log)
         report["command"] = command("accuracy", sys.argv[1:] if arguments is None else arguments)
         for line in lines(report):
             print(line)
-        print(json.dumps(report))
         if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(options.json, (json.dumps(report, indent=1) + "\n").encode())
+            write_report(options.json, report)
+        print(json.dumps(report))
     return outcome.code
 
 
 def measure(config: Config, runs: int, finished: Path, log: Callable[[str], None]) -> dict[str, Any]:
     """Do the runs that are missing in `finished`, and give the report over all `runs`."""
     from train.config import to_dict
+    from train.screen.log import Log
+    from train.session import Session
 
     recipe = to_dict(config)
     first = config.train.seed
@@ -97,7 +90,8 @@ def measure(config: Config, runs: int, finished: Path, log: Callable[[str], None
     if done:
         log(f"{finished}: {len(done)} finished runs, {len(missing)} to go")
     if missing:
-        with Campaign(config) as campaign:
+        with Session(config, Log(quiet=True)) as session:
+            campaign = Campaign(session)
             environment = campaign.environment()
             append(finished, {"recipe": comparable(recipe), "environment": environment}, only_first=True)
             check_same_machine(finished, environment)
@@ -115,10 +109,14 @@ def measure(config: Config, runs: int, finished: Path, log: Callable[[str], None
 
 
 def comparable(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe without what changes no result: where it runs, where things lie, and the seed, which is counted up."""
-    harmless = {"data": ("root", "download"), "train": ("seed",), "run": tuple(recipe["run"])}
+    """The recipe without the keys that change nothing, and without the seed, which is counted up."""
+    from train.config import changes
+
+    def matters(name: str) -> bool:
+        return changes(name) != "nothing" and name != "train.seed"
+
     return {
-        section: {key: value for key, value in keys.items() if key not in harmless.get(section, ())}
+        section: {key: value for key, value in keys.items() if matters(f"{section}.{key}")}
         for section, keys in recipe.items()
     }
 
@@ -190,113 +188,99 @@ def append(path: Path, record: dict[str, Any], only_first: bool = False) -> None
 
 
 class Campaign:
-    """One trainer, compiled once, for any number of seeds."""
+    """The trainer of an open session, compiled once, for any number of seeds."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, session: Session) -> None:
         from benchmarks.measure import reset_device_peak
-        from train.distributed import Group
-        from train.fit import Setup
-        from train.loop import Times
-        from train.record import Log
-        from train.steps import EvalStep
+        from train.step.measures import Measure
+        from train.step.steps import EvalStep
+        from train.step.views import VIEWS
 
-        self.config = config
-        self._times = Times()
-        self._quiet = Log(quiet=True)
-        with self._times.on("set_up"):
-            self.setup: Setup = Setup(config, self._quiet, self._times, Group())
-            self.dataset = self.setup.load_data()
-            self.trainer: Trainer = self.setup.build(self.dataset)
-        reset_device_peak(self.setup.runtime.device)
-        self.setup.warm_up(self.trainer)
-        runtime = self.setup.runtime
+        self.session = session
+        session.build()
+        reset_device_peak(session.runtime.device)
+        session.warm_up()
+        self.trainer, runtime, dataset = session.trainer, session.runtime, session.dataset
+        # measured once, after the training, where the recipe does not measure it after each epoch
+        self._tta = Measure(views="tta")
         self._tta_step: EvalStep | None = None
-        if not config.train.tta:
+        if self._tta not in self.trainer.measures:
             self._tta_step = EvalStep(
                 self.trainer.net,
-                self.dataset.mean,
-                self.dataset.std,
-                tta=True,
+                dataset.mean,
+                dataset.std,
+                views=(VIEWS[self._tta.views],),
                 autocast_dtype=runtime.autocast_dtype,
                 channels_last=runtime.channels_last,
             ).to(runtime.device)
             if runtime.compile_mode is not None:
                 self._tta_step.compile(mode=runtime.compile_mode, dynamic=False)
-                with self._times.on("compile", runtime.device):
-                    self._flip_tta()
+                with session.times.on("compile", runtime.device):
+                    self._measure_tta(self._tta_step)
+        self._once = session.times
 
-    def __enter__(self) -> Campaign:
-        return self
+    def _measure_tta(self, step: EvalStep) -> float:
+        from train.step.evaluation import evaluate
 
-    def __exit__(self, *_: object) -> None:
-        self.trainer.close()
-
-    def _flip_tta(self) -> float:
-        from train.evaluation import evaluate
-
-        assert self._tta_step is not None
-        score = evaluate(self._tta_step, self.trainer.eval_loader).flip
-        assert score is not None
+        (score,) = evaluate(step, self.trainer.eval_loaders[self._tta.split]).scores
         return score.accuracy
 
     def environment(self) -> dict[str, Any]:
         from benchmarks.machine import machine_record
-        from train.fit import environment
 
-        found = environment(self.setup, self.dataset)
-        return found | {
-            "machine": machine_record(self.setup.runtime.device),
-            "once_seconds": {"set_up": self._times.set_up, "compile": self._times.compile},
+        return self.session.environment() | {
+            "machine": machine_record(self.session.runtime.device),
+            "once_seconds": {"set_up": self._once.set_up, "compile": self._once.compile},
         }
 
     def run(self, seed: int) -> dict[str, Any]:
         """The recipe with this seed, from scratch to its last evaluation, as a record of plain numbers."""
         from benchmarks.measure import device_peak_gib
-        from train.estimate import LongRunNotice
-        from train.fit import find_rates
-        from train.loop import Position, Run, Times
-        from train.optim import OneCycle
-        from train.signals import SignalWatch
+        from train.disk.snapshot import Position
+        from train.loop import Run
+        from train.run import find_rates
+        from train.screen.clock import Times
+        from train.screen.notice import LongRunNotice
+        from train.step.schedule import Rates, one_cycle
 
-        trainer, config, schedule = self.trainer, self.config, self.config.schedule
-        reset(trainer, self.setup, seed)
-        times = self.setup.times = Times()
-        notice = LongRunNotice(trainer.total_steps, config, self.setup.runtime, self._quiet)
-        if "find" in (schedule.lr_max, schedule.lr_min):
-            lr_max, lr_min = find_rates(self.setup, trainer, None, notice, overwrite=False)
-        else:
-            assert isinstance(schedule.lr_max, float) and isinstance(schedule.lr_min, float)
-            lr_max, lr_min = schedule.lr_max, schedule.lr_min
-        one_cycle = OneCycle(lr_max, lr_min, schedule.peak_epoch * trainer.steps_per_epoch, trainer.total_steps)
+        session, trainer = self.session, self.trainer
+        config, device = session.config, session.runtime.device
+        trainer.start_over(seed)
+        next(trainer.train_loader.epoch(0))  # builds and compiles what is left before the clock starts
+        times = session.times = Times()
+        notice = LongRunNotice(trainer.total_steps, config, session.runtime, session.log)
+        rates = Rates.given(config.schedule) or find_rates(session, None, notice)
+        schedule = one_cycle(rates, config.schedule.peak_epoch, config.train.epochs, trainer.steps_per_epoch)
         position = Position()
-        Run(trainer, one_cycle, None, self._quiet, times, position, SignalWatch(), notice).train()
+        Run(session, schedule, None, position, notice).train()
         last = position.metrics[-1]
+        accuracies = {accuracy_name(measure): last[f"{measure.key}_accuracy"] for measure in trainer.measures}
         seconds = {"lr_search": times.lr_search, "training": times.training, "evaluation": times.evaluation, "tta": 0.0}
-        if self._tta_step is None:
-            tta_accuracy = last["test_tta_accuracy"]
-        else:
+        if self._tta_step is not None:
             tta_times = Times()
-            with tta_times.on("evaluation", trainer.runtime.device):
-                tta_accuracy = self._flip_tta()
+            with tta_times.on("evaluation", device):
+                accuracies[accuracy_name(self._tta)] = self._measure_tta(self._tta_step)
             seconds["tta"] = tta_times.evaluation
-        record = {
+        return {
             "seed": seed,
-            "accuracy": last["test_accuracy"],
-            "tta_accuracy": tta_accuracy,
+            **accuracies,
             "test_loss": last["test_loss"],
-            "lr_max": lr_max,
-            "lr_min": lr_min,
-            "device_peak_gib": device_peak_gib(trainer.runtime.device),  # since before the warm-up
+            "lr_max": rates.lr_max,
+            "lr_min": rates.lr_min,
+            "device_peak_gib": device_peak_gib(device),  # since before the warm-up
             "seconds": seconds,
-            "images_per_second": trainer.config.train.epochs
+            "images_per_second": config.train.epochs
             * trainer.steps_per_epoch
             * config.train.batch_size
             / sum(m["seconds"] for m in position.metrics),
             **time_to(position.metrics),
         }
-        if "ema_test_accuracy" in last:
-            record["ema_accuracy"] = last["ema_test_accuracy"]
-        return record
+
+
+def accuracy_name(measure: Measure) -> str:
+    """What a record calls it: accuracy, tta_accuracy, ema_accuracy. As in metrics.jsonl, without the name of the test set."""
+    key = replace(measure, split="" if measure.split == "test" else measure.split).key
+    return f"{key}_accuracy" if key else "accuracy"
 
 
 def time_to(metrics: list[dict[str, Any]]) -> dict[str, Any]:
@@ -315,41 +299,12 @@ def time_to(metrics: list[dict[str, Any]]) -> dict[str, Any]:
     return {"epoch_of_94": None, "training_seconds_to_94": None, "seconds_to_94": None}
 
 
-def reset(trainer: Trainer, setup: Setup, seed: int) -> None:
-    """Put a used trainer where a new one with this seed would stand. Every tensor keeps its memory, so that what was
-    compiled or captured stays valid."""
-    import torch
-
-    from net.resnet import CustomResNet
-    from train.optim import start_momentum
-    from train.runtime import seed_everything
-    from train.trainer import make_train_loader
-
-    config, dataset = trainer.config, trainer.dataset
-    config.train.seed = seed
-    seed_everything(seed, config.train.deterministic)
-    drawn = CustomResNet(dataset.num_classes, config.net.width, config.net.logit_scale)
-    trainer.net.load_state_dict(drawn.state_dict())
-    trainer.net.train()
-    if trainer.ema is not None:
-        trainer.ema.module.load_state_dict(drawn.state_dict())
-        trainer.ema.n_averaged.zero_()
-    trainer.optimizer.zero_grad(set_to_none=True)
-    start_momentum(trainer.optimizer)
-    if trainer.scaler.is_enabled():
-        trainer.scaler.load_state_dict(torch.amp.GradScaler(setup.runtime.device.type).state_dict())
-    trainer.train_loader.close()
-    compiled = setup.runtime.compile_mode is not None
-    trainer.train_loader = make_train_loader(config, dataset, setup.runtime.device, setup.backend, compiled=compiled)
-    next(trainer.train_loader.epoch(0))  # builds and compiles what is left before the clock starts
-
-
 def summarise(
     records: list[dict[str, Any]], recipe: dict[str, Any], environment: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """The report over finished runs: means, standard deviations, 95% intervals."""
     from benchmarks.measure import mean_and_interval
-    from train.record import git_commit
+    from train.machine.environment import git_commit
 
     def statistic(values: list[float]) -> dict[str, Any]:
         mean, deviation, half_width = mean_and_interval(values)

@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,62 +22,60 @@ from torch import Tensor
 if __name__ == "__main__":  # instead of this folder, whose files could hide packages of the same name
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from dali_pipeline.dali_graph import DaliGraph, _backend, _device_id, _import_dali
-from dali_pipeline.datasets import Split, load
+from benchmarks.outcome import explained
+from dali_pipeline import sources
+from dali_pipeline.dali_graph import DaliGraph, backend_of, device_id, import_dali
+from dali_pipeline.dataset import Split
+from dali_pipeline.feed import FeedOrder
+from dali_pipeline.layout import resident_windows
+from dali_pipeline.options import DataOptions
 from dali_pipeline.plan import Augment, Plan, Stream
-from dali_pipeline.torch_graph import TorchGraph, decode_images, resident_windows, to_device, upload
+from dali_pipeline.resident import resident_images, to_device
+from dali_pipeline.torch_graph import TorchGraph
 
 FILL = (125, 123, 114)
 Run = Callable[[], Tensor]
 
 
-def plans(split: Split, batch_size: int, augment: Augment) -> Iterator[Plan]:
-    stream = Stream(len(split), batch_size, augment, seed=0)
-    epoch, step = 0, 0
-    while True:
-        yield stream.batch(epoch, step)
-        epoch, step = stream.next_step(epoch, step)
+def plans(split: Split, order: FeedOrder) -> Callable[[], Plan]:
+    """A source of plans, as a graph pulls them."""
+
+    def forever() -> Iterator[Plan]:
+        stream = Stream(len(split), order.batch_size, order.augment, seed=0)
+        epoch, step = 0, 0
+        while True:
+            yield stream.batch(epoch, step)
+            epoch, step = stream.next_step(epoch, step)
+
+    return forever().__next__
 
 
-def torch_graph(split: Split, batch_size: int, augment: Augment, device: torch.device, **options: Any) -> Run:
-    graph, source = (
-        TorchGraph(upload(split, device), split, augment, FILL, **options),
-        plans(split, batch_size, augment),
-    )
-    return lambda: graph.batch(next(source))[0]
-
-
-def pasted(split: Split, batch_size: int, augment: Augment, device: torch.device, **options: Any) -> Run:
-    """dali_graph.DaliGraph: tall pictures, one rectangle an image."""
-    source = plans(split, batch_size, augment)
-    return DaliGraph(upload(split, device), split, lambda: next(source), batch_size, augment, FILL, **options).run
-
-
-def sliced(split: Split, batch_size: int, augment: Augment, device: torch.device) -> Run:
+def sliced(split: Split, order: FeedOrder) -> Run:
     """One DALI sample an image: gather in torch, then slice and erase."""
-    dali, fn = _import_dali()
-    images = decode_images(upload(split, device), split, mirrored=augment.flip)
-    sources = [plans(split, batch_size, augment) for _ in range(2)]
+    dali, fn = import_dali()
+    batch_size, augment, device = order.batch_size, order.augment, order.device
+    images = resident_images(split, device, mirrored=augment.flip)
+    next_slots, next_places = plans(split, order), plans(split, order)
 
     def pull_images() -> Any:
-        slot, _ = resident_windows(next(sources[0]), len(split), augment)
+        slot, _ = resident_windows(next_slots(), len(split), augment)
         batch = images.index_select(0, to_device(slot, device))
         return batch if device.type == "cuda" else batch.numpy()
 
     def pull_places() -> tuple[Any, Any]:
-        plan = next(sources[1])
+        plan = next_places()
         _, window = resident_windows(plan, len(split), augment)
         centre = np.stack([plan.cy, plan.cx], 1) - augment.cutout // 2
         return window.astype(np.int32), centre.astype(np.float32)
 
-    pipe = dali.Pipeline(batch_size=batch_size, num_threads=2, device_id=_device_id(device), prefetch_queue_depth=2)
+    pipe = dali.Pipeline(batch_size=batch_size, num_threads=2, device_id=device_id(device), prefetch_queue_depth=2)
     with pipe:
-        out = fn.external_source(pull_images, device=_backend(device), layout="HWC")
+        out = fn.external_source(pull_images, device=backend_of(device), layout="HWC")
         start, hole = fn.external_source(pull_places, num_outputs=2)
         policy = "pad" if augment.padding_mode == "zero" else "reflect_101"
         size = [split.height, split.width]
         out = fn.slice(out, start=start, shape=size, axis_names="HW", out_of_bounds_policy=policy)
-        fill = [float(value) for value in FILL]
+        fill = [float(value) for value in order.fill]
         out = fn.erase(out, anchor=hole, shape=[augment.cutout] * 2, axis_names="HW", fill_value=fill)
         pipe.set_outputs(out)
 
@@ -132,7 +131,7 @@ def rate(run: Run, batch_size: int, seconds: float, device: torch.device) -> tup
     return done / (time.perf_counter() - start), done / (time.process_time() - cpu)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch-size", type=int, default=512)
@@ -143,18 +142,26 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
+    with explained() as outcome:
+        compare(options)
+    return outcome.code
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Check every way, measure them in turn, and print a line for each."""
     device, batch_size = torch.device(options.device), options.batch_size
     augment = Augment(padding_mode=options.padding_mode)
-    split = load("synthetic", "data").train
-    arguments = (split, batch_size, augment, device)
-    ways: dict[str, Run] = {"torch eager": torch_graph(*arguments)}
+    order = FeedOrder(batch_size=batch_size, augment=augment, fill=FILL, device=device)
+    split = sources.load(DataOptions(name="synthetic")).train
+    ways: dict[str, Run] = {"torch eager": TorchGraph(split, order, plans(split, order)).run}
     reference = ways["torch eager"]()
-    ways["torch compiled"] = torch_graph(*arguments, compiled=True)
+    ways["torch compiled"] = TorchGraph(split, replace(order, compiled=True), plans(split, order)).run
     for cutout_by in ("paste", "erase"):
         for padded in (False, True):
             name = f"dali multi_paste, cutout by {cutout_by}, {'padded' if padded else 'unpadded'}"
-            ways[name] = pasted(*arguments, cutout_by=cutout_by, padded=padded)
-    ways["dali gather, slice, erase"] = sliced(*arguments)
+            graph = DaliGraph(split, order, plans(split, order), cutout_by=cutout_by, padded=padded)
+            ways[name] = graph.run
+    ways["dali gather, slice, erase"] = sliced(split, order)
     for name, run in ways.items():
         if name != "torch eager":
             assert torch.equal(run(), reference), name
@@ -178,4 +185,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

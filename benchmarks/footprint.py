@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 if TYPE_CHECKING:
     from train.config import Config
+    from train.session import Session
 
 STEPS = 3
 PIPELINE_EPOCHS = 50
@@ -63,25 +64,29 @@ def children_mib() -> float:
 def measure(config: Config) -> dict[str, Any]:
     """As `python -m train` goes: data, network, compilation, a few steps, evaluation, a checkpoint; then the pipeline."""
     resident: dict[str, float] = {"interpreter": memory_mib("VmRSS")}
-    from benchmarks.measure import device_peak_gib
-    from benchmarks.stages import load_data
-    from train.checkpoint import save_checkpoint
-    from train.distributed import Group
-    from train.fit import Setup
-    from train.loop import Times
-    from train.optim import OneCycle
-    from train.progress import StepMeter
-    from train.record import Log
+    from train.config import changed
+    from train.screen.log import Log
+    from train.session import Session
 
     resident["imports"] = memory_mib("VmRSS")
-    times = Times()
-    setup = Setup(config, Log(quiet=True), times, Group())
-    dataset = load_data(config)
-    resident["data"] = memory_mib("VmRSS")
-    trainer = setup.build(dataset)
-    resident["trainer and resident images"] = memory_mib("VmRSS")
-    setup.warm_up(trainer)
-    resident["compiled"] = memory_mib("VmRSS")
+    with Session(changed(config, {"data.download": False}), Log(quiet=True)) as session:
+        return _measure(session, resident)
+
+
+def _measure(session: Session, resident: dict[str, float]) -> dict[str, Any]:
+    from benchmarks.measure import device_peak_gib
+    from train.disk.checkpoint import save_checkpoint
+    from train.step.meter import StepMeter
+    from train.step.schedule import OneCycle
+
+    def note(name: str) -> None:
+        resident[name] = memory_mib("VmRSS")
+
+    session.build(check=lambda dataset: note("data"))
+    note("trainer and resident images")
+    session.warm_up()
+    note("compiled")
+    trainer = session.trainer
     workers = children_mib()
     peak_of_compilation = memory_mib("VmHWM")
 
@@ -97,9 +102,9 @@ def measure(config: Config) -> dict[str, Any]:
 
     first = trainer.steps_per_epoch - STEPS
     trainer.train_epoch(0, schedule, meter, first, after_step)
-    resident["steps"] = memory_mib("VmRSS")
+    note("steps")
     trainer.evaluate()
-    resident["evaluation"] = memory_mib("VmRSS")
+    note("evaluation")
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(Path(folder) / "last.pt", trainer.state())
     peak = memory_mib("VmHWM")
@@ -112,7 +117,6 @@ def measure(config: Config) -> dict[str, Any]:
             pass
     gc.collect()
     grown += memory_mib("VmRSS")
-    trainer.close()
     return {
         "device_peak_gib": device_peak_gib(trainer.runtime.device),
         "peak_mib": peak,
@@ -120,8 +124,8 @@ def measure(config: Config) -> dict[str, Any]:
         "compiler_workers_mib": workers,
         "resident_mib": resident,
         "growth_mib_over_50_epochs": grown,
-        "compile_seconds": times.compile,
-        "images": len(dataset.train),
+        "compile_seconds": session.times.compile,
+        "images": len(session.dataset.train),
     }
 
 
@@ -158,10 +162,12 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--config", default=str(ROOT / "configs" / "onecycle.yaml"))
     options = parser.parse_intermixed_args()
+    from benchmarks.outcome import explained
     from train.config import load_config
 
-    print(json.dumps(measure(load_config(options.config, options.overrides))))
-    return 0
+    with explained() as outcome:
+        print(json.dumps(measure(load_config(options.config, options.overrides))))
+    return outcome.code
 
 
 if __name__ == "__main__":

@@ -32,24 +32,30 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, help="write the result here")
     options = parser.parse_intermixed_args()
+    from benchmarks.outcome import explained, write_report
+
+    with explained() as outcome:
+        result = measure(options)
+        if options.json:
+            write_report(options.json, result, indent=2)
+        print(json.dumps(result))
+    return outcome.code
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The range tests and the trainings that are missing in --work, and what all of them say together."""
     from benchmarks.machine import command, shareable
-    from train.checkpoint import write_atomic
-    from train.config import ConfigError, load_config, to_dict
-    from train.fit import find_only, fit
-    from train.lr_finder import RangeTest, suggest
-    from train.record import Log, cpu_name, git_commit
+    from train.config import load_config, to_dict
+    from train.machine.environment import cpu_name, git_commit
+    from train.run import find_rates_only, fit
+    from train.screen.log import Log
+    from train.step.range_test import RangeTest, suggest
 
     given = {word.partition("=")[0] for word in options.overrides}
     words = [word for word in RECIPE if word.partition("=")[0] not in given] + options.overrides
-    try:
-        load_config(options.config, words)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
     quiet = Log(quiet=True)
     # what was measured with another recipe is no result of this one
-    recipe = {**to_dict(load_config(options.config, words)), "run": None}
+    recipe: dict[str, Any] = {**to_dict(load_config(options.config, words)), "run": None}
     recipe["data"]["root"] = recipe["train"]["seed"] = None
     work = options.work / hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
 
@@ -66,7 +72,7 @@ def main() -> int:
         folder = work / f"find-{seed}"
         if not (folder / "lr_finder.csv").exists():
             config = load_config(options.config, [*words, f"train.seed={seed}"])
-            find_only(config, folder, log=quiet, overwrite=True)
+            find_rates_only(config, folder, log=quiet, overwrite=True)
         suggestion = suggest(RangeTest.read_csv(folder / "lr_finder.csv"))
         percent = accuracy(f"found-{seed}", seed, suggestion.lr_max, suggestion.lr_min)
         found.append({"seed": seed, "lr_max": suggestion.lr_max, "lr_min": suggestion.lr_min, "accuracy": percent})
@@ -82,7 +88,7 @@ def main() -> int:
         print(f"grid {lr_max:g} / {lr_min:g}: {', '.join(f'{a:.2f}%' for a in accuracies)}", flush=True)
 
     best = max(grid, key=lambda row: statistics.mean(row["accuracies"]))
-    result = {
+    return {
         "command": command("lr_finder", sys.argv[1:]),
         "seeds": options.seeds,
         "grid_seeds": options.grid_seeds,
@@ -96,11 +102,6 @@ def main() -> int:
         "mean_accuracy_found": statistics.mean(f["accuracy"] for f in found),
         "best_of_grid": {"lr_max": best["lr_max"], "accuracy": statistics.mean(best["accuracies"])},
     }
-    print(json.dumps(result))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(options.json, (json.dumps(result, indent=2) + "\n").encode())
-    return 0
 
 
 if __name__ == "__main__":

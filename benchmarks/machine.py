@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from train.record import system_record
+from train.machine.environment import system_record
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("data.root", "run.dir", "--data-root", "--work")

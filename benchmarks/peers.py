@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import CannotMeasure
-from dali_pipeline.datasets import Split
+from dali_pipeline.dataset import Split
 from dali_pipeline.plan import NO_AUGMENT, Augment
 
 Images = npt.NDArray[np.uint8]  # (N, H, W, 3)
@@ -35,7 +35,7 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 CROP_PAD = 4
 CUTOUT = 8
 PEERS_AUGMENT = Augment(pad=CROP_PAD, cutout=CUTOUT)  # what all of them are set up to do
-CHECKED_IMAGES = 256  # their index fits into a label byte of ours
+CHECKED_IMAGES = 256
 CHECK_FILL = (125, 123, 114)
 ANSWER_SECONDS = 60.0  # a cold import of a peer's packages takes half of it at most
 
@@ -286,10 +286,11 @@ def check_loader(make: Callable[[Split, Augment], Batches]) -> None:
     """The same for a loader of this project; `make` gives one epoch in batches that divide 256."""
     generator = np.random.default_rng(0)
     records = generator.integers(0, 256, (CHECKED_IMAGES, 1 + 3 * 32 * 32), np.uint8)
-    records[:, 0] = np.arange(CHECKED_IMAGES)
-    split = Split(records, 1, 32, 32)
-    check_plain(*_collect(make(split, NO_AUGMENT), _planar), split.images)
-    check_augmented(*_collect(make(split, PEERS_AUGMENT), _planar), split.images, CHECK_FILL)
+    pixels = records[:, 1:].reshape(CHECKED_IMAGES, 3, 32, 32)  # a view of records, as of CIFAR's files
+    split = Split(pixels, np.arange(CHECKED_IMAGES), planar=True)
+    images = pixels.transpose(0, 2, 3, 1)
+    check_plain(*_collect(make(split, NO_AUGMENT), _planar), images)
+    check_augmented(*_collect(make(split, PEERS_AUGMENT), _planar), images, CHECK_FILL)
 
 
 def _collect(

@@ -12,7 +12,7 @@ from torch.profiler import profile as torch_profile
 
 from benchmarks.measure import synchronize
 from benchmarks.stages import Training
-from train.checkpoint import write_atomic
+from train.disk.atomic import write_atomic
 
 STEPS = {"cuda": 20, "cpu": 3}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -13,38 +13,18 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Stage, device_peak_gib, reset_device_peak, synchronize
-from dali_pipeline.datasets import Dataset, load
-from dali_pipeline.loader import BackendError, TrainLoader, choose_backend
+from dali_pipeline.backend import Backend, BackendError, choose_backend
+from dali_pipeline.dataset import Dataset, Split
+from dali_pipeline.feed import FeedOrder
+from dali_pipeline.loader import TrainLoader
 from dali_pipeline.plan import NO_AUGMENT, Augment
-from net.resnet import flops_per_image
-from train.config import Config
-from train.distributed import Group
-from train.fit import Setup
-from train.loop import Times
-from train.optim import OneCycle
-from train.progress import StepMeter
-from train.record import Log
-from train.runtime import find_compiler
+from net.interface import Network
+from train.machine.runtime import find_compiler
+from train.session import Session
+from train.step.meter import StepMeter
+from train.step.schedule import OneCycle
 
 RATE = 1e-3  # of learning; speed does not depend on it, and random labels do not diverge with it
-
-
-def load_data(config: Config) -> Dataset:
-    """What the recipe trains on, never downloaded."""
-    data = config.data
-    return load(
-        data.name,
-        data.root,
-        download=False,
-        progress=False,
-        synthetic_size=data.synthetic_size,
-        synthetic_classes=data.synthetic_classes,
-        synthetic_count=data.synthetic_count,
-    )
-
-
-def augment_of(config: Config) -> Augment:
-    return Augment(**asdict(config.augment))
 
 
 class _Enough(Exception):
@@ -73,29 +53,28 @@ class TimedLoader:
 
 
 class Training:
-    """The trainer of a recipe, compiled and warm, as stages. All of them go on where the last one stopped in the plan."""
+    """The trainer of an open session, built, compiled and warm, as stages. All of them go on where the last one stopped in
+    the plan. `dataset` is what the recipe asks for, where it has been read already."""
 
-    def __init__(self, config: Config, dataset: Dataset, log: Log | None = None) -> None:
-        times = Times()
-        setup = Setup(config, log or Log(quiet=True), times, Group())
-        reset_device_peak(setup.runtime.device)
-        self.trainer = setup.build(dataset)
-        setup.warm_up(self.trainer)
-        self.config, self.runtime, self.backend = config, setup.runtime, setup.backend
-        self.device = setup.runtime.device
-        self.compile_seconds = times.compile
+    def __init__(self, session: Session, dataset: Dataset | None = None) -> None:
+        reset_device_peak(session.runtime.device)
+        session.build(dataset=dataset)
+        session.warm_up()
+        self.trainer, self.runtime, self.backend = session.trainer, session.runtime, session.backend
+        self.device = session.runtime.device
+        self.compile_seconds = session.times.compile
         self.loader = TimedLoader(self.trainer.train_loader)
         self.trainer.train_loader = self.loader  # type: ignore[assignment]
-        self.batch_size = config.train.batch_size
+        self.batch_size = session.config.train.batch_size
         self.schedule = OneCycle(RATE, RATE, 1.0, 10**12)
         self.waited = self.spent = 0.0  # by the training thread, end to end: for the pipeline, and in all
         self._epoch = self._step = 0
         self._new_meter()
-        height, width = dataset.train.height, dataset.train.width
-        shape = (self.batch_size, height, width, 3)
+        dataset = session.dataset
+        shape = (self.batch_size, dataset.height, dataset.width, 3)
         self._images = torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device).permute(0, 3, 1, 2)
         self._labels = torch.randint(0, dataset.num_classes, (self.batch_size,), device=self.device)
-        self.training_flops = training_flops(config.net.width, dataset.num_classes, height)
+        self.training_flops = training_flops(self.trainer.net, dataset.height, dataset.width)
 
     def _new_meter(self) -> None:
         self._meter = StepMeter(self._epoch, self.trainer.steps_per_epoch, self.device)
@@ -161,41 +140,36 @@ class Training:
         epoch = 1 if name == "evaluation" else self.trainer.steps_per_epoch
         return Stage(name, getattr(self, f"run_{name}"), self.device, seconds, epoch)
 
-    def close(self) -> None:
-        self.trainer.close()
 
-
-def training_flops(width: int, num_classes: int = 10, size: int = 32) -> int:
+def training_flops(net: Network, height: int, width: int) -> int:
     """Floating-point operations of one image's training: forward, and as much again for the gradients of activations and
-    of weights, two for a multiply-add; the images themselves need no gradient."""
-    first_layer = 9 * 3 * width * size**2
-    return 6 * flops_per_image(width, num_classes, size) - 2 * first_layer
+    of weights, two for a multiply-add; the images themselves, which the first layer sees in full size, need no gradient."""
+    first_layer = next(weights for name, weights in net.named_parameters() if net.role(name) == "filter")
+    return 6 * net.multiply_adds(height, width) - 2 * first_layer.numel() * height * width
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to apply plans: by which backend, on which device, fused by torch.compile or not."""
+
+    backend: Backend
+    device: torch.device
+    compiled: bool = False
+
+    def loader(
+        self, split: Split, *, batch_size: int, augment: Augment, fill: tuple[int, int, int], seed: int = 0
+    ) -> TrainLoader:
+        """The batches of a split, made in this way."""
+        order = FeedOrder(batch_size=batch_size, augment=augment, fill=fill, device=self.device, compiled=self.compiled)
+        return TrainLoader(split, order, seed=seed, backend=self.backend)
 
 
 class Pipeline:
     """One loader, endlessly."""
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        batch_size: int,
-        device: torch.device,
-        backend: str,
-        augment: Augment,
-        compiled: bool = False,
-    ) -> None:
-        self.device, self.batch_size = device, batch_size
-        self.loader = TrainLoader(
-            dataset.train,
-            batch_size=batch_size,
-            augment=augment,
-            fill=dataset.fill,
-            seed=0,
-            device=device,
-            backend=backend,
-            compiled=compiled,
-        )
+    def __init__(self, dataset: Dataset, kind: Kind, *, batch_size: int, augment: Augment) -> None:
+        self.device, self.batch_size = kind.device, batch_size
+        self.loader = kind.loader(dataset.train, batch_size=batch_size, augment=augment, fill=dataset.fill)
         self._batches = endless(self.loader)
 
     def run(self, steps: int) -> float:
@@ -215,21 +189,21 @@ def endless(loader: TrainLoader) -> Iterator[tuple[Tensor, Tensor]]:
         yield from loader.epoch(epoch)
 
 
-def pipeline_kinds(devices: Sequence[torch.device]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Arguments of Pipeline for every backend that runs here, by name; and those that do not, with the reason."""
-    kinds: dict[str, dict[str, Any]] = {}
+def pipeline_kinds(devices: Sequence[torch.device]) -> tuple[dict[str, Kind], dict[str, str]]:
+    """Every way that runs here, by name; and those that do not, with the reason."""
+    kinds: dict[str, Kind] = {}
     left_out: dict[str, str] = {}
     for device in devices:
         name = f"pipeline_dali_{device.type}"
         try:
             choose_backend("dali", device)
-            kinds[name] = {"device": device, "backend": "dali"}
+            kinds[name] = Kind("dali", device)
         except BackendError as error:
             left_out[name] = str(error)
-        kinds[f"pipeline_torch_eager_{device.type}"] = {"device": device, "backend": "torch"}
+        kinds[f"pipeline_torch_eager_{device.type}"] = Kind("torch", device)
         able, why = find_compiler(device)
         if able:
-            kinds[f"pipeline_torch_compiled_{device.type}"] = {"device": device, "backend": "torch", "compiled": True}
+            kinds[f"pipeline_torch_compiled_{device.type}"] = Kind("torch", device, compiled=True)
         else:
             left_out[f"pipeline_torch_compiled_{device.type}"] = why
     return kinds, left_out

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from benchmarks.measure import Rate
-    from benchmarks.stages import Training
-    from dali_pipeline.datasets import Dataset, Split
+    from benchmarks.stages import Kind, Pipeline, Training
+    from dali_pipeline.dataset import Dataset, Split
     from dali_pipeline.plan import Augment
     from train.config import Config
 
 KIND = "throughput"  # of the JSON, for whoever reads the folder of results
 REFERENCE_PEER = "torchvision_pil_2_workers"
-WRONG_PIXELS = "its pixels are wrong"  # of dali_pipeline/loader.py, which has it from DALI's probe
+WRONG_PIXELS = "its pixels are wrong"  # of dali_pipeline/backend.py, where DALI's probe finds other pixels
 CPU_WIDTH, GPU_WIDTH = 16, 64
 ABLATIONS = ("channels_last", "compile", "precision", "batch", "pipelines", "prefetch", "graph")
 
@@ -78,11 +78,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
     from benchmarks.machine import command  # torch from here on: --help answers without it
-    from dali_pipeline.datasets import DataError
-    from dali_pipeline.loader import BackendError
-    from train.checkpoint import WriteError, write_atomic
-    from train.config import ConfigError
-    from train.runtime import RuntimeUnavailable
+    from benchmarks.outcome import explained, write_report
 
     words = command("throughput", sys.argv[1:] if arguments is None else arguments)
 
@@ -90,19 +86,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         """What is there so far: ablations can take longer than anybody waits."""
         report["command"] = words
         if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(options.json, (json.dumps(report, indent=1) + "\n").encode())
+            write_report(options.json, report)
 
-    try:
+    with explained() as outcome:
         report = measure(options, lambda line: print(line, flush=True), save)
-    except (ConfigError, DataError, BackendError, RuntimeUnavailable, WriteError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    save(report)
-    print(json.dumps(report))
-    for name in report["wrong_pixels"]:
-        print(f"error: {name}: {report['left_out'][name]}", file=sys.stderr)
-    return 1 if report["wrong_pixels"] else 0
+        save(report)
+        print(json.dumps(report))
+        for name in report["wrong_pixels"]:
+            print(f"error: {name}: {report['left_out'][name]}", file=sys.stderr)
+            outcome.code = 1
+    return outcome.code
 
 
 def recipe(options: argparse.Namespace) -> Config:
@@ -139,9 +132,12 @@ def measure(
 ) -> dict[str, Any]:
     """All that is asked for, in an order in which each can use the whole machine."""
     from benchmarks.machine import machine_record
-    from benchmarks.stages import Training, load_data
-    from train.record import git_commit
-    from train.runtime import prepare, versions
+    from benchmarks.stages import Training
+    from dali_pipeline import sources
+    from train.machine.environment import git_commit, versions
+    from train.machine.runtime import prepare
+    from train.screen.log import Log
+    from train.session import Session
 
     begun = time.perf_counter()
     config = recipe(options)
@@ -149,7 +145,7 @@ def measure(
     runtime = prepare(
         device=train.device, precision=train.precision, compile=train.compile, channels_last=train.channels_last
     )
-    dataset = load_data(config)
+    dataset = sources.load(config.data, download=False)
     repeats = options.repeats or (3 if options.quick else 9)
     seconds = 0.15 if options.quick else 0.3
     report: dict[str, Any] = {
@@ -167,7 +163,7 @@ def measure(
             "batch_size": train.batch_size,
             "images": len(dataset.train),
             "data": dataset.name,
-            "image_size": [dataset.train.height, dataset.train.width],
+            "image_size": [dataset.height, dataset.width],
             "augment": asdict(config.augment),
             "quick": options.quick,
         },
@@ -197,8 +193,8 @@ def measure(
     if not options.quick:
         measurement.augmentations(kinds)
         save(report)
-    training = Training(config, dataset)
-    try:
+    with Session(config, Log(quiet=True)) as session:
+        training = Training(session, dataset)
         measurement.training(training)
         save(report)
         if options.profile:
@@ -206,8 +202,6 @@ def measure(
 
             for line in profile(training, options.profile):
                 say(line)
-    finally:
-        training.close()
     if options.peers is not False:  # after what is ours: one that hangs takes a while to be given up
         measurement.peers(kinds, [REFERENCE_PEER] if options.quick and not options.peers else None)
         save(report)
@@ -254,14 +248,14 @@ class Measurement:
     report: dict[str, Any]
     say: Callable[[str], None]
 
-    def pipelines(self) -> dict[str, dict[str, Any]]:
+    def pipelines(self) -> dict[str, Kind]:
         """Every pipeline of this project that runs here and gives the right pixels; their kinds by name."""
         import torch
 
         from benchmarks.measure import interleave
         from benchmarks.peers import PeerError, WrongImages, check_loader
-        from benchmarks.stages import Pipeline, augment_of, pipeline_kinds
-        from dali_pipeline.loader import BackendError
+        from benchmarks.stages import pipeline_kinds
+        from dali_pipeline.backend import BackendError
 
         devices = [torch.device("cpu")] + ([self.device] if self.device.type != "cpu" else [])
         kinds, left_out = pipeline_kinds(devices)
@@ -275,9 +269,7 @@ class Measurement:
             for name, kind in kinds.items():
                 try:
                     check_loader(partial(_small_epoch, kind))
-                    pipeline = Pipeline(
-                        self.dataset, batch_size=self.config.train.batch_size, augment=augment_of(self.config), **kind
-                    )
+                    pipeline = self._pipeline(kind)
                     stack.callback(pipeline.close)
                     pipeline.run(1)
                 except (PeerError, BackendError, RuntimeError) as error:
@@ -294,11 +286,10 @@ class Measurement:
         self._compare(rates)
         return sound
 
-    def peers(self, kinds: dict[str, dict[str, Any]], names: Sequence[str] | None) -> None:
+    def peers(self, kinds: dict[str, Kind], names: Sequence[str] | None) -> None:
         """The pipelines of others (`names`, or all), in turn with ours on the same device, measured anew for the ratios."""
         from benchmarks.measure import Sampled, interleave
         from benchmarks.peers import PeerError, PeerHost, Task, peers
-        from benchmarks.stages import Pipeline, augment_of
 
         known = peers()
         batch_size = self.config.train.batch_size
@@ -314,9 +305,7 @@ class Measurement:
                     self._leave_out(name, str(error))
             for name in _ours(self.device).values():
                 if name in kinds:
-                    pipeline = Pipeline(
-                        self.dataset, batch_size=batch_size, augment=augment_of(self.config), **kinds[name]
-                    )
+                    pipeline = self._pipeline(kinds[name])
                     stack.callback(pipeline.close)
                     stages.append(pipeline.stage(name, self.seconds))
             rates = interleave(stages, self.repeats, self._leave_out)
@@ -325,29 +314,22 @@ class Measurement:
             self.report["peers" if name in known else "stages"][name] = rate.record()
         self._compare(rates)
 
-    def augmentations(self, kinds: dict[str, dict[str, Any]]) -> None:
+    def augmentations(self, kinds: dict[str, Kind]) -> None:
         """Each alone on top of none, by the backend that training takes; and what that costs an image."""
         from benchmarks.measure import interleave
-        from benchmarks.stages import Pipeline, augment_of, each_alone
+        from benchmarks.stages import Kind, each_alone
 
-        backend = (
-            "dali" if self.config.data.backend != "torch" and f"pipeline_dali_{self.device.type}" in kinds else "torch"
-        )
-        augmentations = each_alone(augment_of(self.config))
+        dali = kinds.get(f"pipeline_dali_{self.device.type}") if self.config.data.backend != "torch" else None
+        kind = dali or Kind("torch", self.device)
+        augmentations = each_alone(self.config.augment)
         with ExitStack() as stack:
             stages = []
             for name, augment in augmentations.items():
-                pipeline = Pipeline(
-                    self.dataset,
-                    batch_size=self.config.train.batch_size,
-                    device=self.device,
-                    backend=backend,
-                    augment=augment,
-                )
+                pipeline = self._pipeline(kind, augment)
                 stack.callback(pipeline.close)
                 stages.append(pipeline.stage(f"augment_{name}", self.seconds))
             rates = interleave(stages, self.repeats)
-        self._say_rates(rates, {f"augment_{name}": f"{backend}, augmentation: {name}" for name in augmentations})
+        self._say_rates(rates, {f"augment_{name}": f"{kind.backend}, augmentation: {name}" for name in augmentations})
         none = rates["augment_none"]
         costs = {}
         for name in augmentations:
@@ -383,6 +365,13 @@ class Measurement:
         )
         self.report["verdict"] = verdict(self.report["ratios"])
 
+    def _pipeline(self, kind: Kind, augment: Augment | None = None) -> Pipeline:
+        """Of the recipe's batches, with its augmentations or others."""
+        from benchmarks.stages import Pipeline
+
+        augment = augment or self.config.augment
+        return Pipeline(self.dataset, kind, batch_size=self.config.train.batch_size, augment=augment)
+
     def _compare(self, rates: dict[str, Rate]) -> None:
         """Ratios of each of ours over every peer, and of DALI over torch."""
         ours = _ours(self.device)
@@ -407,11 +396,10 @@ def _ours(device: Any) -> dict[str, str]:
     return {name: f"pipeline_{name}_{device.type}" for name in ("dali", "torch_eager", "torch_compiled")}
 
 
-def _small_epoch(kind: dict[str, Any], split: Split, augment: Augment) -> Iterator[tuple[Tensor, Tensor]]:
+def _small_epoch(kind: Kind, split: Split, augment: Augment) -> Iterator[tuple[Tensor, Tensor]]:
     from benchmarks.peers import CHECK_FILL
-    from dali_pipeline.loader import TrainLoader
 
-    yield from TrainLoader(split, batch_size=64, augment=augment, fill=CHECK_FILL, seed=1, **kind).epoch(0)
+    yield from kind.loader(split, batch_size=64, augment=augment, fill=CHECK_FILL, seed=1).epoch(0)
 
 
 def training_ratios(

@@ -1,1 +1,1 @@
-"""The input pipeline: data sets as CIFAR records, and augmented batches of them on the device."""
+"""The input pipeline: data sets, and augmented batches of them on the device."""

@@ -5,189 +5,129 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import dali_graph
-from .plan import NO_AUGMENT, Augment, Plan, Stream, Tail, check_shard, identity_plan
-from .torch_graph import Records, TorchGraph, decode_labels, to_device, upload
+from dali_pipeline.backend import Backend, BackendChoice, BackendError, choose_backend
+from dali_pipeline.dali_graph import DaliGraph, Unsupported
+from dali_pipeline.dataset import Split
+from dali_pipeline.feed import FeedOrder, Graph, MakeGraph
+from dali_pipeline.plan import NO_AUGMENT, Plan, Stream, Tail, check_shard, identity_plan
+from dali_pipeline.resident import to_device, upload
+from dali_pipeline.torch_graph import TorchGraph
 
-Backend = Literal["dali", "torch"]
+GRAPHS: dict[Backend, MakeGraph] = {"dali": DaliGraph, "torch": TorchGraph}
 
-
-class BackendError(Exception):
-    """A backend cannot run here, or not on this data; one line with the cause and the remedy."""
-
-
-@dataclass(frozen=True)
-class BackendChoice:
-    """The backend that will run, and why it was taken; `reason` is for the log and the run's record."""
-
-    name: Backend
-    reason: str
+Key = tuple[int, int]  # (epoch, step)
 
 
-def choose_backend(requested: str, device: torch.device) -> BackendChoice:
-    """Resolves `data.backend` (auto, dali or torch) by running DALI's graph on small images on the device.
+class Pump:
+    """Turns a request for the batch of a key into a graph's images, and keeps what the graph has prefetched in step with it.
 
-    auto takes DALI where that gives the right pixels, torch elsewhere. Raises BackendError for `dali` where it does not,
-    ValueError for another name.
-    """
-    if requested not in ("auto", "dali", "torch"):
-        raise ValueError(f"data.backend is {requested!r}, expected 'auto', 'dali' or 'torch'")
-    where = f"on {device}"
-    if requested == "torch":
-        return BackendChoice("torch", f"torch {torch.__version__} {where}: requested")
-    if device.type not in ("cuda", "cpu"):
-        problem = f"DALI has no {device.type} backend; use data.backend=torch"
-    else:
-        try:
-            version = dali_graph.probe(device)
-        except Exception as error:  # ImportError, RuntimeError, AttributeError: all answer one question
-            problem = _explain(error, device)
-        else:
-            if device.type == "cpu":
-                where = "on its CPU backend: " + (
-                    "the device is the CPU" if torch.cuda.is_available() else "no CUDA device"
-                )
-            return BackendChoice("dali", f"dali {version} {where}")
-    if requested == "dali":
-        raise BackendError(f"data.backend=dali cannot run {where}: {problem}")
-    return BackendChoice("torch", f"torch {torch.__version__} {where}: {problem}")
-
-
-def _explain(error: Exception, device: torch.device) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    # DALI tells where in the pipeline first, and then what
-    first_line = lines[lines.index("encountered:") + 1] if "encountered:" in lines[:-1] else lines[0]
-    if isinstance(error, ImportError) and getattr(error, "name", None) in ("nvidia", "nvidia.dali"):
-        return "DALI is not installed; it runs on Linux: pip install nvidia-dali-cuda120, or data.backend=torch"
-    if isinstance(error, (ImportError, AttributeError)):
-        return f"nvidia.dali does not import ({first_line}); reinstall nvidia-dali-cuda120, or data.backend=torch"
-    if isinstance(error, dali_graph.WrongPixels):
-        return (
-            f"its pixels are wrong ({first_line}); use data.backend=torch, and report it with this machine's versions"
-        )
-    return f"a small pipeline fails ({first_line}); check the driver with nvidia-smi, or data.backend=torch"
-
-
-class _Pump:
-    """Turns requests for (plan of) key k into images: keeps DALI's prefetched batches in step with what is asked for.
-
-    DALI pulls ahead of what is delivered, so the plans run on in natural order (`follow`); a request out of that order
-    moves the cursor and throws away the batches in flight.
+    DALI pulls ahead of what it delivers, so the plans follow each other in natural order (`follow`); a request out of that
+    order moves the cursor and throws away the batches in flight.
     """
 
-    def __init__(
-        self, plan_of: Callable[[tuple[int, int]], Plan], follow: Callable[[int, int], tuple[int, int]]
-    ) -> None:
+    def __init__(self, plan_of: Callable[[Key], Plan], follow: Callable[[int, int], Key]) -> None:
         self.plan_of = plan_of
         self.follow = follow
-        self.cursor = (0, 0)
-        self.in_flight: deque[tuple[tuple[int, int], Plan]] = deque()
+        self.cursor: Key = (0, 0)
+        self.in_flight: deque[tuple[Key, Plan]] = deque()
 
     def pull(self) -> Plan:
+        """The next plan, for the graph."""
         plan = self.plan_of(self.cursor)
         self.in_flight.append((self.cursor, plan))
         self.cursor = self.follow(*self.cursor)
         return plan
 
-    def get(self, key: tuple[int, int], run: Callable[[], Tensor]) -> tuple[Tensor, Plan]:
-        if self.in_flight:
-            if all(k != key for k, _ in self.in_flight):
-                self.cursor = key
-        else:
+    def get(self, key: Key, run: Callable[[], Tensor]) -> tuple[Tensor, Plan]:
+        """The images of the key, by as many calls of the graph's `run` as it takes, and their plan."""
+        if all(pulled != key for pulled, _ in self.in_flight):
             self.cursor = key
         while True:
-            images = run()
-            k, plan = self.in_flight.popleft()
-            if k == key:
+            before = len(self.in_flight)
+            try:
+                images = run()
+            except BaseException:
+                while len(self.in_flight) > before:  # a run that failed will not deliver what it pulled
+                    self.in_flight.pop()
+                raise
+            pulled, plan = self.in_flight.popleft()
+            if pulled == key:
                 return images, plan
 
 
-class _Engine:
-    """One split on the device behind one backend."""
+class Engine:
+    """The images and labels of one split on the device, by one backend: the batch of a key is what `plan_of` says."""
 
     def __init__(
         self,
-        split: Records,
-        batch_size: int,
-        augment: Augment,
-        fill: tuple[int, int, int],
-        device: torch.device,
+        split: Split,
+        order: FeedOrder,
         backend: BackendChoice | str,
-        compiled: bool,
-        plan_of: Callable[[tuple[int, int]], Plan],
-        follow: Callable[[int, int], tuple[int, int]],
+        *,
+        plan_of: Callable[[Key], Plan],
+        follow: Callable[[int, int], Key],
     ) -> None:
-        name = backend.name if isinstance(backend, BackendChoice) else choose_backend(backend, device).name
-        self._pid = os.getpid()
-        self._device = device
+        name = backend.name if isinstance(backend, BackendChoice) else choose_backend(backend, order.device).name
         self.plan_of = plan_of
-        self._dali: dali_graph.DaliGraph | None = None
-        self._torch: TorchGraph | None = None
-        records = upload(split, device)
-        if name == "dali":
-            self._pump = _Pump(plan_of, follow)
-            self._labels = decode_labels(records, split)
-            try:
-                self._dali = dali_graph.DaliGraph(records, split, self._pump.pull, batch_size, augment, fill)
-            except dali_graph.Unsupported as error:
-                raise BackendError(str(error)) from None
-        else:
-            self._torch = TorchGraph(records, split, augment, fill, compiled=compiled)
+        self._pid = os.getpid()
+        self._device = order.device
+        self._pump = Pump(plan_of, follow)
+        self._labels = upload(split.labels, order.device)
+        try:
+            self._graph: Graph | None = GRAPHS[name](split, order, self._pump.pull)
+        except Unsupported as error:
+            raise BackendError(str(error)) from None
 
-    def batch(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def batch(self, key: Key) -> tuple[Tensor, Tensor]:
+        """(images, labels) of the key's plan of n images: (n, 3, H, W) uint8, channels-last, and (n,) int64."""
         if os.getpid() != self._pid:
             raise RuntimeError("a loader does not survive fork(): make it in the process that uses it")
-        if self._torch is not None:
-            return self._torch.batch(self.plan_of(key))
-        if self._dali is not None:
-            images, plan = self._pump.get(key, self._dali.run)
-            return images, self._labels[to_device(plan.indices, self._device)]
-        raise RuntimeError("the loader is closed")
+        if self._graph is None:
+            raise RuntimeError("the loader is closed")
+        images, plan = self._pump.get(key, self._graph.run)
+        return images, self._labels[to_device(plan.indices, self._device)]
 
     def close(self) -> None:
         if os.getpid() != self._pid:  # stopping threads that fork() did not copy would wait for ever
             return
-        if self._dali is not None:
-            self._dali.close()
-        self._dali = self._torch = None
+        if self._graph is not None:
+            self._graph.close()
+        self._graph = None
 
 
 class TrainLoader:
     """Augmented batches, a pure function of (seed, epoch, step): starting at a step gives what running up to it gives.
 
-    `batch_size` is the global batch; this rank gets positions rank::world_size of it. Raises ValueError where the batch
-    does not divide by the world size or exceeds the split, or reflected padding exceeds the image.
+    `order.batch_size` is the global batch; this rank gets positions rank::world_size of it. Raises ValueError where the batch
+    does not divide by the world size or exceeds the split, or reflected padding exceeds the image; BackendError where the
+    backend cannot run, or cannot take images or batches of this shape.
     """
 
     def __init__(
         self,
-        split: Records,
+        split: Split,
+        order: FeedOrder,
         *,
-        batch_size: int,
-        augment: Augment,
-        fill: tuple[int, int, int],
         seed: int,
-        device: torch.device,
         backend: BackendChoice | str,
         tail: Tail = "drop",
         rank: int = 0,
         world_size: int = 1,
-        compiled: bool = False,
     ) -> None:
+        augment = order.augment
         if augment.crop and augment.padding_mode == "reflect" and augment.pad >= min(split.height, split.width):
             raise ValueError(
                 f"augment.pad {augment.pad} reflects more than an image of {split.height} x {split.width} has"
             )
         stream = Stream(
-            len(split.records),
-            batch_size,
+            len(split),
+            order.batch_size,
             augment,
             seed,
             size=(split.height, split.width),
@@ -196,16 +136,12 @@ class TrainLoader:
             world_size=world_size,
         )
         self.steps_per_epoch = stream.steps_per_epoch
-        self._engine = _Engine(
+        self._engine = Engine(
             split,
-            batch_size // world_size,
-            augment,
-            fill,
-            device,
+            replace(order, batch_size=order.batch_size // world_size),
             backend,
-            compiled,
-            lambda key: stream.batch(*key),
-            stream.next_step,
+            plan_of=lambda key: stream.batch(*key),
+            follow=stream.next_step,
         )
 
     def plan(self, epoch: int, step: int) -> Plan:
@@ -232,7 +168,7 @@ class EvalLoader:
 
     def __init__(
         self,
-        split: Records,
+        split: Split,
         *,
         batch_size: int,
         device: torch.device,
@@ -241,22 +177,17 @@ class EvalLoader:
         world_size: int = 1,
     ) -> None:
         check_shard(batch_size, rank, world_size)
-        num_images = self.num_images = len(split.records)
+        num_images = self.num_images = len(split)
         num_steps = self._num_steps = -(-num_images // batch_size)
-        self._device = device
         positions = np.arange(num_steps * batch_size).reshape(num_steps, batch_size)[:, rank::world_size]
         self._valid = to_device(positions < num_images, device)
         indices = np.where(positions < num_images, positions, 0)
-        self._engine = _Engine(
+        self._engine = Engine(
             split,
-            batch_size // world_size,
-            NO_AUGMENT,
-            (0, 0, 0),
-            device,
+            FeedOrder(batch_size=batch_size // world_size, augment=NO_AUGMENT, fill=(0, 0, 0), device=device),
             backend,
-            False,
-            lambda key: identity_plan(indices[key[1]]),
-            lambda epoch, step: (epoch, (step + 1) % num_steps),
+            plan_of=lambda key: identity_plan(indices[key[1]]),
+            follow=lambda epoch, step: (epoch, (step + 1) % num_steps),
         )
 
     def __len__(self) -> int:

@@ -1,6 +1,6 @@
 """What is random, drawn: the permutation, crop offset, flip and cutout centre of every image of an epoch.
 
-Pure numpy, a function of (seed, epoch) alone; `dali_graph` and `torch_graph` apply what is drawn here.
+A function of (seed, epoch) alone, in NumPy; `dali_graph` and `torch_graph` apply what is drawn here.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from dali_pipeline.options import key
+
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
-PaddingMode = Literal["zero", "reflect"]
 Tail = Literal["drop", "endless"]
 
 WORDS_PER_IMAGE = 4  # one Philox-4x64 block: permutation key, crop offset, flip, cutout centre
@@ -22,13 +23,13 @@ _WORD = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class Augment:
-    """Which augmentations are on. `pad` and `cutout` are in pixels; `cutout` is the square's side, 0 turns it off."""
+    """What is random about a training image. Drawn per (seed, epoch, image) by dali_pipeline/plan.py."""
 
-    crop: bool = True
-    pad: int = 4
-    padding_mode: PaddingMode = "zero"
-    flip: bool = True
-    cutout: int = 8
+    crop: bool = key(True, "pad, then crop back to the image's size at a random offset")
+    pad: int = key(4, "pixels of padding on each side", at_least=0, at_most=32)
+    padding_mode: Literal["zero", "reflect"] = key("zero", "what the padding holds: black, or the image reflected")
+    flip: bool = key(True, "mirror left-right with probability 1/2")
+    cutout: int = key(8, "side of the square painted in the mean colour (arXiv:1708.04552); 0 turns it off", at_least=0)
 
     def __post_init__(self) -> None:
         if self.pad < 0:
@@ -96,8 +97,9 @@ def draw_plan(seed: int, epoch: int, num_images: int, augment: Augment, size: in
     """The plan of one whole epoch: (num_images,) arrays in order of use.
 
     Image i reads the four words of Philox-4x64's block i under the key (seed, epoch), both modulo 2^64, so its draws
-    depend on neither the other images nor on how the epoch is batched or sharded. What is off is not drawn: the
-    window stays in the middle, nothing is mirrored; the words of what is on do not move.
+    depend neither on the other images nor on how the epoch is batched or sharded. What is switched off is not drawn: the
+    window stays in the middle, nothing is mirrored. Each augmentation has a word of its own, so switching one off
+    leaves what is drawn for the others as it was.
     """
     height, width = image_size(size)
     key = np.array([seed & _WORD, epoch & _WORD], np.uint64)

@@ -1,1 +1,18 @@
-"""The network: CustomResNet, knows nothing but torch."""
+"""The network: `net.build(options, num_classes)`. Knows nothing but torch, and imports it when it is asked for a network."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from net.network import build
+
+__all__ = ["build"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "build":
+        from net.network import build
+
+        return build
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

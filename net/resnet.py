@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from net.interface import Network
+
 
 class ConvBN(nn.Sequential):
     """3x3 convolution (stride 1, padding 1, no bias), optional 2x2 max-pooling, batch norm, ReLU.
@@ -32,7 +34,7 @@ class Residual(nn.Module):
         return x + self.branch(x)  # type: ignore[no-any-return]
 
 
-class CustomResNet(nn.Module):
+class CustomResNet(Network):
     """Images (N, 3, 32, 32), floating point and normalised, to logits (N, num_classes).
 
     Widths are `width`, 2, 4 and 8 times `width`; 64 is the assignment's network of 6,573,130 parameters for 10 classes.
@@ -53,6 +55,7 @@ class CustomResNet(nn.Module):
             raise ValueError(f"CustomResNet: width {width} and num_classes {num_classes} must be at least 1")
         if logit_scale is not None and not logit_scale > 0:
             raise ValueError(f"CustomResNet: logit_scale {logit_scale} must be positive")
+        self.width = width
         self.logit_scale = width**-0.5 if logit_scale is None else logit_scale
         self.prep = ConvBN(3, width)
         self.layer1 = nn.Sequential(ConvBN(width, 2 * width, pool=True), Residual(2 * width))
@@ -68,6 +71,14 @@ class CustomResNet(nn.Module):
             x = x.mean((2, 3), keepdim=True)
         return self.classifier(torch.flatten(x, 1)) * self.logit_scale  # type: ignore[no-any-return]
 
+    def multiply_adds(self, height: int, width: int) -> int:
+        """Of the convolutions and the classifier, in closed form; norms and pooling are left out."""
+        w, area = self.width, height * width
+        maps = [(3, w, area), (w, 2 * w, area), (2 * w, 2 * w, area // 4), (2 * w, 2 * w, area // 4)]
+        maps += [(2 * w, 4 * w, area // 4), (4 * w, 8 * w, area // 16)]
+        maps += [(8 * w, 8 * w, area // 64), (8 * w, 8 * w, area // 64)]
+        return sum(9 * i * o * positions for i, o, positions in maps) + 8 * w * self.classifier.out_features
+
 
 def parameter_count(num_classes: int = 10, width: int = 64) -> int:
     """Trainable parameters of CustomResNet in closed form, for checking a checkpoint against a configuration.
@@ -79,11 +90,3 @@ def parameter_count(num_classes: int = 10, width: int = 64) -> int:
     kernels = 9 * (3 * w + 2 * w**2 + 2 * (2 * w) ** 2 + 8 * w**2 + 32 * w**2 + 2 * (8 * w) ** 2)
     norms = 2 * w * (1 + 3 * 2 + 4 + 3 * 8)
     return kernels + norms + 8 * w * num_classes + num_classes
-
-
-def flops_per_image(width: int = 64, num_classes: int = 10, size: int = 32) -> int:
-    """Multiply-adds of one forward pass over an image of size x size (convolutions and classifier), in closed form."""
-    w, s = width, size
-    maps = [(3, w, s), (w, 2 * w, s), (2 * w, 2 * w, s // 2), (2 * w, 2 * w, s // 2)]
-    maps += [(2 * w, 4 * w, s // 2), (4 * w, 8 * w, s // 4), (8 * w, 8 * w, s // 8), (8 * w, 8 * w, s // 8)]
-    return sum(9 * i * o * side * side for i, o, side in maps) + 8 * w * num_classes

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 
 import pytest
 import torch
 
-from train.config import Config
+from train.config import Config, changed
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+# what helps the tests asserts too
+pytest.register_assert_rewrite("training")
 
 
 def pytest_configure() -> None:
@@ -34,12 +34,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def quick_config() -> Config:
     """Digits, a tiny network, two epochs, fixed rates, uncompiled: a whole run in a few seconds."""
-    config = Config()
-    config.data.name = "digits"
-    config.augment.flip = False
-    config.net.width = 2
-    config.schedule.lr_max, config.schedule.lr_min, config.schedule.peak_epoch = 0.1, 0.002, 1.0
-    config.train.epochs, config.train.batch_size, config.train.eval_batch_size = 2, 128, 100
-    config.run.analyse = False
-    config.train.compile, config.train.device, config.train.precision = "off", "cpu", "fp32"
-    return config
+    return changed(
+        Config(),
+        {
+            "data.name": "digits",
+            "augment.flip": False,
+            "net.width": 2,
+            "schedule.lr_max": 0.1,
+            "schedule.lr_min": 0.002,
+            "schedule.peak_epoch": 1.0,
+            "train.epochs": 2,
+            "train.batch_size": 128,
+            "train.eval_batch_size": 100,
+            "train.compile": "off",
+            "train.device": "cpu",
+            "train.precision": "fp32",
+            "run.analyse": False,
+        },
+    )

@@ -1,44 +1,44 @@
-"""The project as a whole: what the README says, what setup.cfg declares, which way imports run."""
+"""The project as a whole: what the README says, and what setup.cfg declares."""
 
 from __future__ import annotations
 
-import ast
 import configparser
 import json
 import re
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from train.config import reference_table
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PACKAGES = ("dali_pipeline", "net", "train", "analysis", "benchmarks")
 
 
 def sources(package: str) -> list[Path]:
-    return sorted((ROOT / package).glob("*.py"))
+    """The files of a package and of its sub-packages."""
+    return sorted((ROOT / package).rglob("*.py"))
 
 
-def imported(path: Path) -> set[str]:
-    """Top-level names that a file imports, wherever in it; blocks that only type checkers read are passed over."""
-    found = set()
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    skipped = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
-        if isinstance(node, ast.Import):
-            found |= {name.name for name in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module)
+def tree() -> dict[str, set[str]]:
+    """By folder, the Python files that the README's tree names in it."""
+    block = README.split("## The tree")[1].split("\n\n")[1]
+    found: dict[str, set[str]] = {}
+    top = folder = ""
+    for line in block.splitlines():
+        start = re.match(r"    (  )?(\w+)/", line)
+        if start:
+            top = top if start[1] else start[2]
+            folder = f"{top}/{start[2]}" if start[1] else top
+        found.setdefault(folder, set()).update(re.findall(r"\w+\.py\b", line))
     return found
+
+
+def setup() -> configparser.ConfigParser:
+    result = configparser.ConfigParser()
+    result.read(ROOT / "setup.cfg", encoding="utf-8")
+    return result
 
 
 def test_readme_holds_the_current_table_of_keys() -> None:
@@ -55,57 +55,61 @@ def test_readme_gives_the_measured_range_test() -> None:
     assert result["mean_accuracy_found"] > result["best_of_grid"]["accuracy"] - 0.5
 
 
-def test_readme_names_every_recipe_and_every_module() -> None:
+def test_readme_names_every_recipe() -> None:
     for recipe in (ROOT / "configs").glob("*.yaml"):
         assert f"configs/{recipe.name}" in README
-    for package in ("dali_pipeline", "net", "train"):
-        for path in sources(package):
-            assert path.name == "__init__.py" or path.name in README, path
 
 
-def test_every_file_that_the_readme_names_exists() -> None:
+@pytest.mark.parametrize("package", PACKAGES[:4])
+def test_the_tree_names_every_module_in_its_folder(package: str) -> None:
+    named = tree()
+    for path in sources(package):
+        folder = path.parent.relative_to(ROOT).as_posix()
+        assert path.name == "__init__.py" or path.name in named[folder] or path == ROOT / "analysis/__main__.py", path
+
+
+def test_every_module_that_the_tree_names_exists() -> None:
+    named = tree()
+    assert {"train", "train/step", "dali_pipeline/sources", "benchmarks"} <= named.keys()
+    for folder, files in named.items():
+        for name in files:
+            assert (ROOT / folder / name).exists(), f"{folder}/{name}"
+
+
+DOCUMENTS = [README, *(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+def test_every_file_that_the_documents_name_exists() -> None:
     for name in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", README):
         target = name[0] or name[1]
         if not target.startswith("http"):
             assert (ROOT / target).exists(), target
+    for text in DOCUMENTS:
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+        for target in re.findall(
+            rf"(?<![\w/])(?:{'|'.join(PACKAGES)}|tests|configs|docs)/[\w/]+\.(?:py|md|yaml|sh)", prose
+        ):
+            assert (ROOT / target).exists(), target
 
 
 def test_readme_explains_every_dependency() -> None:
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg", encoding="utf-8")
-    for line in setup["options"]["install_requires"].splitlines():
+    for line in setup()["options"]["install_requires"].splitlines():
         name = re.match(r"[\w-]+", line.strip())
         if name:
             assert f"| {name.group()} |" in README, name.group()
 
 
-ALLOWED = {
-    "net": {"net"},
-    "dali_pipeline": {"dali_pipeline"},
-    "train": {"train", "dali_pipeline", "net"},
-    "analysis": {"analysis", "train", "dali_pipeline", "net"},
-}
-
-
-@pytest.mark.parametrize("package", ALLOWED)
-def test_imports_run_one_way(package: str) -> None:
-    for path in sources(package):
-        if path == ROOT / "train" / "__main__.py":
-            continue  # the command draws the pictures of the run that it made
-        ours = {name.split(".")[0] for name in imported(path)} & set(PACKAGES)
-        assert ours <= ALLOWED[package], path
-
-
 def test_dali_and_matplotlib_are_imported_in_one_place_each() -> None:
-    for package in PACKAGES[:3]:
-        for path in sources(package):
-            names = imported(path)
-            assert not any(name.startswith("matplotlib") for name in names), path
-            if path.name != "dali_graph.py":
-                assert not any(name.startswith("nvidia") for name in names), path
+    importing = re.compile(r"^\s*(?:from|import)\s+(matplotlib|nvidia)\b|import_module\(.(matplotlib|nvidia)\b", re.M)
+    found = {
+        (path.name, first or second)
+        for package in PACKAGES[:3]
+        for path in sources(package)
+        for first, second in importing.findall(path.read_text(encoding="utf-8"))
+    }
+    assert found == {("dali_graph.py", "nvidia")}
 
 
 def test_every_package_is_installed() -> None:
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg", encoding="utf-8")
-    assert set(setup["options"]["packages"].split()) == set(PACKAGES)
+    ours = {path.parent.relative_to(ROOT) for package in PACKAGES for path in sources(package)}
+    assert set(setup()["options"]["packages"].split()) == {".".join(folder.parts) for folder in ours}

@@ -13,7 +13,7 @@ from train.config import Config, ConfigError, help_text, load_config, to_yaml
 USAGE = 2
 
 if TYPE_CHECKING:
-    from train.record import Log
+    from train.screen.log import Log
 
 EXAMPLES = """
 examples:
@@ -78,16 +78,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, config: Config) -> int:
     # torch is imported from here on: --help, --print-config and a wrong key answer without waiting for it
-    from train.failures import explained
-    from train.fit import find_only, fit
-    from train.record import Log, default_run_dir
+    from train.disk.folder import default_run_dir
+    from train.errors import explained
+    from train.run import find_rates_only, fit
+    from train.screen.log import Log
 
     log = Log(quiet=os.environ.get("RANK", "0") != "0")
-    with explained(config, log) as outcome:
+    train = config.train
+    lower = (
+        f" at train.batch_size={train.batch_size}, train.eval_batch_size={train.eval_batch_size}, "
+        f"net.width={config.net.width}: lower one of them; nothing was changed by itself"
+    )
+    with explained(log, out_of_memory=lower, place=config.run.dir) as outcome:
         name = Path(options.config).stem + ("-lr" if options.find_lr else "")
         folder = Path(config.run.dir).expanduser() if config.run.dir else default_run_dir(name, options.resume)
         if options.find_lr:
-            find_only(config, folder, log=log, overwrite=options.overwrite, on_range_test=_draw_range_test)
+            find_rates_only(config, folder, log=log, overwrite=options.overwrite, on_range_test=_draw_range_test)
             log(f"run folder     {folder} (lr_finder.csv, lr_finder.png)")
         else:
             fit(

@@ -1,4 +1,4 @@
-"""The configuration: one dataclass a section, loaded strictly from YAML and `key=value` overrides. Imports no torch."""
+"""The configuration: sections that the parts declare, loaded strictly from YAML and `key=value` overrides. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,125 +8,26 @@ import operator
 import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 
+from dali_pipeline.errors import UserError
+from dali_pipeline.options import DataOptions
+from dali_pipeline.plan import Augment
+from dali_pipeline.sources import data_section, source_of
+from net.options import NetOptions
+from train.options import Changes, OptimOptions, RunOptions, ScheduleOptions, TrainOptions
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError, ValueError):
     """A configuration that cannot be used: one line naming the file or override, the key, the value and the remedy."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.splitlines()))
-
-
-def _key(default: Any, help: str, **bounds: Any) -> Any:
-    """A field with its meaning and its range: `at_least`, `at_most`, `above`, `below`."""
-    return field(default=default, metadata={"help": help, **bounds})
-
-
-@dataclass(kw_only=True)
-class DataConfig:
-    """What is trained on, and what feeds it."""
-
-    name: Literal["cifar10", "cifar100", "digits", "synthetic"] = _key("cifar10", "the data set")
-    root: str = _key("data", "folder that holds the data, or that receives the download")
-    download: bool = _key(True, "fetch a missing CIFAR archive (170 MB), verify it and keep it in data.root")
-    backend: Literal["auto", "dali", "torch"] = _key(
-        "auto", "input pipeline; auto takes DALI wherever it gives the right pixels"
-    )
-    synthetic_size: int = _key(32, "height and width of synthetic images", at_least=32, at_most=1024)
-    synthetic_classes: int = _key(10, "classes of the synthetic set", at_least=2, at_most=256)
-    synthetic_count: int = _key(50_000, "training images of the synthetic set", at_least=10)
-
-
-@dataclass(kw_only=True)
-class AugmentConfig:
-    """What is random about a training image. Drawn per (seed, epoch, image) by dali_pipeline/plan.py."""
-
-    crop: bool = _key(True, "pad, then crop back to the image's size at a random offset")
-    pad: int = _key(4, "pixels of padding on each side", at_least=0, at_most=32)
-    padding_mode: Literal["zero", "reflect"] = _key("zero", "what the padding holds: black, or the image reflected")
-    flip: bool = _key(True, "mirror left-right with probability 1/2")
-    cutout: int = _key(
-        8, "side of the square painted in the mean colour (arXiv:1708.04552); 0 turns it off", at_least=0
-    )
-
-
-@dataclass(kw_only=True)
-class NetConfig:
-    """CustomResNet (net/resnet.py)."""
-
-    width: int = _key(64, "channels of the first layer; 64 is the 6.57M-parameter network", at_least=1, at_most=1024)
-    logit_scale: float | None = _key(
-        None, "factor on the logits; null is 1/sqrt(width), which stands high learning rates, 1 is none", above=0.0
-    )
-
-
-@dataclass(kw_only=True)
-class OptimConfig:
-    """SGD and the loss."""
-
-    momentum: float = _key(0.9, "momentum of SGD", at_least=0.0, below=1.0)
-    nesterov: bool = _key(True, "Nesterov's form of the momentum; needs momentum above 0")
-    weight_decay: float = _key(5e-4, "weight decay of the convolution and classifier weights", at_least=0.0)
-    norm_bias_weight_decay: float = _key(0.0, "weight decay of batch-norm parameters and biases", at_least=0.0)
-    label_smoothing: float = _key(0.0, "label smoothing of the cross-entropy", at_least=0.0, below=1.0)
-
-
-@dataclass(kw_only=True)
-class ScheduleConfig:
-    """OneCycle, linear, per step: lr_min up to lr_max at peak_epoch, back down to lr_min at the end, not below."""
-
-    lr_max: float | str = _key("find", "peak learning rate, or 'find' for the range test", above=0.0)
-    lr_min: float | str = _key("find", "learning rate of the first and the last step, or 'find'", above=0.0)
-    peak_epoch: float = _key(5.0, "epoch at whose end the rate peaks; must lie within the training", above=0.0)
-    find_start: float = _key(1e-4, "lowest rate of the range test", above=0.0)
-    find_end: float = _key(10.0, "highest rate of the range test", above=0.0)
-    find_steps: int = _key(100, "steps of the range test", at_least=20, at_most=10_000)
-
-
-@dataclass(kw_only=True)
-class TrainConfig:
-    """The loop: how long, how many at a time, in which arithmetic."""
-
-    epochs: int = _key(24, "epochs of training", at_least=1)
-    batch_size: int = _key(512, "images a step, over all processes together", at_least=1)
-    tail: Literal["drop", "endless"] = _key(
-        "drop", "an epoch's images beyond the last full batch: dropped, or carried over into the next epoch"
-    )
-    device: Literal["auto", "cpu", "cuda", "mps"] = _key("auto", "where to train; auto takes a GPU where there is one")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = _key(
-        "auto", "arithmetic: auto is bf16 on CUDA and fp32 elsewhere; fp16 scales its gradients"
-    )
-    compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = _key(
-        "auto", "torch.compile mode; auto is default where a compiler is found and it pays"
-    )
-    channels_last: Literal["auto", "on", "off"] = _key("auto", "memory format; auto is on for CUDA and the CPU")
-    eval_batch_size: int = _key(1000, "images a step of evaluation", at_least=1)
-    ema_decay: float = _key(
-        0.0, "decay of the exponential moving average of the weights; 0 keeps none", at_least=0.0, below=1.0
-    )
-    ema_every: int = _key(1, "steps between updates of the average", at_least=1)
-    tta: bool = _key(False, "report flip test-time augmentation beside the plain accuracy")
-    sync_bn: bool = _key(False, "batch-norm statistics over all processes together (torchrun); else each its own")
-    seed: int = _key(0, "seed of the weights and of the augmentation plan", at_least=0, at_most=2**63 - 1)
-    deterministic: bool = _key(False, "the same bits on every run of one machine, at a cost in speed")
-
-
-@dataclass(kw_only=True)
-class RunConfig:
-    """Where the results go."""
-
-    dir: str | None = _key(None, "run folder; by default runs/NAME-OF-THE-CONFIG, numbered where that exists")
-    checkpoint_every: str | int = _key(
-        "epoch", "how often last.pt is written: epoch, N steps (200), or N seconds (60s)"
-    )
-    analyse: bool = _key(True, "draw the pictures and the report of `python -m analysis` at the end")
-    tensorboard: bool = _key(False, "write TensorBoard event files too (pip install -e '.[tensorboard]')")
 
 
 def checkpoint_interval(every: str | int) -> tuple[int | None, float | None]:
@@ -142,20 +43,28 @@ def checkpoint_interval(every: str | int) -> tuple[int | None, float | None]:
     )
 
 
-@dataclass(kw_only=True)
+SECTIONS: dict[str, type] = {
+    "data": data_section(),
+    "augment": Augment,
+    "net": NetOptions,
+    "optim": OptimOptions,
+    "schedule": ScheduleOptions,
+    "train": TrainOptions,
+    "run": RunOptions,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole recipe. `config.yaml` of a run folder is exactly this, resolved."""
 
-    data: DataConfig = field(default_factory=DataConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    net: NetConfig = field(default_factory=NetConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-
-
-SECTIONS: dict[str, type] = dict(typing.get_type_hints(Config))
+    data: DataOptions = field(default_factory=SECTIONS["data"])
+    augment: Augment = field(default_factory=Augment)
+    net: NetOptions = field(default_factory=NetOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    run: RunOptions = field(default_factory=RunOptions)
 
 
 def _keys() -> dict[str, tuple[Field[Any], Any]]:
@@ -183,24 +92,35 @@ _BOUNDS: dict[str, Callable[[Any, Any], bool]] = {
     "at_most": operator.le,
     "below": operator.lt,
 }
-_FLOATS = (float, float | str)
+
+
+def changes(name: str) -> Changes:
+    """What another value of the key `section.key` changes of a run: result, rounding, speed, or nothing."""
+    return cast(Changes, KEYS[name][0].metadata.get("changes", "result"))
+
+
+def _takes_float(hint: Any) -> bool:
+    return hint is float or float in typing.get_args(hint)
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return " | ".join(typing.get_args(hint))
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+    if _is_union(hint):
         return " | ".join(_describe(arm) for arm in typing.get_args(hint))
     names = {int: "int", float: "float", bool: "true | false", str: "text", type(None): "null"}
     return names[hint]
 
 
-def _default_and_values(name: str, f: Field[Any], hint: Any) -> tuple[str, str]:
+def _default_and_values(f: Field[Any], hint: Any) -> tuple[str, str]:
     """A key's default and its type with its bounds, as a person reads them."""
     default = "null" if f.default is None else str(f.default).lower() if isinstance(f.default, bool) else str(f.default)
-    values = {"schedule.lr_max": "float | find", "schedule.lr_min": "float | find"}.get(name, _describe(hint))
     bounds = [f"{bound.replace('_', ' ')} {f.metadata[bound]}" for bound in _BOUNDS if bound in f.metadata]
-    return default, ", ".join([values, *bounds])
+    return default, ", ".join([_describe(hint), *bounds])
 
 
 def help_text() -> str:
@@ -210,7 +130,7 @@ def help_text() -> str:
         lines.append(f"{section}: {(cls.__doc__ or '').splitlines()[0]}")
         for name, (f, hint) in KEYS.items():
             if name.startswith(section + "."):
-                default, values = _default_and_values(name, f, hint)
+                default, values = _default_and_values(f, hint)
                 lines.append(f"  {name}={default}  ({values})")
                 lines.append(f"      {f.metadata['help']}")
         lines.append("")
@@ -224,10 +144,9 @@ def _nearest(name: str, candidates: Sequence[str]) -> str:
 
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a YAML value is of the type that the key declares; a bool is no number, text is no number."""
-    origin = typing.get_origin(hint)
-    if origin is Literal:
-        return value in typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
+    if typing.get_origin(hint) is Literal:
+        return isinstance(value, str) and value in typing.get_args(hint)
+    if _is_union(hint):
         return any(_fits(value, arm) for arm in typing.get_args(hint))
     if hint is float:
         return type(value) in (int, float)
@@ -238,9 +157,10 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _check_value(name: str, value: Any) -> None:
     f, hint = KEYS[name]
-    if name in ("schedule.lr_max", "schedule.lr_min") and isinstance(value, str) and value != "find":
-        raise ConfigError(f"{name}: {value!r} is neither a number nor 'find'")
     if not _fits(value, hint):
+        words = [word for arm in typing.get_args(hint) for word in typing.get_args(arm)]
+        if isinstance(value, str) and words and _takes_float(hint):
+            raise ConfigError(f"{name}: {value!r} is neither a number nor {', '.join(map(repr, words))}")
         wanted = _describe(hint)
         wanted = f"one of {wanted}" if "|" in wanted else f"of type {wanted}"
         found = _TYPE_NAMES.get(type(value), type(value).__name__)
@@ -255,8 +175,8 @@ def _check_value(name: str, value: Any) -> None:
         raise ConfigError(f"{name}: {value} is not a finite number")
     for bound, holds in _BOUNDS.items():
         if bound in f.metadata and not holds(value, f.metadata[bound]):
-            words = bound.replace("_", " ")
-            raise ConfigError(f"{name}: {value} is out of range, must be {words} {f.metadata[bound]}")
+            must = f"must be {bound.replace('_', ' ')} {f.metadata[bound]}"
+            raise ConfigError(f"{name}: {value} is out of range, {must}")
 
 
 def _check_tree(tree: Any) -> dict[str, dict[str, Any]]:
@@ -285,23 +205,21 @@ def _check_tree(tree: Any) -> dict[str, dict[str, Any]]:
     return tree
 
 
-# known without reading the data, so that a wrong batch size is refused before torch is imported or anything downloaded
-TRAINING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "digits": 1442}
-
-
 def _check_together(config: Config) -> None:
     """What only two keys together can get wrong."""
     checkpoint_interval(config.run.checkpoint_every)
     schedule, train, optim = config.schedule, config.train, config.optim
-    images = TRAINING_IMAGES.get(config.data.name, config.data.synthetic_count)
-    if train.batch_size > images:
+    source = source_of(config.data)
+    # where it is known without reading the data, a wrong size is refused before torch is imported or anything downloaded
+    images = source.training_images()
+    if images is not None and train.batch_size > images:
         raise ConfigError(
             f"train.batch_size: {train.batch_size} is more than the {images} training images of {config.data.name}"
         )
-    if config.data.synthetic_size % 8:
-        raise ConfigError(
-            f"data.synthetic_size: {config.data.synthetic_size} is no multiple of 8, as the network halves images three times"
-        )
+    try:
+        source.check()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     if schedule.peak_epoch > train.epochs:
         raise ConfigError(
             f"schedule.peak_epoch: {schedule.peak_epoch:g} lies after the end of the training "
@@ -410,13 +328,24 @@ def from_dict(tree: Any) -> Config:
     sections = {}
     for section, cls in SECTIONS.items():
         values = {
-            key: float(value) if type(value) is int and KEYS[f"{section}.{key}"][1] in _FLOATS else value
+            key: float(value) if type(value) is int and _takes_float(KEYS[f"{section}.{key}"][1]) else value
             for key, value in checked.get(section, {}).items()
         }
         sections[section] = cls(**values)
     config = Config(**sections)
     _check_together(config)
     return config
+
+
+def changed(config: Config, values: Mapping[str, Any]) -> Config:
+    """The configuration with other values of some `section.key`, checked like a file. Raises ConfigError."""
+    tree = to_dict(config)
+    for name, value in values.items():
+        if name not in KEYS:
+            raise ConfigError(f"{name}: unknown key{_nearest(name, list(KEYS))}")
+        section, key = name.split(".", 1)
+        tree[section][key] = value
+    return from_dict(tree)
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
@@ -458,6 +387,6 @@ def reference_table() -> str:
     """All keys as a Markdown table, for the README: key, default, values, meaning."""
     rows = ["| key | default | values | meaning |", "|---|---|---|---|"]
     for name, (f, hint) in KEYS.items():
-        default, values = _default_and_values(name, f, hint)
+        default, values = _default_and_values(f, hint)
         rows.append(f"| `{name}` | {default} | {values.replace('|', '&#124;')} | {f.metadata['help']} |")
     return "\n".join(rows)

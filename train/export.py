@@ -23,12 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dali_pipeline.datasets import DataError, load
-from net.resnet import CustomResNet
-from train.checkpoint import CheckpointError, fsync_folder, load_checkpoint, open_new
-from train.config import ConfigError, from_dict
-from train.record import RunFolderError, own_folder
-from train.steps import EvalStep
+import net as networks
+from dali_pipeline import sources
+from dali_pipeline.errors import UserError
+from net.interface import Network
+from net.options import NetOptions
+from train.config import from_dict
+from train.disk.atomic import fsync_folder, open_new
+from train.disk.folder import own_folder
+from train.disk.snapshot import Snapshot, load_snapshot
+from train.step.steps import EvalStep
 
 IMAGES = 256  # test images that every export is verified on
 # of the largest logit. The same operations in the same order are exact; another runtime's rounding is about 1e-6
@@ -40,7 +44,7 @@ NEEDED = {
 }
 
 
-class ExportError(Exception):
+class ExportError(UserError):
     """An export that cannot be made, or differs from the network: one line with the cause."""
 
 
@@ -51,73 +55,69 @@ def require(name: str) -> None:
         raise ExportError(f"{name} needs {', '.join(missing)}: pip install -e '.[export]'")
 
 
-def network(state: dict[str, Any], ema: bool = False) -> CustomResNet:
+def network(snapshot: Snapshot, ema: bool = False) -> Network:
     """The network of a checkpoint, in eval mode; with `ema` the average of its weights."""
-    weights = state["model"]
+    weights = snapshot.model
     if ema:
-        if state["ema"] is None:
+        if snapshot.ema is None:
             raise ExportError("--ema: the run kept no average of its weights (train.ema_decay=0)")
-        weights = {key.removeprefix("module."): t for key, t in state["ema"].items() if key.startswith("module.")}
-    shape = state["config"]["net"]
-    net = CustomResNet(len(state["class_names"]), shape["width"], shape["logit_scale"])
+        weights = {key.removeprefix("module."): t for key, t in snapshot.ema.items() if key.startswith("module.")}
+    net = networks.build(from_dict(snapshot.config).net, len(snapshot.data.class_names))
     net.load_state_dict(weights)
     return net.eval()
 
 
-def program(state: dict[str, Any], net: CustomResNet) -> EvalStep:
+def program(snapshot: Snapshot, net: Network) -> EvalStep:
     """From uint8 images to logits, normalisation included."""
-    return EvalStep(net, state["mean"], state["std"], channels_last=False).eval()
+    return EvalStep(net, snapshot.data.mean, snapshot.data.std, channels_last=False).eval()
 
 
-def first_test_images(state: dict[str, Any], root: Path | None) -> Tensor:
+def first_test_images(snapshot: Snapshot, root: Path | None) -> Tensor:
     """(IMAGES, 3, H, W) uint8: the first test images of the data set that the run was trained on. Raises DataError."""
-    data = from_dict(state["config"]).data
-    dataset = load(
-        data.name,
-        (root or Path(data.root)).expanduser(),
-        download=False,
-        progress=False,
-        synthetic_size=data.synthetic_size,
-        synthetic_classes=data.synthetic_classes,
-        synthetic_count=data.synthetic_count,
-    )
+    dataset = sources.load(from_dict(snapshot.config).data, root=root, download=False)
     return torch.from_numpy(dataset.test.images[:IMAGES]).permute(0, 3, 1, 2).contiguous()
 
 
-def _safetensors(path: Path, state: dict[str, Any], net: CustomResNet, images: Tensor) -> Callable[[Tensor], Tensor]:
+def _safetensors(path: Path, snapshot: Snapshot, net: Network, images: Tensor) -> Callable[[Tensor], Tensor]:
     from safetensors import safe_open
     from safetensors.torch import load_file, save
 
+    data, options = snapshot.data, from_dict(snapshot.config).net
     about = {
         "architecture": "CustomResNet",
         "input": "(N, 3, H, W): pixels of 0..255 in RGB, minus mean, divided by std, per channel",
-        "width": state["config"]["net"]["width"],
+        "width": options.width,
         "logit_scale": net.logit_scale,
-        "height_and_width": [state["height"], state["width"]],
-        **{key: state[key] for key in ("data_name", "class_names", "mean", "std", "epoch", "test_accuracy")},
+        "height_and_width": [data.height, data.width],
+        "data_name": data.data_name,
+        "class_names": list(data.class_names),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "epoch": snapshot.position.epoch,
+        "test_accuracy": snapshot.test_accuracy,
     }
     # channels-last weights are refused: the format knows one order
     tensors = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
     path.write_bytes(save(tensors, {"about": json.dumps(about)}))
     with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
         read = json.loads(file.metadata()["about"])
-    again = CustomResNet(len(read["class_names"]), read["width"], read["logit_scale"])
+    again = networks.build(NetOptions(width=read["width"], logit_scale=read["logit_scale"]), len(read["class_names"]))
     again.load_state_dict(load_file(path))
     return EvalStep(again, read["mean"], read["std"], channels_last=False).eval()
 
 
-def _torch_export(path: Path, state: dict[str, Any], net: CustomResNet, images: Tensor) -> Callable[[Tensor], Tensor]:
+def _torch_export(path: Path, snapshot: Snapshot, net: Network, images: Tensor) -> Callable[[Tensor], Tensor]:
     batch = {0: torch.export.Dim("batch", min=1)}
-    exported = torch.export.export(program(state, net), (images[:4],), dynamic_shapes=(batch,))
+    exported = torch.export.export(program(snapshot, net), (images[:4],), dynamic_shapes=(batch,))
     torch.export.save(exported, path)
     return torch.export.load(path).module()
 
 
-def _onnx(path: Path, state: dict[str, Any], net: CustomResNet, images: Tensor) -> Callable[[Tensor], Tensor]:
+def _onnx(path: Path, snapshot: Snapshot, net: Network, images: Tensor) -> Callable[[Tensor], Tensor]:
     import onnxruntime
 
     made = torch.onnx.export(
-        program(state, net),
+        program(snapshot, net),
         (images[:4],),
         dynamo=True,
         input_names=["images"],
@@ -131,7 +131,7 @@ def _onnx(path: Path, state: dict[str, Any], net: CustomResNet, images: Tensor) 
     return lambda batch: torch.from_numpy(session.run(["logits"], {"images": batch.numpy()})[0])
 
 
-MAKERS: dict[str, Callable[[Path, dict[str, Any], CustomResNet, Tensor], Callable[[Tensor], Tensor]]] = {
+MAKERS: dict[str, Callable[[Path, Snapshot, Network, Tensor], Callable[[Tensor], Tensor]]] = {
     "model.safetensors": _safetensors,
     "model.pt2": _torch_export,
     "model.onnx": _onnx,
@@ -152,7 +152,7 @@ def _quiet() -> Any:
 
 
 def export(
-    folder: Path, name: str, state: dict[str, Any], net: CustomResNet, images: Tensor, limit: float | None = None
+    folder: Path, name: str, snapshot: Snapshot, net: Network, images: Tensor, limit: float | None = None
 ) -> float:
     """Write folder/name and give its largest difference from the network's logits, as a part of the largest logit.
 
@@ -163,8 +163,8 @@ def export(
     try:
         open_new(temporary).close()  # a file of our own, which is then written by its name
         with _quiet(), torch.no_grad():
-            run = MAKERS[name](temporary, state, net, images)
-            expected = program(state, net)(images)
+            run = MAKERS[name](temporary, snapshot, net, images)
+            expected = program(snapshot, net)(images)
             # in two batches of sizes that the export was not made with
             found = torch.cat([run(images[:3]), run(images[3:])])
             if limit == 0:
@@ -202,19 +202,19 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for name in names:
             require(name)
-        state = load_checkpoint(options.run / options.checkpoint)
-        net = network(state, options.ema)
-        images = first_test_images(state, options.data_root)
+        snapshot = load_snapshot(options.run / options.checkpoint)
+        net = network(snapshot, options.ema)
+        images = first_test_images(snapshot, options.data_root)
         folder = own_folder(options.run, "export")
         folder.mkdir(exist_ok=True)
         for name in names:
-            difference = export(folder, name, state, net, images)
+            difference = export(folder, name, snapshot, net, images)
             print(
                 f"{folder / name}: equals the network's logits on {len(images)} test images to {difference:.1e} of the largest"
             )
-    except (CheckpointError, ConfigError, DataError, ExportError, RunFolderError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except OSError as error:
         print(f"error: {error.filename or options.run}: {error.strerror or error}", file=sys.stderr)
         return 1

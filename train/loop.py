@@ -1,4 +1,4 @@
-"""The epochs of a run: train, evaluate, report, save; and where a run stands, to go on from there."""
+"""The epochs of a run: train, evaluate, report, save."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 
-from train.checkpoint import on_host, save_last
 from train.config import checkpoint_interval, to_dict
-from train.estimate import LongRunNotice
-from train.evaluation import Evaluation, Score
-from train.optim import OneCycle
-from train.progress import EpochDisplay, NonFiniteLoss, StepMeter
-from train.record import Log, RunFolder
-from train.signals import Interrupted, SignalWatch
-from train.trainer import Trainer
+from train.disk.checkpoint import on_host, save_last
+from train.disk.folder import RunFolder
+from train.disk.snapshot import DataFacts, Position, Snapshot
+from train.failpoints import failpoint
+from train.machine.signals import Interrupted
+from train.screen.notice import LongRunNotice
+from train.screen.progress import EpochDisplay
+from train.session import Session
+from train.step.evaluation import Score
+from train.step.measures import Measure
+from train.step.meter import NonFiniteLoss, StepMeter
+from train.step.schedule import OneCycle, Rates
 
 STEPS_BETWEEN_QUESTIONS = 20  # on GPUs, between processes: may we stop, may we save, is the loss still a number
 _AFTER_NON_FINITE = (
@@ -32,92 +35,6 @@ class _StopAsked(Exception):
     """A signal came during the evaluation, which can be had again."""
 
 
-@dataclass
-class Times:
-    """Seconds by what they were spent on."""
-
-    set_up: float = 0.0
-    compile: float = 0.0
-    lr_search: float = 0.0
-    training: float = 0.0
-    evaluation: float = 0.0
-    saving: float = 0.0  # as far as the training waited for it
-
-    @contextmanager
-    def on(self, name: str, device: torch.device | None = None) -> Iterator[None]:
-        """Count the block's time under `name`, without what it counts under other names."""
-        begun, counted = time.perf_counter(), sum(vars(self).values())
-        try:
-            yield
-        finally:
-            if device is not None and device.type == "cuda":
-                torch.cuda.synchronize(device)
-            inside = sum(vars(self).values()) - counted
-            setattr(self, name, getattr(self, name) + time.perf_counter() - begun - inside)
-
-
-@dataclass
-class Position:
-    """Where a run stands: finished epochs, steps done in the next one, and what is known of those steps."""
-
-    epoch: int = 0
-    step: int = 0
-    step_losses: list[float] = field(default_factory=list)
-    step_correct: list[int] = field(default_factory=list)
-    seconds: float = 0.0  # training time already spent on the unfinished epoch
-    best_accuracy: float = -1.0
-    best_epoch: int = 0
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-
-
-POSITION = tuple(f.name for f in fields(Position))
-# what a checkpoint must hold to be resumed from
-RESUMED = (
-    "model",
-    "ema",
-    "optimizer",
-    "scaler",
-    *POSITION,
-    "times",
-    "lr_max",
-    "lr_min",
-    "config",
-    "class_names",
-    "mean",
-    "std",
-)
-
-
-def checkpoint_state(trainer: Trainer, schedule: OneCycle, position: Position, times: Times) -> dict[str, Any]:
-    """The content of a checkpoint: the trainer's state, the position, and what an analysis needs to know."""
-    dataset = trainer.dataset
-    return {
-        **trainer.state(),
-        "epoch": position.epoch,
-        "step": position.step,
-        "step_losses": position.step_losses,
-        "step_correct": position.step_correct,
-        "seconds": position.seconds,
-        "metrics": position.metrics,
-        "best_accuracy": position.best_accuracy,
-        "best_epoch": position.best_epoch,
-        "test_accuracy": position.metrics[-1]["test_accuracy"] if position.metrics else None,
-        "lr_max": schedule.lr_max,
-        "lr_min": schedule.lr_min,
-        "steps_per_epoch": trainer.steps_per_epoch,
-        "times": vars(times).copy(),
-        "machine": machine(trainer),
-        "config": to_dict(trainer.config),
-        "data_name": dataset.name,
-        "class_names": list(dataset.class_names),
-        "mean": list(dataset.mean),
-        "std": list(dataset.std),
-        "fill": list(dataset.fill),
-        "height": dataset.train.height,
-        "width": dataset.train.width,
-    }
-
-
 def saves_in_background(device: torch.device) -> bool:
     """On a GPU, whose epochs are shorter than the writing of a checkpoint; on the CPU both would share the cores."""
     return device.type == "cuda"
@@ -125,29 +42,10 @@ def saves_in_background(device: torch.device) -> bool:
 
 def store(folder: RunFolder, state: dict[str, Any], best: bool) -> None:
     """Write last.pt (and best.pt), then metrics.jsonl to match."""
+    failpoint("save")
     save_last(folder.path, state, best)
     folder.write_metrics(state["metrics"])
-
-
-def machine(trainer: Trainer) -> dict[str, Any]:
-    """What changes the results of a run, if only by rounding, and is no key of the recipe."""
-    runtime = trainer.runtime
-    return {
-        "device": runtime.device.type,
-        "precision": runtime.precision,
-        "compile": runtime.compile_mode or "off",
-        "channels_last": runtime.channels_last,
-        "processes": trainer.group.world_size,
-        "torch": str(torch.__version__),
-    }
-
-
-def restore(trainer: Trainer, state: dict[str, Any], times: Times) -> Position:
-    """Put trainer and times where a checkpoint left them."""
-    trainer.load_state(state)
-    for name, seconds in state["times"].items():
-        setattr(times, name, getattr(times, name) + seconds)
-    return Position(**{name: state[name] for name in POSITION})
+    failpoint("saved")
 
 
 class Run:
@@ -155,24 +53,22 @@ class Run:
 
     def __init__(
         self,
-        trainer: Trainer,
+        session: Session,
         schedule: OneCycle,
         folder: RunFolder | None,
-        log: Log,
-        times: Times,
         position: Position,
-        signals: SignalWatch,
         notice: LongRunNotice,
     ) -> None:
-        self.trainer, self.schedule, self.folder, self.log = trainer, schedule, folder, log
-        self.times, self.position, self.signals, self.notice = times, position, signals, notice
-        self.every_steps, self.every_seconds = checkpoint_interval(trainer.config.run.checkpoint_every)
+        self.session, self.trainer, self.config = session, session.trainer, session.config
+        self.schedule, self.folder, self.log = schedule, folder, session.log
+        self.times, self.position, self.signals, self.notice = session.times, position, session.signals, notice
+        self.every_steps, self.every_seconds = checkpoint_interval(self.config.run.checkpoint_every)
         self.last_save = time.perf_counter()
         self.failure: NonFiniteLoss | None = None  # noticed, and not yet told to the other processes
-        self._saver = ThreadPoolExecutor(1, "save") if saves_in_background(trainer.runtime.device) else None
+        self._saver = ThreadPoolExecutor(1, "save") if saves_in_background(session.runtime.device) else None
         self._saving: Future[None] | None = None
         self.writer: Any = None
-        if trainer.config.run.tensorboard and folder is not None:
+        if self.config.run.tensorboard and folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=position.epoch + 1)  # type: ignore[no-untyped-call]
@@ -186,13 +82,13 @@ class Run:
                     self.settle()
             elif self.folder is not None:
                 self.folder.write_metrics(self.position.metrics)  # a kill may have come between last.pt and this file
-            while self.position.epoch < self.trainer.config.train.epochs:
+            while self.position.epoch < self.config.train.epochs:
                 self._epoch()
         if self.writer is not None:
             self.writer.close()
 
     def _epoch(self) -> None:
-        trainer, position, config = self.trainer, self.position, self.trainer.config
+        trainer, position, config = self.trainer, self.position, self.config
         steps, device, processes = trainer.steps_per_epoch, trainer.runtime.device, trainer.group.world_size
         meter = StepMeter(position.epoch, steps, device)
         start, saved = position.step, (position.step_losses, position.step_correct)
@@ -221,11 +117,11 @@ class Run:
         eval_begun = time.perf_counter()
         try:
             with self.times.on("evaluation", device):
-                plain, ema = trainer.evaluate(self._stop_in_evaluation)
+                scores = trainer.evaluate(self._stop_in_evaluation)
         except _StopAsked:
             self._save_inside(steps, losses, correct, seconds)
             raise self._interrupted() from None
-        self._finish_epoch(losses, correct, seconds, time.perf_counter() - eval_begun, plain, ema)
+        self._finish_epoch(losses, correct, seconds, time.perf_counter() - eval_begun, scores)
 
     @contextmanager
     def _noting_failure(self) -> Iterator[None]:
@@ -293,16 +189,15 @@ class Run:
         correct: list[int],
         seconds: float,
         eval_seconds: float,
-        plain: Evaluation,
-        ema: Evaluation | None,
+        scores: dict[Measure, Score],
     ) -> None:
-        trainer, position, config = self.trainer, self.position, self.trainer.config
+        trainer, position, config = self.trainer, self.position, self.config
         images = trainer.steps_per_epoch * config.train.batch_size
         train_loss, train_accuracy = math.fsum(losses) / len(losses), 100 * sum(correct) / images
-        score = plain.plain
+        (leading, score), *others = scores.items()
         if not math.isfinite(score.loss):
             error = NonFiniteLoss(position.epoch, trainer.steps_per_epoch - 1, score.loss)
-            error.args = (f"test loss {score.loss} after epoch {position.epoch + 1}; {_AFTER_NON_FINITE}",)
+            error.args = (f"{leading.label} loss {score.loss} after epoch {position.epoch + 1}; {_AFTER_NON_FINITE}",)
             raise error
         position.epoch += 1
         position.step, position.step_losses, position.step_correct, position.seconds = 0, [], [], 0.0
@@ -311,28 +206,20 @@ class Run:
             "lr": self.schedule(position.epoch * trainer.steps_per_epoch - 1),
             "train_loss": train_loss,
             "train_accuracy": train_accuracy,
-            "test_loss": score.loss,
-            "test_accuracy": score.accuracy,
+            **_recorded(leading, score),
             "seconds": seconds,
             "images_per_second": images / seconds,
             "eval_seconds": eval_seconds,
         }
-        others: dict[str, Score | None] = {"test_tta": plain.flip}
-        if ema is not None:
-            others |= {"ema_test": ema.plain, "ema_test_tta": ema.flip}
-        for name, other in others.items():
-            if other is not None:
-                record |= {f"{name}_loss": other.loss, f"{name}_accuracy": other.accuracy}
+        for measure, other in others:
+            record |= _recorded(measure, other)
         position.metrics.append(record)
         self.log(
             f"epoch {position.epoch}/{config.train.epochs}: lr {record['lr']:.4g}, loss {train_loss:.4f}, "
             f"accuracy {train_accuracy:.2f}%, {seconds:.1f} s, {record['images_per_second']:,.0f} images/s"
         )
-        self.log(f"test: {score}")
-        labels = {"test_tta": "test, flip TTA", "ema_test": "test, EMA", "ema_test_tta": "test, EMA and flip TTA"}
-        for name, other in others.items():
-            if other is not None:
-                self.log(f"{labels[name]}: {other}")
+        for measure, found in scores.items():
+            self.log(f"{measure.label}: {found}")
         better = score.accuracy > position.best_accuracy
         if better:
             position.best_accuracy, position.best_epoch = score.accuracy, position.epoch
@@ -360,11 +247,33 @@ class Run:
             error.args = (f"weights or batch-norm statistics are not finite after {where}; {_AFTER_NON_FINITE}",)
             raise error
         self.settle()
-        state = checkpoint_state(self.trainer, self.schedule, position, self.times)
+        state = self.snapshot().to_dict()
         if self._saver is None:
             store(folder, state, best)
         else:
             self._saving = self._saver.submit(store, folder, on_host(state), best)
+
+    def snapshot(self) -> Snapshot:
+        """The training as it stands."""
+        dataset = self.trainer.dataset
+        return Snapshot(
+            **self.trainer.state(),
+            position=self.position,
+            rates=Rates(self.schedule.lr_max, self.schedule.lr_min),
+            steps_per_epoch=self.trainer.steps_per_epoch,
+            times=vars(self.times).copy(),
+            machine=self.session.machine(),
+            config=to_dict(self.config),
+            data=DataFacts(
+                dataset.name,
+                dataset.class_names,
+                dataset.mean,
+                dataset.std,
+                dataset.fill,
+                dataset.height,
+                dataset.width,
+            ),
+        )
 
     def settle(self) -> None:
         """Wait until what is being saved is on disk; raises what went wrong with it."""
@@ -410,3 +319,7 @@ class Run:
         position.step, position.seconds = done, seconds
         position.step_losses, position.step_correct = losses, correct
         self.save()
+
+
+def _recorded(measure: Measure, score: Score) -> dict[str, float]:
+    return {f"{measure.key}_loss": score.loss, f"{measure.key}_accuracy": score.accuracy}

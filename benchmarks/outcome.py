@@ -1,0 +1,28 @@
+"""How a benchmark ends: what a user can mend as one line and an exit code, what was measured in a file."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from dali_pipeline.errors import UserError
+from train import errors
+from train.disk.atomic import write_atomic
+from train.screen.log import Log
+
+
+def explained(log: Log | None = None) -> AbstractContextManager[errors.Outcome]:
+    """train.errors.explained for a measurement."""
+    lower = "; lower train.batch_size, train.eval_batch_size or net.width"
+    return errors.explained(log or Log(), out_of_memory=lower, place="the disk")
+
+
+def write_report(path: Path, report: dict[str, Any], indent: int = 1) -> None:
+    """The file of --json, whole at every moment. Raises UserError where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, (json.dumps(report, indent=indent) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written: {error.strerror}") from None

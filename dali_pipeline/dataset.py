@@ -1,0 +1,150 @@
+"""Labelled images in host memory, and what is known of a data set: class names, mean, standard deviation. NumPy alone."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dali_pipeline.errors import UserError
+
+Pixels = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
+
+
+class DataError(UserError):
+    """The data set cannot be had: the message names the file or address, what was expected, found, and to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """N labelled images of one size.
+
+    pixels: uint8 (N, H, W, 3), or with `planar` (N, 3, H, W), as CIFAR's files hold them; any strides, so that they may be a
+    view of a file's records. labels: int64 (N,). Raises ValueError for anything else.
+    """
+
+    pixels: Pixels
+    labels: Labels
+    planar: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        shape = self.pixels.shape
+        if self.pixels.dtype != np.uint8 or len(shape) != 4 or shape[1 if self.planar else 3] != 3:
+            expected = "(N, 3, H, W)" if self.planar else "(N, H, W, 3), or (N, 3, H, W) with planar=True"
+            raise ValueError(f"pixels are {self.pixels.dtype} {shape}, expected uint8 {expected}")
+        if self.labels.dtype != np.int64 or self.labels.shape != shape[:1]:
+            raise ValueError(f"labels are {self.labels.dtype} {self.labels.shape}, expected int64 ({shape[0]},)")
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def height(self) -> int:
+        return int(self.pixels.shape[2 if self.planar else 1])
+
+    @property
+    def width(self) -> int:
+        return int(self.pixels.shape[3 if self.planar else 2])
+
+    @property
+    def images(self) -> Pixels:
+        """(N, H, W, 3) uint8, a contiguous copy."""
+        return np.array(_hwc(self), order="C")
+
+    def take(self, rows: npt.NDArray[Any] | slice) -> Split:
+        """The images at these places (a slice, indices (n,) or a mask (N,)) as a split of their own."""
+        return Split(self.pixels[rows], self.labels[rows], planar=self.planar)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of the shape, the pixels and the labels: the same for either order of the axes."""
+        digest = hashlib.sha256(f"{len(self)} x {self.height} x {self.width} x 3".encode())
+        for piece in _pieces(self, 1 << 22):
+            digest.update(np.ascontiguousarray(piece).data)
+        digest.update(np.ascontiguousarray(self.labels, "<i8").data)
+        return digest.hexdigest()
+
+
+def _hwc(split: Split) -> Pixels:
+    """The pixels as (N, H, W, 3), without a copy."""
+    return split.pixels.transpose(0, 2, 3, 1) if split.planar else split.pixels
+
+
+def _pieces(split: Split, size: int) -> Iterator[Pixels]:
+    """The images in order, (n, H, W, 3) views of at most `size` bytes or one image."""
+    count = max(1, size // max(1, 3 * split.height * split.width))
+    for start in range(0, len(split), count):
+        yield _hwc(split)[start : start + count]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """mean, std: per channel over all training pixels, in units of 0..255, so that x_norm = (x - mean) / std.
+
+    fill: the mean colour, rounded: what cutout paints. source: where the data came from, for the record of a run.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    fill: tuple[int, int, int]
+    source: str
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def height(self) -> int:
+        return self.train.height
+
+    @property
+    def width(self) -> int:
+        return self.train.width
+
+
+def with_statistics(name: str, train: Split, test: Split, class_names: tuple[str, ...], source: str) -> Dataset:
+    """The data set with mean, standard deviation and fill colour of its training pixels.
+
+    Computed in integers up to the last root, so that nothing cancels. Raises DataError where a channel has one value only.
+    """
+    values = range(256)
+    mean, std = [], []
+    for channel, counts in zip(("red", "green", "blue"), channel_histogram(train).tolist(), strict=True):
+        total = sum(n * v for n, v in zip(counts, values, strict=True))
+        squares = sum(n * v * v for n, v in zip(counts, values, strict=True))
+        pixels = sum(counts)
+        if pixels * squares == total**2:
+            raise DataError(f"{source}: every training pixel of the {channel} channel is the same: these are no images")
+        mean.append(total / pixels)
+        std.append(math.sqrt(pixels * squares - total**2) / pixels)
+    return Dataset(
+        name,
+        train,
+        test,
+        class_names,
+        mean=(mean[0], mean[1], mean[2]),
+        std=(std[0], std[1], std[2]),
+        fill=(round(mean[0]), round(mean[1]), round(mean[2])),
+        source=source,
+    )
+
+
+def channel_histogram(split: Split) -> npt.NDArray[np.int64]:
+    """(3, 256): how often each value occurs in each channel."""
+    histogram = np.zeros((3, 256), np.int64)
+    # bincount widens what it is given to 8 bytes a value: in pieces small enough for the processor's cache
+    for piece in _pieces(split, 3 << 19):
+        for channel in range(3):
+            histogram[channel] += np.bincount(piece[..., channel].ravel(), minlength=256)
+    return histogram

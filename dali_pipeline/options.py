@@ -1,0 +1,26 @@
+"""The part of the `data:` section that every data set shares. Each source adds its own keys (dali_pipeline/sources)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def key(default: Any, help: str, **about: Any) -> Any:
+    """A field with its meaning, its range (`at_least`, `at_most`, `above`, `below`) and what another value `changes`
+    of a run: its "result" (where nothing is said), its "rounding", its "speed", or "nothing"."""
+    return field(default=default, metadata={"help": help, **about})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """What is trained on, and what feeds it."""
+
+    name: str = key("cifar10", "the data set")
+    root: str = key("data", "folder that holds the data, or that receives the download", changes="nothing")
+    download: bool = key(
+        True, "fetch a missing CIFAR archive (170 MB), verify it and keep it in data.root", changes="nothing"
+    )
+    backend: Literal["auto", "dali", "torch"] = key(
+        "auto", "input pipeline; auto takes DALI wherever it gives the right pixels", changes="speed"
+    )

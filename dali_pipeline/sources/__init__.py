@@ -1,0 +1,66 @@
+"""The data sets by name. A new source is one file beside this one and one row of SOURCES."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import Field, field, fields, make_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dali_pipeline.dataset import DataError, Dataset
+from dali_pipeline.options import DataOptions
+from dali_pipeline.sources.cifar import Cifar10, Cifar100
+from dali_pipeline.sources.digits import Digits
+from dali_pipeline.sources.download import to_stderr
+from dali_pipeline.sources.source import Say, Source
+from dali_pipeline.sources.synthetic import Synthetic
+
+__all__ = ["SOURCES", "Say", "Source", "data_section", "load", "source_of", "to_stderr"]
+
+SOURCES: dict[str, type[Source]] = {
+    "cifar10": Cifar10,
+    "cifar100": Cifar100,
+    "digits": Digits,
+    "synthetic": Synthetic,
+}
+
+
+def data_section() -> type[DataOptions]:
+    """The dataclass of the whole `data:` section: the keys that all sources share, then each source's own."""
+    names = Literal[tuple(SOURCES)]  # type: ignore[valid-type]
+    (shared,) = (f for f in fields(DataOptions) if f.name == "name")
+    keys: list[tuple[str, Any, Field[Any]]] = [
+        ("name", names, field(default=shared.default, metadata=shared.metadata)),
+    ]
+    taken = {f.name: "every data set" for f in fields(DataOptions)}
+    for source_name, source in SOURCES.items():
+        hints = typing.get_type_hints(source)
+        for f in fields(source):
+            if f.name in taken:
+                raise ValueError(
+                    f"data.{f.name} is a key of {taken[f.name]} already, and {source_name} declares it again"
+                )
+            taken[f.name] = source_name
+            keys.append((f.name, hints[f.name], field(default=f.default, metadata=f.metadata)))
+    namespace = {"__doc__": DataOptions.__doc__, "__module__": __name__}
+    return make_dataclass("DataSection", keys, bases=(DataOptions,), namespace=namespace, frozen=True, kw_only=True)
+
+
+def source_of(options: DataOptions) -> Source:
+    """The source that `options.name` names, with its keys as `options` has them, or else their defaults."""
+    source = SOURCES.get(options.name)
+    if source is None:
+        raise DataError(f"unknown data set {options.name!r}, expected one of {', '.join(SOURCES)}")
+    return source(**{f.name: getattr(options, f.name) for f in fields(source) if hasattr(options, f.name)})
+
+
+def load(
+    options: DataOptions, say: Say | None = None, *, download: bool | None = None, root: Path | None = None
+) -> Dataset:
+    """The data set that the `data:` section asks for; raises DataError where it cannot be had.
+
+    `say` receives lines about a download's progress (`to_stderr` prints them); None is silent. `download` and `root`, where
+    given, replace those of `options`.
+    """
+    folder = Path(options.root if root is None else root).expanduser()
+    return source_of(options).load(folder, download=options.download if download is None else download, say=say)

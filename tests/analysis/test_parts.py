@@ -1,0 +1,335 @@
+"""The parts of the analysis against computations of their own: Grad-CAM, calibration, confusion, McNemar, image reading."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from places import ROOT
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from analysis import calibration, compare, confusion, curves, grad_cam, predict, style
+from analysis.predictions import Predictions
+from net.resnet import CustomResNet
+from train.disk.atomic import write_csv
+from train.step.range_test import RangeTest, suggest
+from train.step.schedule import OneCycle
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The networks are tiny: on a busy machine several threads spend ten times as long waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def net() -> CustomResNet:
+    """Random weights, and batch-norm statistics of random images so that the maps are not degenerate."""
+    torch.manual_seed(0)
+    result = CustomResNet(7, 4)
+    with torch.no_grad():
+        for _ in range(20):
+            result(torch.randn(16, 3, 32, 32))
+    return result.eval()
+
+
+@pytest.fixture(scope="module")
+def inputs() -> Tensor:
+    return torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def own_map(net: nn.Module, image: Tensor, label: int, layer: nn.Module, positionwise: bool) -> np.ndarray:
+    """Grad-CAM of one image (3, H, W) by autograd: relu(sum of channels weighted by d logit / d channel), scaled, enlarged.
+
+    `positionwise`: LayerCAM, where every place has its own weight, the positive part of its gradient.
+    """
+    kept: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
+    logit = net(image[None])[0, label]
+    handle.remove()
+    (gradient,) = torch.autograd.grad(logit, kept[0])
+    weights = gradient.clamp(min=0) if positionwise else gradient.mean((2, 3), keepdim=True)
+    heat = (weights * kept[0]).sum(1, keepdim=True).clamp(min=0).detach()
+    heat = (heat - heat.min()) / (heat.max() - heat.min() + 1e-7)
+    heat = F.interpolate(heat, size=image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
+    return ((heat - heat.min()) / (heat.max() - heat.min() + 1e-7)).numpy()
+
+
+@pytest.mark.parametrize(("method", "positionwise"), [("gradcam", False), ("layercam", True)])
+@pytest.mark.parametrize("layer", ["layer1", "layer2", "layer3.0", "layer3"])
+def test_maps_equal_those_by_autograd(
+    net: CustomResNet, inputs: Tensor, layer: str, method: str, positionwise: bool
+) -> None:
+    labels = [0, 1, 6, 3, 3]
+    maps = grad_cam.heat_maps(net, inputs, labels, layer=layer, method=method)
+    assert maps.shape == (5, 32, 32) and maps.dtype == np.float32
+    module = net.get_submodule(layer)
+    for image, label, found in zip(inputs, labels, maps, strict=True):
+        np.testing.assert_allclose(found, own_map(net, image, label, module, positionwise), atol=2e-3)
+    assert maps.max() > 0.9
+
+
+def test_every_method_gives_maps_between_0_and_1(net: CustomResNet, inputs: Tensor) -> None:
+    for method in grad_cam.METHODS:
+        maps = grad_cam.heat_maps(net, inputs[:2], [1, 2], method=method)
+        assert maps.shape == (2, 32, 32), method
+        assert np.isfinite(maps).all() and maps.min() >= 0 and maps.max() <= 1 + 1e-6, method
+
+
+def test_maps_do_not_mind_the_callers_modes_and_precision(net: CustomResNet, inputs: Tensor) -> None:
+    expected = grad_cam.heat_maps(net, inputs[:2], [1, 2])
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        frozen = CustomResNet(7, 4)
+        frozen.load_state_dict(net.state_dict())
+        frozen.requires_grad_(False).train()
+        found = grad_cam.heat_maps(frozen, inputs[:2], [1, 2])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_maps_of_images_in_one_batch_are_those_of_each_alone(net: CustomResNet, inputs: Tensor) -> None:
+    together = grad_cam.heat_maps(net, inputs, [0, 1, 2, 3, 4])
+    for place in range(5):
+        alone = grad_cam.heat_maps(net, inputs[place : place + 1], [place])
+        np.testing.assert_allclose(alone[0], together[place], atol=1e-4)
+
+
+# calibration
+
+
+def test_calibration_error_equals_the_one_computed_by_hand() -> None:
+    confidence = np.array([0.15, 0.2, 0.55, 0.6, 0.95, 1.0])
+    hits = np.array([False, True, True, False, True, True])
+    found = calibration.reliability(confidence, hits, bins=5)
+    # bins (0, .2], (.2, .4], (.4, .6], (.6, .8], (.8, 1]; gaps |0.5 - 0.175|, |0.5 - 0.575|, |1 - 0.975|
+    assert found.counts.tolist() == [2, 0, 2, 0, 2]
+    assert found.ece == pytest.approx((2 * 0.325 + 2 * 0.075 + 2 * 0.025) / 6)
+    assert found.overconfidence == pytest.approx(confidence.mean() - hits.mean())
+
+
+def test_a_calibrated_source_has_a_small_error_and_a_boastful_one_a_large() -> None:
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0.3, 1, 50_000)
+    hits = rng.uniform(size=50_000) < confidence
+    assert calibration.reliability(confidence, hits).ece < 0.01
+    boastful = calibration.reliability(np.minimum(confidence + 0.2, 1), hits)
+    assert 0.1 < boastful.ece == pytest.approx(boastful.overconfidence, abs=0.02)
+
+
+def test_calibration_edges() -> None:
+    found = calibration.reliability(np.array([0.0, 1.0]), np.array([False, True]), bins=10)
+    assert found.counts.tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0, 1] and found.ece == 0
+    with pytest.raises(ValueError, match="0 confidences"):
+        calibration.reliability(np.array([]), np.array([], bool))
+
+
+# confusion
+
+
+def test_confusion_rows_sum_to_support_and_scores_follow_from_it() -> None:
+    rng = np.random.default_rng(0)
+    labels, predicted = rng.integers(0, 5, 400), rng.integers(0, 5, 400)
+    labels[labels == 4] = 3  # a class that never occurs
+    counts = confusion.confusion(labels, predicted, 5)
+    by_hand = np.zeros((5, 5), int)
+    for true, said in zip(labels, predicted, strict=True):
+        by_hand[true, said] += 1
+    assert np.array_equal(counts, by_hand)
+    names = ("a", "b", "c", "d", "e")
+    scores = confusion.per_class(labels, predicted, names)
+    assert [s.support for s in scores] == counts.sum(1).tolist()
+    for i, score in enumerate(scores):
+        said, true = counts[:, i].sum(), counts[i].sum()
+        assert score.precision == pytest.approx(counts[i, i] / said)
+        assert score.recall == (pytest.approx(counts[i, i] / true) if true else 0)
+        assert score.f1 == (pytest.approx(2 * counts[i, i] / (said + true)) if true else 0)
+    pairs = confusion.most_confused(counts, 3)
+    assert [n for _, _, n in pairs] == sorted(int(counts[i, j]) for i in range(5) for j in range(5) if i != j)[-3:][
+        ::-1
+    ]
+    assert all(counts[true, said] == n and true != said for true, said, n in pairs)
+
+
+def test_a_hundred_classes_with_long_names_are_drawn(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    names = tuple(f"a_rather_long_name_{i}" for i in range(100))
+    labels = np.arange(100).repeat(20)
+    predicted = np.where(rng.uniform(size=2000) < 0.7, labels, rng.integers(0, 100, 2000))
+    confusion.draw_for(labels, predicted, names, tmp_path, "caption")
+    for name in ("confusion_matrix.png", "per_class.png"):
+        assert 10_000 < (tmp_path / name).stat().st_size < 300_000
+
+
+# comparison
+
+
+def test_mcnemar_and_the_interval_equal_their_closed_forms() -> None:
+    ours = np.array([True] * 12 + [False] * 3 + [True] * 70 + [False] * 15)
+    theirs = np.array([False] * 12 + [True] * 3 + [True] * 70 + [False] * 15)
+    found = compare.paired_difference(ours, theirs)
+    assert (found.gained, found.lost) == (12, 3) and found.points == pytest.approx(9)
+    tail = sum(math.comb(15, k) for k in range(4)) / 2**15
+    assert found.p_value == pytest.approx(2 * tail)
+    middle = 9 / 102
+    half = 1.959963985 * math.sqrt(16 - 81 / 102) / 102
+    assert (found.low, found.high) == pytest.approx((100 * (middle - half), 100 * (middle + half)), rel=1e-6)
+    mirrored = compare.paired_difference(theirs, ours)
+    assert (mirrored.points, mirrored.low, mirrored.high) == pytest.approx((-found.points, -found.high, -found.low))
+
+
+def test_equal_answers_differ_by_nothing_with_an_interval_around_it() -> None:
+    same = np.array([True, False, True])
+    found = compare.paired_difference(same, same)
+    assert found.points == 0 and found.p_value == 1 and found.low < 0 < found.high
+    with pytest.raises(ValueError, match="same"):
+        compare.paired_difference(same, same[:2])
+
+
+def test_the_interval_covers_the_true_difference_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(600):
+        kind = rng.choice(4, size=500, p=[0.05, 0.03, 0.82, 0.10])  # gained, lost, both right, both wrong
+        found = compare.paired_difference(np.isin(kind, (0, 2)), np.isin(kind, (1, 2)))
+        covered += found.low <= 2.0 <= found.high
+    assert 0.92 <= covered / 600 <= 0.98
+
+
+def test_names_are_as_long_as_it_takes_to_tell_them_apart(tmp_path: Path) -> None:
+    assert compare.distinct_names([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
+    assert compare.distinct_names([tmp_path / "x" / "run", tmp_path / "y" / "run"]) == ["x/run", "y/run"]
+
+
+# reading images
+
+
+def test_images_are_turned_upright_and_cut_to_the_middle(tmp_path: Path) -> None:
+    sideways = np.zeros((64, 128, 3), np.uint8)
+    sideways[:, :40] = 255  # once turned by a quarter, the top; the cut keeps the middle
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(sideways).save(tmp_path / "turned.png", exif=exif)
+    found = predict.read_image(tmp_path / "turned.png", 32, 32)
+    assert found.shape == (32, 32, 3) and found.dtype == np.uint8
+    assert found[0].min() > 200 and found[10:].max() < 50  # rows 32..96 of 128 remain: 8 of 64 are white
+    squashed = predict.read_image(tmp_path / "turned.png", 32, 32, fit="squash")
+    assert squashed[8].min() > 200 and squashed[14:].max() < 50
+
+
+def test_deep_transparent_and_indexed_images_keep_their_look(tmp_path: Path) -> None:
+    deep = np.full((40, 40), 32896, np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert abs(int(predict.read_image(tmp_path / "deep.png", 32, 32)[5, 5, 0]) - 128) <= 1
+    clear = np.zeros((40, 40, 4), np.uint8)
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    assert predict.read_image(tmp_path / "clear.png", 32, 32).min() == 255
+    indexed = Image.fromarray(np.full((40, 40, 3), (200, 30, 60), np.uint8)).convert("P")
+    indexed.save(tmp_path / "indexed.gif")
+    assert np.abs(predict.read_image(tmp_path / "indexed.gif", 32, 32)[3, 3].astype(int) - (200, 30, 60)).max() < 30
+
+
+def test_an_image_of_the_right_size_is_taken_pixel_for_pixel(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "exact.png")
+    assert np.array_equal(predict.read_image(tmp_path / "exact.png", 32, 32), pixels)
+
+
+def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (200, 200)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)
+    with pytest.raises(predict.ImageError, match="30,000 pixels"):
+        predict.read_image(tmp_path / "bomb.png", 32, 32)
+
+
+# style
+
+
+def test_tiles_are_enlarged_pixel_for_pixel(tmp_path: Path) -> None:
+    tile = np.random.default_rng(0).integers(0, 200, (32, 32, 3), dtype=np.uint8)
+    tile[..., 0] |= 1
+    tile[..., 2] &= 254  # never grey, as all the text around it is
+    style.draw_sheet(
+        [style.Tile(tile, (("a label", "black"),))], tmp_path / "sheet.png", columns=1, title="t", caption="c", scale=4
+    )
+    with Image.open(tmp_path / "sheet.png") as image:
+        page = np.asarray(image.convert("RGB")).astype(int)
+    coloured = (page[..., 0] != page[..., 2]) | (page[..., 0] != page[..., 1])
+    top, left = np.flatnonzero(coloured.any(1))[0], np.flatnonzero(coloured.any(0))[0]
+    assert np.array_equal(page[top : top + 128, left : left + 128], tile.repeat(4, 0).repeat(4, 1))
+
+
+def test_hostile_text_is_printed_and_not_interpreted(tmp_path: Path) -> None:
+    assert style.plain("a$b$c") == r"a\$b\$c"
+    assert style.plain("line\nbreak\x00") == "line\N{REPLACEMENT CHARACTER}break\N{REPLACEMENT CHARACTER}"
+    assert len(style.plain("x" * 500)) == 90
+    hostile = "\\frac{$\\undefined$}% \N{SNOWMAN} 漢字 \U0001f600"
+    metrics = [
+        {"epoch": 1, "lr": 0.1, "train_loss": 2.0, "test_loss": 1.5, "train_accuracy": 20.0, "test_accuracy": 30.0}
+    ]
+    curves.draw_curves(metrics, tmp_path / "curves.png", title=hostile, caption=hostile)
+    schedule = OneCycle(0.1, 0.01, 5, 10)
+    curves.draw_learning_rate(schedule, 5, tmp_path / "rate.png", metrics=metrics, title=hostile, caption=hostile)
+    tile = style.Tile(np.zeros((32, 32, 3), np.uint8), ((style.pretty(hostile), "black"),))
+    style.draw_sheet([tile, None], tmp_path / "sheet.png", columns=2, title=hostile, caption=hostile)
+    style.draw_sheet([], tmp_path / "empty.png", columns=8, title="none", caption=hostile)
+
+
+def test_percentages_say_everything_and_nothing_only_of_what_is() -> None:
+    assert [style.percent(p) for p in (1.0, 0.9999, 0.996, 0.87, 0.001)] == ["100%", "99.9%", "99.6%", "87%", "<1%"]
+
+
+def test_long_schedules_are_thinned_but_keep_peak_and_ends() -> None:
+    schedule = OneCycle(1.0, 0.1, 33_333.4, 100_000)
+    steps, rates = curves.learning_rates(schedule, points=500)
+    assert len(steps) < 510 and {0, 33_333, 33_334, 99_999} <= set(steps)
+    assert rates == [schedule(step) for step in steps]
+
+
+def test_predictions_check_their_shapes_and_rank_the_second_choice() -> None:
+    found = Predictions(np.array([[1.0, 3.0, 2.0], [5.0, 0.0, 4.9]], np.float32), np.array([2, 0]))
+    assert found.predicted.tolist() == [1, 0] and found.runner_up().tolist() == [2, 2]
+    assert found.accuracy == 50 and found.close_calls(0.2) == 1
+    assert found.losses[0] == pytest.approx(math.log(math.exp(1) + math.exp(3) + math.exp(2)) - 2)
+    with pytest.raises(ValueError, match="expected"):
+        Predictions(np.zeros((3, 2), np.float32), np.zeros(2, np.int64))
+
+
+def test_drawing_needs_no_pyplot_and_no_backend() -> None:
+    code = "import sys, analysis.curves, analysis.report; sys.exit('matplotlib.pyplot' in sys.modules)"
+    environment = {"MPLBACKEND": "tkagg", "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_picture_of_a_range_test_marks_the_rates_used_or_says_why_there_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(curves, "save", lambda figure, path: drawn.append(figure))
+    rates = tuple(np.geomspace(1e-4, 10, 100).tolist())
+    valley = tuple((1 + np.log10(np.asarray(rates) / 0.1) ** 2).tolist())
+    write_csv(tmp_path / "found.csv", RangeTest(rates, valley, False).rows())
+    write_csv(tmp_path / "given.csv", RangeTest(rates, valley[::-1][:50] * 2, False).rows())
+    write_csv(tmp_path / "none.csv", RangeTest(rates[:5], valley[:5], True).rows())
+    found = suggest(RangeTest(rates, valley, False))
+    curves.draw_lr_finder(tmp_path / "found.csv", tmp_path / "a.png")
+    curves.draw_lr_finder(tmp_path / "given.csv", tmp_path / "b.png", used=(0.5, 0.01))
+    curves.draw_lr_finder(tmp_path / "none.csv", tmp_path / "c.png")
+    labels = [[text.get_text() for text in figure.axes[0].get_legend().get_texts()] for figure in drawn]
+    assert {f"lr_max {found.lr_max:.3g}", f"lr_min {found.lr_min:.3g}"} <= set(labels[0])
+    assert {"lr_max 0.5", "lr_min 0.01"} <= set(labels[1])
+    assert not any("lr_max" in label for label in labels[2])
+    assert "diverged after 5 steps" in drawn[2].get_suptitle()

@@ -1,0 +1,132 @@
+"""What the benchmarks conclude, and the tables of the README."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from places import ROOT
+
+from benchmarks import accuracy, tables, throughput
+from benchmarks.measure import Rate
+
+
+@pytest.mark.parametrize(
+    ("ratios", "words"),
+    [
+        (
+            (3.1, 0.995, 0.995),
+            "compute-bound: the pipeline delivers 3.1x what the network takes, and training does 99.5%",
+        ),
+        ((500.0, 0.99, 0.99), "compute-bound: the pipeline delivers 500x what"),
+        ((0.4, 0.99, 0.396), "input-bound: the pipeline delivers 40% of what the network takes"),
+        ((1.5, 0.6, 0.6), "overlap-bound: end to end reaches 60% of the slower stage alone (the step)"),
+        ((0.7, 0.5, 0.35), "overlap-bound: end to end reaches 50% of the slower stage alone (the pipeline)"),
+    ],
+)
+def test_verdict(ratios: tuple[float, float, float], words: str) -> None:
+    names = ("pipeline_over_step", "overlap", "end_to_end_over_step")
+    assert words in throughput.verdict(dict(zip(names, ratios, strict=True)))
+
+
+def test_ratios_of_made_up_stages() -> None:
+    rates = {
+        "pipeline": Rate((4000.0, 2000.0)),
+        "step": Rate((1000.0, 500.0)),
+        "end_to_end": Rate((990.0, 495.0)),
+    }
+    found = throughput.training_ratios(rates, Rate((1e12, 5e11)), 400_000_000, 0.02)
+    assert found == {
+        "pipeline_over_step": 4.0,
+        "end_to_end_over_step": pytest.approx(0.99),
+        "overlap": pytest.approx(0.99),
+        "pipeline_share_of_training_thread": 0.02,
+        "model_flop_utilisation": pytest.approx(0.4),
+    }
+    rates["pipeline"] = Rate((500.0, 250.0))
+    rates["end_to_end"] = Rate((450.0, 225.0))
+    assert throughput.training_ratios(rates, Rate((1.0, 1.0)), 1, 0.0)["overlap"] == pytest.approx(0.9)
+
+
+def test_readme_holds_the_tables_that_the_results_make() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert tables.tables(ROOT / "benchmarks" / "results") in readme
+    assert tables.replaced(readme, tables.tables(ROOT / "benchmarks" / "results")) == readme
+
+
+def made_up_report() -> dict[str, Any]:
+    def rate(median: float) -> dict[str, float]:
+        return {"median": median, "spread": median / 10, "repeats": 5}
+
+    return {
+        "kind": "throughput",
+        "machine": {"cpu": "Processor X", "cpus_usable": 2, "load_average_before": [0.5, 0, 0]},
+        "versions": {"torch": "2.11"},
+        "command": "python benchmarks/throughput.py",
+        "settings": {
+            "width": 16,
+            "batch_size": 512,
+            "precision": "fp32",
+            "compile": "default",
+            "images": 50_000,
+            "data": "synthetic",
+        },
+        "stages": {"pipeline_dali_cpu": rate(500_000.0), "step": rate(1000.0), "augment_none": rate(1.0)},
+        "peers": {"torchvision_pil_2_workers": rate(5000.0)},
+        "ratios": {"dali_over_torchvision_pil_2_workers": 100.4, "overlap": 0.993},
+        "verdict": "compute-bound: so it is",
+    }
+
+
+def test_throughput_table_has_a_column_a_machine(tmp_path: Path) -> None:
+    gpu = made_up_report()
+    gpu["machine"]["gpu"] = "GPU Y"
+    del gpu["stages"]["pipeline_dali_cpu"]
+    gpu["peers"]["torchvision_pil_16_workers"] = gpu["peers"]["torchvision_pil_2_workers"] | {"median": 20_000.0}
+    gpu["ratios"] |= {"dali_over_torchvision_pil_16_workers": 25.2, "dali_over_torch_compiled": 1.25}
+    (tmp_path / "a.json").write_text(json.dumps(made_up_report()))
+    (tmp_path / "b.json").write_text(json.dumps(gpu))
+    (tmp_path / "c.json").write_text(json.dumps({"found": []}))  # another benchmark's
+    block = tables.tables(tmp_path).splitlines()
+    assert block[0] == tables.BEGIN and block[-1] == tables.END
+    assert "| images/s, median; ratios: median of paired ratios | 2 cores, Processor X | GPU Y |" in block
+    assert "| DALI pipeline, cpu | 500,000 ± 5% |  |" in block
+    assert "| training step alone | 1,000 ± 5% | 1,000 ± 5% |" in block
+    assert "| DataLoader, torchvision PIL, 2 workers | 5,000 ± 5% | 5,000 ± 5% |" in block
+    assert "| DALI over DataLoader, PIL, 2 workers | 100x | 100x |" in block
+    assert "| DALI over DataLoader, PIL, the fastest |  | 25x (16 workers) |" in block
+    assert "| DALI over torch compiled |  | 1.25x |" in block
+    assert not any("torch compiled over DataLoader" in line for line in block), "nobody measured it"
+    said = throughput.conclusions(gpu)
+    assert "DALI over DataLoader, PIL, the fastest: 25x (16 workers)" in said and "paired ratios" in said[0]
+    assert not any("fastest" in line for line in throughput.conclusions(made_up_report()))
+    assert not any("augment" in line for line in block)
+    assert sum("Compute-bound: so it is." in line for line in block) == 2
+
+
+def test_accuracy_table_says_what_its_times_leave_out() -> None:
+    record = {
+        "seed": 0,
+        "accuracy": 94.0,
+        "tta_accuracy": 94.2,
+        "test_loss": 0.3,
+        "seconds": {"lr_search": 1.0, "training": 9.0, "evaluation": 1.0, "tta": 0.1},
+        "images_per_second": 1.0,
+        "seconds_to_94": 8.0,
+        "training_seconds_to_94": 7.0,
+    }
+    never = {"accuracy": 94.2, "seconds_to_94": None, "training_seconds_to_94": None}
+    report = accuracy.summarise([record, record | never], {}, {"machine": {"gpu": "GPU Y"}})
+    table = tables.accuracy_table([report | {"command": "python benchmarks/accuracy.py c.yaml"}])
+    half_width = 12.706 * 0.1 * np.sqrt(2) / np.sqrt(2)
+    assert f"| GPU Y | 94.10 ± {half_width:.2f} (2) | 94.20 ± 0.00 (2) | 9.0 s | 10.0 s | 8.0 s (1 of 2) |" in table[2]
+    assert "compiling" in table[-1]
+    assert any("8.0 s with the evaluations" in line for line in accuracy.lines(report))
+
+
+def test_a_readme_without_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="has no <!-- results"):
+        tables.replaced("nothing here", "block")

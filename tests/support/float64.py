@@ -1,0 +1,17 @@
+"""Training in float64, where rounding is too small to turn a max-pooling's choice within an epoch, whatever the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import net
+from train.step.steps import EvalStep, TrainStep
+
+
+def train_in_float64(replace: Callable[[object, str, object], None] = setattr) -> None:
+    """From here on networks are made in float64, and see their images normalised in it. They begin with the weights of
+    float32."""
+    build = net.build
+    replace(net, "build", lambda *arguments: build(*arguments).double())
+    for step in (TrainStep, EvalStep):
+        replace(step, "logits", lambda self, images: self.net((images.double() - self.mean) * self.scale))

@@ -1,0 +1,70 @@
+"""What several test files need of a training: a log that keeps its lines, a trainer on the digits, equality to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dali_pipeline import sources
+from dali_pipeline.backend import BackendChoice, choose_backend
+from train.config import Config
+from train.disk.checkpoint import load_checkpoint
+from train.machine.runtime import prepare, seed_everything
+from train.screen.log import Log
+from train.step.trainer import Trainer
+
+
+class Lines(Log):
+    """Collects what would be printed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def __call__(self, line: str = "") -> None:
+        self.lines.append(line)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+
+def make_trainer(config: Config, backend: BackendChoice | None = None) -> Trainer:
+    """The trainer of a recipe, on this process alone, freshly seeded."""
+    train = config.train
+    runtime = prepare(
+        device=train.device, precision=train.precision, compile=train.compile, channels_last=train.channels_last
+    )
+    backend = backend or choose_backend(config.data.backend, runtime.device)
+    dataset = sources.load(config.data)
+    seed_everything(train.seed, train.deterministic)
+    return Trainer(config, dataset, runtime, backend)
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    """The network's in a checkpoint's file."""
+    return load_checkpoint(path)["model"]  # type: ignore[no-any-return]
+
+
+def assert_equal_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Equal to the bit, through nested dicts, lists and tuples."""
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b

@@ -1,0 +1,155 @@
+"""Signals end a run in order: before the training at once, in it after the step and a save; a second one on the spot."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from whole_runs import Arm, equal, eventually, held, runs_on, temporary
+from zygote import Zygote
+
+from train.config import Config
+from train.disk.checkpoint import load_checkpoint
+from train.machine.signals import Interrupted, SignalWatch
+from train.run import fit
+from train.screen.log import Log
+from train.step.evaluation import evaluate
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_finishes_the_step_saves_and_the_rest_of_the_run_has_the_same_bits(
+    runs: Zygote, recipe: Path, tmp_path: Path, number: int, code: int
+) -> None:
+    words = ["--config", recipe, "run.checkpoint_every=epoch"]
+    go_on = tmp_path / "go on"
+    # before the fourth step of the second epoch; there is no fifth
+    before = held("step", 11 + 4, go_on, then="os._exit(98)")
+    job = runs.start(*words, f"run.dir={tmp_path / 'parts'}", before=before)
+    job.until("now")
+    job.kill(number)
+    go_on.touch()
+    assert job.wait() == code
+    state = load_checkpoint(tmp_path / "parts" / "last.pt")
+    assert (state["epoch"], state["step"]) == (1, 4)
+    assert "continue with --resume" in job.stdout and "ending after this step" in job.stderr
+    assert runs.run(*words, f"run.dir={tmp_path / 'parts'}", "--resume")[0] == 0
+    assert runs.run(*words, f"run.dir={tmp_path / 'whole'}")[0] == 0
+    assert equal(load_checkpoint(tmp_path / "whole" / "last.pt"), load_checkpoint(tmp_path / "parts" / "last.pt"))
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_at_once_and_spoils_nothing(
+    runs: Zygote, recipe: Path, tmp_path: Path, second: int
+) -> None:
+    job = runs.start("--config", recipe, f"run.dir={tmp_path / 'run'}", before=held("step", 5))
+    job.until("now")
+    job.kill(signal.SIGINT)
+    eventually(lambda: "ending after this step" in job.stderr)
+    assert runs_on(job)
+    job.kill(second)
+    assert job.wait(timeout=60) == -second  # and not 97, the end of the step
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 4
+    assert runs.run("--config", recipe, f"run.dir={tmp_path / 'run'}", "--resume")[0] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_a_save_lets_it_finish(runs: Zygote, recipe: Path, tmp_path: Path, number: int) -> None:
+    go_on = tmp_path / "go on"
+    # environment.json, config.yaml, then last.pt and metrics.jsonl of each save: in last.pt of the third
+    job = runs.start("--config", recipe, f"run.dir={tmp_path / 'run'}", before=held("write", 2 + 2 * 2 + 1, go_on))
+    job.until("now")
+    assert [name.startswith(".last.pt.") for name in temporary(tmp_path / "run")] == [True]
+    job.kill(number)
+    go_on.touch()
+    assert job.wait() == 128 + number
+    assert temporary(tmp_path / "run") == []
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] >= 2
+    load_checkpoint(tmp_path / "run" / "previous.pt")
+
+
+def test_a_signal_in_the_evaluation_does_not_wait_for_its_end(runs: Zygote, recipe: Path, tmp_path: Path) -> None:
+    words = ["--config", recipe, "train.eval_batch_size=10", "run.checkpoint_every=epoch"]
+    go_on = tmp_path / "go on"
+    before = held("evaluate", 2, go_on, then="os._exit(98)")  # of 36 batches; there is no third
+    job = runs.start(*words, f"run.dir={tmp_path / 'parts'}", before=before)
+    job.until("now")
+    job.kill(signal.SIGTERM)
+    go_on.touch()
+    assert job.wait() == 143
+    state = load_checkpoint(tmp_path / "parts" / "last.pt")
+    assert (state["epoch"], state["step"], len(state["step_losses"])) == (0, 11, 11)
+    assert runs.run(*words, f"run.dir={tmp_path / 'parts'}", "--resume")[0] == 0
+    assert runs.run(*words, f"run.dir={tmp_path / 'whole'}")[0] == 0
+    assert equal(load_checkpoint(tmp_path / "whole" / "last.pt"), load_checkpoint(tmp_path / "parts" / "last.pt"))
+
+
+def test_evaluation_gives_the_mode_back_when_it_is_ended_early() -> None:
+    class Early(Exception):
+        pass
+
+    def stop(done: int) -> None:
+        raise Early
+
+    step = torch.nn.Linear(2, 2)
+    step.train()
+    batch = (torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.bool))
+    with pytest.raises(Early):
+        evaluate(step, [batch], after_batch=stop)
+    assert step.training
+
+
+@pytest.mark.parametrize("place", ["load", "build"])
+def test_a_signal_before_the_training_ends_at_once_and_leaves_no_folder(
+    runs: Zygote, recipe: Path, tmp_path: Path, place: str
+) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        job = runs.start("--config", recipe, f"run.dir={tmp_path / 'run'}", before=held(place))
+        job.until("now")
+        job.kill(number)
+        assert job.wait(timeout=60) == 128 + number
+        assert "Traceback" not in job.stderr
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_in_the_save_at_an_epochs_end_stops_after_it(quick_config: Config, tmp_path: Path, arm: Arm) -> None:
+    arm("best written", lambda count: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Interrupted) as caught:
+        fit(quick_config, tmp_path / "run", log=Log(quiet=True))
+    assert (caught.value.code, caught.value.saved) == (130, True)
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1
+
+
+def test_repeated_signals_count_as_one_under_torchrun_only_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    killed: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(number))
+    watch = SignalWatch(repeats=True, announce=False)
+    with watch.watching(), pytest.raises(Interrupted), watch.deferring():
+        signal.raise_signal(signal.SIGINT)
+        now += 1
+        signal.raise_signal(signal.SIGTERM)
+        assert watch.received == signal.SIGINT and not killed
+        now += 5
+        signal.raise_signal(signal.SIGTERM)
+        assert killed == [signal.SIGTERM]
+
+
+def test_signals_are_left_alone_outside_the_main_thread() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    seen: list[Any] = []
+
+    def work() -> None:
+        with SignalWatch().watching():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]

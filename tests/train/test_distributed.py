@@ -1,0 +1,562 @@
+"""Several processes under torchrun, over gloo: the single-process run's losses, one writer, and nobody left waiting."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from float64 import train_in_float64
+from places import ROOT
+from torch import Tensor, nn
+from torch.nn import functional as F
+from zygote import Job, Zygote
+
+from dali_pipeline.backend import BackendChoice
+from dali_pipeline.loader import EvalLoader
+from dali_pipeline.sources.synthetic import random_dataset
+from train.config import Config, changed, to_yaml
+from train.disk.checkpoint import load_checkpoint
+from train.disk.folder import read_metrics
+from train.machine.distributed import Group, GroupError, OtherProcessFailed, _timeout, is_lost
+from train.machine.runtime import prepare, seed_everything
+from train.step.evaluation import evaluate
+from train.step.schedule import OneCycle
+from train.step.steps import EvalStep
+from train.step.sync_bn import HostSyncBatchNorm, synchronise_batch_norm
+from train.step.trainer import Trainer
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available() or not hasattr(os, "fork"), reason="needs gloo and fork()"
+)
+
+
+# --- in forked processes, which need no second import of torch
+
+
+def _forked(rank: int, work: Any, store: str, world_size: int, out: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    try:
+        torch.save(work(Group(rank, world_size, rank)), f"{out}.{rank}")
+    finally:
+        dist.destroy_process_group()
+
+
+def on_processes(work: Any, folder: Path, world_size: int = 2) -> list[Any]:
+    """What `work(group)` gives on each of the processes."""
+    mp.start_processes(
+        _forked, (work, str(folder / "store"), world_size, str(folder / "out")), world_size, start_method="fork"
+    )
+    return [torch.load(f"{folder / 'out'}.{rank}", weights_only=False) for rank in range(world_size)]
+
+
+def numpy_batch_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, dy: np.ndarray) -> dict[str, np.ndarray]:
+    """Batch norm over the whole batch in float64, first in training and then in evaluation, and its gradients for dy."""
+    count, axes, shape = x.size // x.shape[1], (0, 2, 3), (1, -1, 1, 1)
+    x, weight, bias, dy = (values.astype(np.float64) for values in (x, weight, bias, dy))
+    mean, variance = x.mean(axes), x.var(axes)
+    normalised = (x - mean.reshape(shape)) / np.sqrt(variance.reshape(shape) + 1e-5)
+    found = {"weight.grad": (dy * normalised).sum(axes), "bias.grad": dy.sum(axes), "deviation": np.sqrt(variance)}
+    found["y"] = normalised * weight.reshape(shape) + bias.reshape(shape)
+    inner = dy - (found["bias.grad"].reshape(shape) + normalised * found["weight.grad"].reshape(shape)) / count
+    found["dx"] = inner * (weight / np.sqrt(variance + 1e-5)).reshape(shape)
+    found["running_mean"] = 0.1 * mean
+    found["running_var"] = 0.9 + 0.1 * variance * count / (count - 1)
+    scale = weight / np.sqrt(found["running_var"] + 1e-5)
+    found["eval"] = (x - found["running_mean"].reshape(shape)) * scale.reshape(shape) + bias.reshape(shape)
+    return found
+
+
+def batch_norm_inputs(dtype: torch.dtype, offset: float) -> tuple[Tensor, nn.BatchNorm2d, Tensor]:
+    """A batch whose channels lie around `offset`, the plain layer, and the gradient of its output. The layer is float32
+    for half precision, as under autocast."""
+    norm = nn.BatchNorm2d(4)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = offset + 2 * torch.randn(8, 4, 3, 3, dtype=torch.float64)
+    return x.to(dtype), norm.double() if dtype == torch.float64 else norm, torch.randn(8, 4, 3, 3).to(dtype)
+
+
+def on_two(x: Tensor, norm: nn.BatchNorm2d, dy: Tensor, folder: Path) -> list[dict[str, Tensor]]:
+    """What each of two processes finds for every second image of the batch."""
+
+    def work(group: Group) -> dict[str, Tensor]:
+        net = synchronise_batch_norm(nn.Sequential(nn.Sequential(norm)), torch.device("cpu"))
+        share = x[group.rank :: group.world_size].clone().requires_grad_()
+        y = net(share)
+        y.backward(dy[group.rank :: group.world_size])
+        assert share.grad is not None
+        found = {"y": y.detach(), "dx": share.grad}
+        for name, p in net.named_parameters():
+            assert p.grad is not None
+            dist.all_reduce(p.grad)
+            found[name.removeprefix("0.0.") + ".grad"] = p.grad
+        found |= {name.removeprefix("0.0."): value for name, value in net.state_dict().items()}
+        net.eval()
+        return found | {"eval": net(x).detach()}
+
+    return on_processes(work, folder)
+
+
+def test_batch_norm_over_two_processes_equals_numpys_over_the_whole_batch(tmp_path: Path) -> None:
+    x, norm, dy = batch_norm_inputs(torch.float64, 5)
+    expected = numpy_batch_norm(*(t.detach().numpy() for t in (x, norm.weight, norm.bias, dy)))
+    for rank, found in enumerate(on_two(x, norm, dy, tmp_path)):
+        assert found.keys() == norm.state_dict().keys() | expected.keys() - {"deviation"}
+        assert found["num_batches_tracked"] == 1
+        for name in expected.keys() - {"deviation"}:
+            part = slice(rank, None, 2) if name in ("y", "dx") else slice(None)
+            assert found[name].dtype == torch.float64
+            np.testing.assert_allclose(found[name].numpy(), expected[name][part], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "offset"), [(torch.float64, 1e8), (torch.float32, 1e4), (torch.bfloat16, 5), (torch.float16, 5)]
+)
+def test_batch_norm_over_two_processes_rounds_no_more_than_its_sums_must(
+    dtype: torch.dtype, offset: float, tmp_path: Path
+) -> None:
+    """The mean of n values around `offset` may round by n units of the largest, and every value is normalised around it.
+    A variance from the sum of the squares would round by offset squared; half precision counts in float32."""
+    x, norm, dy = batch_norm_inputs(dtype, offset)
+    expected = numpy_batch_norm(*(t.detach().double().numpy() for t in (x, norm.weight, norm.bias, dy)))
+    count = x.numel() // x.shape[1]
+    unit = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
+    weight, bias = (p.detach().abs().max().item() for p in (norm.weight, norm.bias))
+    largest = x.abs().max().item() / expected["deviation"].min() * weight
+    bound = (count + 10) * unit * (largest + np.abs(expected["y"]).max() + bias)
+    for rank, found in enumerate(on_two(x, norm, dy, tmp_path)):
+        y = expected["y"][rank::2]
+        assert found["y"].dtype == dtype
+        own = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0.0  # the result is rounded once more
+        print(f"largest {np.abs(found['y'].double().numpy() - y).max():.1e}, bound {bound:.1e}")
+        np.testing.assert_allclose(found["y"].double().numpy(), y, rtol=own, atol=bound)
+
+
+def test_batch_norm_alone_is_torchs_own() -> None:
+    ours, theirs = HostSyncBatchNorm(4), nn.BatchNorm2d(4)
+    x = torch.randn(8, 4, 3, 3)
+    assert torch.equal(ours(x), theirs(x))
+    with pytest.raises(ValueError, match="N, C, H, W"):
+        ours(torch.randn(8, 4))
+
+
+def _failing(group: Group) -> list[str]:
+    said = []
+    for broken in ((), (1,), (0, 1), (0,)):
+        try:
+            with group.together():
+                if group.rank in broken:
+                    raise ValueError(f"rank {group.rank} of {broken}")
+            said.append("fine")
+        except (ValueError, OtherProcessFailed) as error:
+            said.append(type(error).__name__)
+    try:
+        said.append(group.from_first(lambda: f"made on {group.rank}"))
+        group.from_first(lambda: 1 / 0)
+    except (ZeroDivisionError, OtherProcessFailed) as error:
+        said.append(type(error).__name__)
+    said.append(str(group.any_of([group.rank == 1, False, True])))
+    return said
+
+
+def test_a_failure_on_one_process_stops_all_of_them_and_is_told_once(tmp_path: Path) -> None:
+    first, second = on_processes(_failing, tmp_path)
+    assert first == [
+        "fine",
+        "OtherProcessFailed",
+        "ValueError",
+        "ValueError",
+        "made on 0",
+        "ZeroDivisionError",
+        "[True, False, True]",
+    ]
+    assert second == [
+        "fine",
+        "ValueError",
+        "OtherProcessFailed",
+        "OtherProcessFailed",
+        "made on 0",
+        "OtherProcessFailed",
+        "[True, False, True]",
+    ]
+
+
+def test_a_group_of_one_needs_no_connection() -> None:
+    group = Group()
+    assert group.gather(3) == [3] and group.any_of([True, False]) == [True, False] and not group.any(False)
+    assert group.from_first(lambda: 7) == 7
+    with pytest.raises(ValueError, match="own"), group.together():
+        raise ValueError("own")
+
+
+def test_the_time_limit_is_read_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _timeout().total_seconds() == 1800
+    monkeypatch.setenv("TRAIN_DISTRIBUTED_TIMEOUT", "45")
+    assert _timeout().total_seconds() == 45
+    for text in ("soon", "-1", "nan", "inf"):
+        monkeypatch.setenv("TRAIN_DISTRIBUTED_TIMEOUT", text)
+        with pytest.raises(GroupError, match="TRAIN_DISTRIBUTED_TIMEOUT"):
+            _timeout()
+
+
+def test_a_lost_connection_is_told_from_other_errors() -> None:
+    assert is_lost(RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234"))
+    assert is_lost(dist.DistNetworkError("The client socket has timed out"))
+    assert not is_lost(RuntimeError("shape mismatch")) and not is_lost(ValueError("gloo"))
+
+
+# --- whole runs
+
+
+@pytest.fixture
+def noise(quick_config: Config) -> Config:
+    """Ten steps on random images."""
+    return changed(
+        quick_config,
+        {
+            "data.name": "synthetic",
+            "data.synthetic_count": 640,
+            "data.synthetic_classes": 4,
+            "data.backend": "torch",
+            "augment.flip": True,
+            "net.width": 4,
+            "train.batch_size": 64,
+            "train.eval_batch_size": 50,
+            "train.epochs": 1,
+            "train.ema_decay": 0.9,
+            "schedule.lr_max": 0.002,
+            "schedule.lr_min": 0.0004,
+            "schedule.peak_epoch": 0.5,
+            "run.checkpoint_every": 3,
+        },
+    )
+
+
+def written(config: Config, folder: Path) -> Path:
+    (folder / "recipe.yaml").write_text(to_yaml(config))
+    return folder / "recipe.yaml"
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def together(
+    runs: Zygote, *words: str | Path, before: dict[int, str] | None = None, size: int = 2, **env: str
+) -> list[Job]:
+    """The processes that torchrun would start, by rank; `before` is Python code that one of them runs first."""
+    common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **env}
+    return [
+        runs.start(
+            *words, before=(before or {}).get(rank, ""), env={"RANK": str(rank), "LOCAL_RANK": str(rank), **common}
+        )
+        for rank in range(size)
+    ]
+
+
+def at(place: str, action: str, number: int = 1) -> str:
+    """Code that makes a process do something at its pass of that number (from 1) of a named place."""
+    return f"""
+import os, signal, time, torch
+from train.failpoints import arm
+
+def act(count):
+    if count == {number}:
+        {action}
+
+arm({place!r}, act)
+"""
+
+
+def ended(jobs: list[Job], timeout: float = 60) -> list[int]:
+    end = time.monotonic() + timeout
+    return [job.wait(max(end - time.monotonic(), 1)) for job in jobs]
+
+
+# Rounding may turn the choice of a max-pooling, and the runs part: in float32 by up to 1e-3 in the losses of ten steps at
+# a rate of 0.002, and by 0.1 at one of 0.1. In float64 rounding is 1e-16, grows to 1e-14, and turns nothing.
+IN_FLOAT64 = "from float64 import train_in_float64; train_in_float64()"
+LOSS = {
+    "rel": 2 * torch.finfo(torch.float32).eps
+}  # losses are kept in float32: each half rounds, and so does their sum
+WEIGHT = {"rtol": 1e-9, "atol": 1e-9}
+
+
+def losses_of(folder: Path) -> list[float]:
+    """Of every step but the last: previous.pt is saved before it."""
+    losses = load_checkpoint(folder / "previous.pt")["step_losses"]
+    assert len(losses) == 9
+    return list(losses)
+
+
+def test_two_processes_with_sync_bn_train_as_one_does_in_float64(runs: Zygote, noise: Config, tmp_path: Path) -> None:
+    recipe = written(changed(noise, {"train.sync_bn": True}), tmp_path)
+    jobs = [runs.start("--config", recipe, f"run.dir={tmp_path / 'one'}", before=IN_FLOAT64)]
+    jobs += together(
+        runs, "--config", recipe, f"run.dir={tmp_path / 'two'}", before=dict.fromkeys(range(2), IN_FLOAT64)
+    )
+    assert ended(jobs) == [0, 0, 0], jobs[1].stderr
+    assert jobs[2].stdout == "" and jobs[1].stdout.count("epoch 1/1: lr") == 1  # the first process alone speaks
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), **LOSS)
+    whole, parts = (load_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two"))
+    for name in ("train_loss", "test_loss", "ema_test_loss"):
+        assert parts["metrics"][0][name] == pytest.approx(whole["metrics"][0][name], **LOSS)
+    for name in ("train_accuracy", "test_accuracy", "ema_test_accuracy"):
+        assert parts["metrics"][0][name] == whole["metrics"][0][name]
+    for part in ("model", "ema"):
+        assert whole[part].keys() == parts[part].keys()
+        for name, value in whole[part].items():
+            assert value.dtype in (torch.float64, torch.int64)
+            torch.testing.assert_close(parts[part][name], value, **WEIGHT)
+
+
+def test_in_float32_two_processes_with_sync_bn_round_the_first_loss_as_one_does(noise: Config, tmp_path: Path) -> None:
+    """The first loss is a continuous function of weights that are the same; the later ones are not."""
+    config = changed(
+        noise, {"train.sync_bn": True, "train.channels_last": "off"}
+    )  # contiguous, torch's own batch norm rounds least
+    dataset = random_dataset(classes=4, count=640)
+
+    def begun(group: Group) -> tuple[Trainer, Tensor, Tensor]:
+        seed_everything(config.train.seed)
+        runtime = prepare(device="cpu", compile="off", channels_last="off")
+        trainer = Trainer(config, dataset, runtime, BackendChoice("torch", "test"), group)
+        return trainer, *next(trainer.train_loader.epoch(0))
+
+    def loss_of_share(group: Group) -> Any:
+        trainer, images, labels = begun(group)
+        return trainer.step(images, labels)[0].item()
+
+    two = sum(on_processes(loss_of_share, tmp_path)) / 2
+    with torch.no_grad():
+        trainer, images, labels = begun(Group())
+        logits = trainer.train_step.logits(images)
+        mean, std = (
+            torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (dataset.mean, dataset.std)
+        )
+        exact = trainer.net.double()((images - mean) / std)
+    # an image's cross-entropy moves at most twice as far as its logits; sums in another order may round twice as much
+    bound = 2 * 2 * (logits - exact).abs().amax(1).mean().item()
+    difference = abs(two - float(F.cross_entropy(exact, labels)))
+    print(f"difference {difference:.1e}, bound {bound:.1e}")
+    assert difference <= bound < 1e-4
+
+
+def test_two_processes_without_sync_bn_equal_batch_norm_over_each_half(
+    noise: Config, runs: Zygote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference: one process, plain torch, whose loss is the mean over the two halves of each batch. In float64."""
+    noise = changed(noise, {"train.ema_decay": 0.0})
+    recipe = written(noise, tmp_path)
+    jobs = together(runs, "--config", recipe, f"run.dir={tmp_path / 'two'}", before=dict.fromkeys(range(2), IN_FLOAT64))
+    assert ended(jobs) == [0, 0], jobs[0].stderr
+    train_in_float64(monkeypatch.setattr)
+    dataset = random_dataset(classes=4, count=640)
+    seed_everything(noise.train.seed)
+    trainer = Trainer(noise, dataset, prepare(device="cpu", compile="off"), BackendChoice("torch", "test"))
+    rates = OneCycle(0.002, 0.0004, 5.0, 10)
+    losses = []
+    norm = trainer.net.prep[1]
+    for step, (images, labels) in enumerate(trainer.train_loader.epoch(0)):
+        statistics = []
+        total = torch.zeros((), dtype=torch.float64)
+        before = norm.running_mean.clone()
+        for half in range(2):
+            norm.running_mean = before.clone()
+            total = total + trainer.train_step(images[half::2], labels[half::2])[0] / 2
+            statistics.append(norm.running_mean)
+        norm.running_mean = sum(statistics) / 2
+        losses.append(total.item())
+        trainer.optimizers.set_rate(rates(step))
+        trainer.optimizers.zero_grad()
+        total.backward()
+        trainer.optimizers.step(trainer.scaler)
+    assert losses_of(tmp_path / "two") == pytest.approx(losses[:9], **LOSS)
+    last = load_checkpoint(tmp_path / "two" / "last.pt")
+    torch.testing.assert_close(last["model"]["prep.1.running_mean"], norm.running_mean, **WEIGHT)
+    for name, p in trainer.net.named_parameters():
+        torch.testing.assert_close(last["model"][name], p.detach(), **WEIGHT)
+    # the figures are those of the checkpoint, not of each process's own statistics
+    trainer.net.load_state_dict(last["model"])
+    loader = EvalLoader(dataset.test, batch_size=50, device=torch.device("cpu"), backend="torch")
+    (score,) = evaluate(EvalStep(trainer.net, dataset.mean, dataset.std), loader).scores
+    assert (score.count, score.accuracy) == (128, last["test_accuracy"])
+    assert last["metrics"][0]["test_loss"] == pytest.approx(score.loss, rel=1e-9)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_stops_all_and_the_run_resumes_to_the_same_bits(
+    runs: Zygote, noise: Config, tmp_path: Path, rank: int
+) -> None:
+    recipe = written(noise, tmp_path)
+    words = ["--config", recipe, "run.checkpoint_every=epoch"]
+    stop = {rank: at("step", "signal.raise_signal(signal.SIGTERM)", 5)}
+    jobs = together(runs, *words, f"run.dir={tmp_path / 'parts'}", before=stop)
+    assert ended(jobs) == [143, 143], jobs[0].stderr
+    assert load_checkpoint(tmp_path / "parts" / "last.pt")["step"] == 5
+    again = together(runs, *words, f"run.dir={tmp_path / 'parts'}", "--resume")
+    whole = together(runs, *words, f"run.dir={tmp_path / 'whole'}")
+    assert ended([*again, *whole]) == [0, 0, 0, 0], again[0].stderr
+    a, b = (load_checkpoint(tmp_path / name / "last.pt") for name in ("parts", "whole"))
+    for name, value in b["model"].items():
+        if "running" in name:  # brought together once more, at the interruption
+            torch.testing.assert_close(a["model"][name], value)
+        else:
+            assert torch.equal(a["model"][name], value), name
+    assert a["metrics"][0]["train_loss"] == b["metrics"][0]["train_loss"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_others_and_leaves_a_good_checkpoint(
+    runs: Zygote, noise: Config, tmp_path: Path, rank: int
+) -> None:
+    recipe = written(noise, tmp_path)
+    kill = {rank: at("step", "os.kill(os.getpid(), signal.SIGKILL)", 8)}
+    jobs = together(runs, "--config", recipe, f"run.dir={tmp_path / 'run'}", before=kill)
+    codes = ended(jobs, timeout=60)
+    assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 1
+    error = jobs[1 - rank].stderr.strip().splitlines()
+    assert error[-1].startswith(f"error: process {1 - rank} lost the others") and "Traceback" not in "".join(error)
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 6
+    jobs = together(runs, "--config", recipe, f"run.dir={tmp_path / 'run'}", "--resume")
+    assert ended(jobs) == [0, 0], jobs[0].stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_loss_that_is_no_number_on_one_process_is_told_once_and_ends_all(
+    runs: Zygote, noise: Config, tmp_path: Path, rank: int
+) -> None:
+    recipe = written(noise, tmp_path)
+    function = "torch.nn.functional.cross_entropy"
+    nan = at("step", f"whole = {function}; {function} = lambda *a, **k: whole(*a, **k) * torch.nan", 5)
+    jobs = together(runs, "--config", recipe, f"run.dir={tmp_path / 'run'}", before={rank: nan})
+    assert ended(jobs) == [3, 3]
+    assert "epoch 1, step 4" in jobs[0].stderr and "training images" in jobs[0].stderr
+    assert jobs[1].stderr == ""
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 3
+
+
+def test_what_one_process_cannot_do_is_one_error_and_no_wait(runs: Zygote, noise: Config, tmp_path: Path) -> None:
+    recipe = written(noise, tmp_path)
+    run = f"run.dir={tmp_path / 'run'}"
+    no_backend = at("machine", "from dali_pipeline.backend import BackendError; raise BackendError('no pipeline here')")
+    no_save = at("save", "from train.step.meter import NonFiniteLoss; raise NonFiniteLoss(0, 0, 1.0)")
+    faults: list[tuple[list[str], dict[int, str], list[int], str]] = [
+        (["data.name=cifar10", "data.download=false", f"data.root={tmp_path / 'none'}"], {}, [2, 1], "data.root="),
+        (["train.batch_size=63"], {}, [2, 1], "does not divide by the 2 processes"),
+        (["run.dir=/proc/run"], {}, [2, 1], "cannot be written"),
+        (["--resume"], {}, [2, 1], "nothing to resume"),
+        ([], {1: no_backend}, [1, 2], "no pipeline here"),
+        ([], {0: no_save}, [3, 1], "loss 1.0"),
+    ]  # fmt: skip
+    for words, before, codes, text in faults:
+        if not any(word.startswith("run.dir=") for word in words):
+            words = [*words, run]
+        jobs = together(runs, "--config", recipe, *words, before=before)
+        assert ended(jobs, timeout=30) == codes, [job.stderr for job in jobs]
+        errors = [job.stderr.strip() for job in jobs]
+        assert [bool(error) for error in errors] == [code != 1 for code in codes]
+        assert text in errors[codes.index(max(codes))]
+
+
+def test_a_bad_recipe_is_told_by_one_process_of_a_machine(runs: Zygote, noise: Config, tmp_path: Path) -> None:
+    jobs = together(runs, "--config", written(noise, tmp_path), "train.epochs=none")
+    assert ended(jobs) == [2, 2]
+    assert "train.epochs" in jobs[0].stderr and jobs[1].stderr == ""
+
+
+def test_the_others_wait_no_longer_than_the_limit(runs: Zygote, noise: Config, tmp_path: Path) -> None:
+    slow = {0: at("load", "time.sleep(60)")}
+    jobs = together(
+        runs,
+        "--config",
+        written(noise, tmp_path),
+        f"run.dir={tmp_path / 'run'}",
+        before=slow,
+        TRAIN_DISTRIBUTED_TIMEOUT="3",
+    )
+    assert jobs[1].wait(timeout=30) == 1
+    assert "lost the others" in jobs[1].stderr
+    jobs[0].kill(signal.SIGKILL)
+    jobs[0].wait()
+
+
+@pytest.mark.slow
+def test_a_compiler_that_fails_on_one_process_is_off_on_all(runs: Zygote, noise: Config, tmp_path: Path) -> None:
+    one = "import torch, train.machine.runtime as r, torch._dynamo.exc as e\n"
+    one += "r.find_compiler = lambda device: (True, 'g++ found')\n"
+    fail = """
+def compile(self, **_):
+    def call(*_, **__): raise e.BackendCompilerFailed(lambda: None, RuntimeError("g++ crashed"), None)
+    self._compiled_call_impl = call
+torch.nn.Module.compile = compile
+"""
+    fine = "torch.nn.Module.compile = lambda self, **_: None\n"
+    jobs = together(
+        runs,
+        *("--config", written(noise, tmp_path), f"run.dir={tmp_path / 'run'}", "train.compile=auto"),
+        before={0: one + fine, 1: one + fail},
+    )
+    assert ended(jobs) == [0, 0], jobs[0].stderr
+    assert "WARNING: compile: off (torch.compile failed" in jobs[0].stdout
+
+
+# --- torchrun itself
+
+
+@pytest.mark.slow
+def test_torchrun_passes_sigterm_on_and_resumes(noise: Config, tmp_path: Path) -> None:
+    recipe = written(changed(noise, {"train.epochs": 10, "data.synthetic_count": 1280}), tmp_path)
+
+    def torchrun(*words: str) -> subprocess.Popen[str]:
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node=2",
+            "--master-port",
+            str(free_port()),
+        ]
+        return subprocess.Popen(
+            [*command, "-m", "train", "--config", str(recipe), f"run.dir={tmp_path / 'run'}", *words],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    first = torchrun()
+    end = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()):
+        assert time.monotonic() < end and first.poll() is None
+        time.sleep(0.05)
+    begun = time.monotonic()
+    first.send_signal(signal.SIGTERM)
+    out, err = first.communicate(timeout=60)
+    assert first.returncode != 0 and time.monotonic() - begun < 60
+    assert "SIGTERM: stopped after a whole step" in out, err
+    done = load_checkpoint(tmp_path / "run" / "last.pt")["epoch"]
+    assert 1 <= done < 10
+    second = torchrun("--resume")
+    out, err = second.communicate(timeout=240)
+    assert second.returncode == 0, err
+    assert out.count("epoch 10/10: lr") == 1
+    assert len(read_metrics(metrics)) == 10

@@ -1,0 +1,126 @@
+"""Training on a CUDA device: no synchronisation, the CPU's results, fp16 with its scaler, CUDA graphs, determinism."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from training import Lines, assert_equal_weights, make_trainer, weights
+
+from train.config import Config, changed
+from train.disk.checkpoint import load_checkpoint
+from train.disk.folder import read_metrics
+from train.run import fit
+from train.step.meter import NonFiniteLoss, StepMeter
+from train.step.schedule import OneCycle
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def cuda_config(quick_config: Config) -> Config:
+    return changed(quick_config, {"train.device": "cuda", "train.precision": "bf16", "net.width": 8, "train.epochs": 4})
+
+
+@pytest.mark.parametrize("backend", ["dali", "torch"])
+@pytest.mark.parametrize("compile", ["off", "default"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_no_step_waits_for_the_device(cuda_config: Config, backend: str, compile: str, precision: str) -> None:
+    asked = {"data.backend": backend, "train.compile": compile, "train.precision": precision, "train.ema_decay": 0.9}
+    trainer = make_trainer(changed(cuda_config, asked))
+    trainer.warm_up()
+    schedule = OneCycle(0.05, 0.001, 10, trainer.total_steps)
+    meters = [StepMeter(epoch, trainer.steps_per_epoch, trainer.runtime.device) for epoch in range(2)]
+    trainer.train_epoch(0, schedule, meters[0])  # the first update of the average copies
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        trainer.train_epoch(1, schedule, meters[1], after_step=lambda done: None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    meters[1].finish(trainer.steps_per_epoch)
+    assert meters[1].means(cuda_config.train.batch_size)[0] < 2.5
+    trainer.close()
+
+
+def test_batches_reach_the_network_channels_last(cuda_config: Config) -> None:
+    trainer = make_trainer(cuda_config)
+    images, labels = next(trainer.train_loader.epoch(0))
+    assert images.is_cuda and labels.is_cuda and images.dtype == torch.uint8
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    seen = []
+    for layer in (trainer.net.layer1, trainer.net.layer3):
+        layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    trainer.train_one(images, labels, 0.0)
+    assert seen and all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
+    assert trainer.net.layer3[0][0].weight.is_contiguous(memory_format=torch.channels_last)
+    trainer.close()
+
+
+@pytest.mark.parametrize("mode", ["off", "default", "reduce-overhead"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_training_learns_in_every_precision_and_mode(
+    cuda_config: Config, tmp_path: Path, mode: str, precision: str
+) -> None:
+    asked = {"train.compile": mode, "train.precision": precision, "train.tta": True, "train.ema_decay": 0.9}
+    fit(changed(cuda_config, asked), tmp_path / "run", log=Lines())
+    metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert metrics[-1]["train_loss"] < 0.6 * metrics[0]["train_loss"]
+    assert metrics[-1]["test_accuracy"] > 60
+
+
+def test_two_graphs_are_compiled_and_none_after_the_warm_up(cuda_config: Config, tmp_path: Path) -> None:
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    trainer = make_trainer(changed(cuda_config, {"train.compile": "default"}))
+    trainer.warm_up()
+    before = counters["stats"]["unique_graphs"]
+    schedule = OneCycle(0.05, 0.001, 10, trainer.total_steps)
+    for epoch in range(2):
+        trainer.train_epoch(epoch, schedule, StepMeter(epoch, trainer.steps_per_epoch, trainer.runtime.device))
+        trainer.evaluate()
+    assert counters["stats"]["unique_graphs"] == before
+    trainer.close()
+
+
+def test_fp32_first_epoch_follows_the_cpu(cuda_config: Config, tmp_path: Path) -> None:
+    slow = {"schedule.lr_max": 0.005, "schedule.lr_min": 0.001, "schedule.peak_epoch": 0.5}
+    exact = {"train.precision": "fp32", "train.deterministic": True, "train.epochs": 1}
+    try:
+        for device in ("cpu", "cuda"):
+            fit(changed(cuda_config, {**slow, **exact, "train.device": device}), tmp_path / device, log=Lines())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    cpu, cuda = (read_metrics(tmp_path / device / "metrics.jsonl")[0] for device in ("cpu", "cuda"))
+    assert cuda["train_loss"] == pytest.approx(cpu["train_loss"], rel=2e-2)
+
+
+def test_deterministic_mode_gives_the_same_bits_twice(cuda_config: Config, tmp_path: Path) -> None:
+    config = changed(cuda_config, {"train.deterministic": True})
+    try:
+        for name in ("a", "b"):
+            fit(config, tmp_path / name, log=Lines())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_equal_weights(weights(tmp_path / "a" / "last.pt"), weights(tmp_path / "b" / "last.pt"))
+
+
+def test_a_run_made_on_the_gpu_loads_on_the_cpu(cuda_config: Config, tmp_path: Path) -> None:
+    fit(cuda_config, tmp_path / "run", log=Lines())
+    state = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert all(value.device.type == "cpu" for value in state["model"].values())
+
+
+def test_non_finite_loss_is_noticed_by_the_asynchronous_meter() -> None:
+    device = torch.device("cuda")
+    meter = StepMeter(0, 8, device, poll_seconds=0.0)
+    for step in range(8):
+        meter.record(
+            step, torch.tensor(float("nan") if step == 5 else 1.0, device=device), torch.tensor(1, device=device)
+        )
+    with pytest.raises(NonFiniteLoss) as caught:
+        meter.finish(8)
+    assert caught.value.step == 5

@@ -1,0 +1,61 @@
+"""What the machine is asked for and what it gives: each choice with its reason, an impossible request refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from train.machine.runtime import RuntimeUnavailable, prepare, seed_everything
+
+
+def notes(**requests: str) -> dict[str, str]:
+    return dict(note.split(": ", 1) for note in prepare(**requests).notes)
+
+
+def test_every_choice_is_noted_with_its_reason() -> None:
+    found = notes(device="cpu")
+    assert found.keys() == {"device", "precision", "compile", "channels-last"}
+    assert found["device"].startswith("cpu (")
+    assert found["precision"].startswith("fp32 (")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_cuda_on_request_is_refused_without_a_device() -> None:
+    with pytest.raises(RuntimeUnavailable, match=r"train\.device=cuda.*train\.device=auto"):
+        prepare(device="cuda")
+    with pytest.raises(RuntimeUnavailable, match="fp16 needs a CUDA device"):
+        prepare(device="cpu", precision="fp16")
+
+
+def test_without_a_compiler_auto_goes_on_loudly_and_a_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert prepare(device="cpu", precision="fp32").compile_mode is None
+    assert "no C++ compiler" in notes(device="cpu", precision="fp32")["compile"]
+    with pytest.raises(RuntimeUnavailable, match=r"train\.compile=default: no C\+\+ compiler"):
+        prepare(device="cpu", compile="default")
+
+
+def test_auto_compiles_fp32_on_the_cpu_and_leaves_bf16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/g++")
+    assert prepare(device="cpu", precision="fp32").compile_mode == "default"
+    assert prepare(device="cpu", precision="bf16").compile_mode is None
+    assert prepare(device="cpu", precision="bf16", compile="default").compile_mode == "default"
+
+
+def test_deterministic_mode_turns_tf32_off_for_convolutions_too() -> None:
+    try:
+        seed_everything(0, deterministic=True)
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cudnn.benchmark
+    finally:
+        torch.use_deterministic_algorithms(False)
+        seed_everything(0)
+    assert torch.backends.cudnn.allow_tf32
+
+
+def test_the_seed_fixes_the_weights() -> None:
+    seed_everything(3)
+    first = torch.randn(4)
+    seed_everything(3)
+    assert torch.equal(torch.randn(4), first)
+    seed_everything(4)
+    assert not torch.equal(torch.randn(4), first)

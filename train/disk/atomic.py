@@ -1,0 +1,103 @@
+"""Files that are whole at every moment: the old content or the new one, whatever ends the process."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import io
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from train.failpoints import failpoint
+
+
+class WriteError(OSError):
+    """A file that cannot be written; the one before it is intact. `filename` names it."""
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename in the folder durable (a no-op where folders cannot be opened, as on Windows)."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def open_new(path: Path) -> BinaryIO:
+    """Open a file for writing that nobody else has: what had its name is removed, and no link is followed."""
+    path.unlink(missing_ok=True)
+    return path.open("xb")  # O_EXCL, which refuses a link too
+
+
+def write_atomic(path: Path, content: bytes, keep_previous: Path | None = None) -> None:
+    """Replace `path` by `content` so that at every moment it is whole: the old file or the new one.
+
+    A symbolic link of that name is itself replaced; its target stays. With `keep_previous`, what `path` held before stays
+    under that name. Raises WriteError, also where the name is that of a folder, a device or a pipe.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is there and no regular file")
+        with open_new(temporary) as file:
+            file.write(content)
+            file.flush()
+            failpoint("write")
+            os.fsync(file.fileno())
+        if keep_previous is not None and path.exists():
+            _keep(path, keep_previous)
+            failpoint("previous written")
+        temporary.replace(path)
+        fsync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise WriteError(error.errno, error.strerror or str(error), str(path)) from error
+        raise
+
+
+def _keep(path: Path, keep_previous: Path) -> None:
+    """Give `path` a second name, so that it is never missing itself."""
+    link = keep_previous.with_name(f".{keep_previous.name}.{os.getpid()}.tmp")
+    try:
+        link.unlink(missing_ok=True)
+        try:
+            os.link(path, link)
+        except OSError:  # a file system without hard links
+            with path.open("rb") as source, open_new(link) as copy:
+                shutil.copyfileobj(source, copy)
+        link.replace(keep_previous)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            link.unlink(missing_ok=True)
+        raise
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
+    """`write_atomic` for a table."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    write_atomic(path, text.getvalue().encode())
+
+
+def is_temporary(name: str, of: Sequence[str]) -> bool:
+    """Whether a file's name is one under which `write_atomic` writes a file of these names."""
+    match = re.fullmatch(r"\.(.+)\.\d+\.tmp", name)
+    return match is not None and match[1] in of
+
+
+def remove_stale(folder: Path, names: Sequence[str]) -> None:
+    """Remove temporary files of these names that a killed process left behind."""
+    for stale in folder.glob(".*.tmp"):
+        if is_temporary(stale.name, names):
+            stale.unlink(missing_ok=True)

@@ -1,0 +1,291 @@
+"""The run folder: who may write it, and config.yaml, environment.json, metrics.jsonl in it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, TextIO
+
+from dali_pipeline.errors import UserError
+from train.disk.atomic import is_temporary, open_new, remove_stale, write_atomic
+from train.disk.checkpoint import CHECKPOINTS, carries_seal
+from train.failpoints import failpoint
+from train.step.range_test import CURVE_COLUMNS
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+# the files of a run. --overwrite removes them in this order: what proves that a run lies here goes last, so that after a
+# kill on the way the rest can still be removed
+WRITTEN = (
+    "config.yaml",
+    "metrics.jsonl",
+    "summary.json",
+    "lr_finder.png",
+    "best.pt",
+    "previous.pt",
+    "last.pt",
+    "lr_finder.csv",
+    "environment.json",
+)
+# the folders of a run, and the files that are written in each
+FOLDERS = {
+    "analysis": (
+        "report.html",
+        "curves.png",
+        "learning_rate.png",
+        "lr_finder.png",
+        "samples.png",
+        "misclassified.png",
+        "grad_cam.png",
+        "layer_cam.png",
+        "confusion_matrix.png",
+        "confusion_matrix.csv",
+        "per_class.png",
+        "per_class.csv",
+        "calibration.png",
+        "predictions.csv",
+        "predict.png",
+    ),
+    "export": ("model.safetensors", "model.pt2", "model.onnx", ".model.*.tmp.*"),
+    "tensorboard": ("events.out.tfevents.*",),
+}
+_PROBE = "writable"  # a file is written under its temporary name, and removed
+_OF_ENVIRONMENT = {"versions", "device", "precision", "compile", "backend", "data_source"}
+
+
+class RunFolderError(UserError):
+    """A run folder that cannot be used: one line with the path, the cause and the remedy."""
+
+
+def own_folder(run: Path, name: str) -> Path:
+    """A folder inside a run's, where what is written must land there. RunFolderError where it is a symbolic link."""
+    path = run / name
+    if path.is_symlink():
+        raise RunFolderError(
+            f"{path}: is a symbolic link, and what is written in it would land in another folder; remove the link or "
+            "choose another folder"
+        )
+    return path
+
+
+def default_run_dir(name: str, resume: bool, root: Path = Path("runs")) -> Path:
+    """runs/NAME; where that exists runs/NAME-2, -3 ...; with `resume` the newest that exists."""
+    taken = 0
+    while (root / (name if taken == 0 else f"{name}-{taken + 1}")).exists():
+        taken += 1
+    number = max(taken, 1) if resume else taken + 1
+    return root / (name if number == 1 else f"{name}-{number}")
+
+
+class RunFolder:
+    """Exclusive writer of one run folder.
+
+    Raises RunFolderError where the folder holds a run already (unless `resume` or `overwrite`), another process is
+    writing it, or it cannot be written; with `range_test`, which is for one alone, a range test counts as a run. The
+    lock is the operating system's: it dies with its process. What `overwrite` replaces is removed by `start_over`, once
+    the new run is about to begin; files that bear a run's names and were not written by one are refused with it.
+    """
+
+    def __init__(
+        self, path: str | Path, *, resume: bool = False, overwrite: bool = False, range_test: bool = False
+    ) -> None:
+        self.path = Path(path)
+        # where it found no rates a run goes no further, and may begin again; a range test alone counts to itself
+        self._marks = WRITTEN if range_test else tuple(name for name in WRITTEN if not name.startswith("lr_finder"))
+        self._lock: TextIO | None = None
+        try:
+            self._check(resume, overwrite)
+            self._acquire()
+            self._check(resume, overwrite)  # another run may have ended between the first look and the lock
+            remove_stale(self.path, (*WRITTEN, _PROBE))
+            probe = self.path / f".{_PROBE}.{os.getpid()}.tmp"
+            with open_new(probe) as file:
+                file.write(b"\0" * 4096)
+            probe.unlink()
+        except OSError as error:
+            self.close()
+            raise RunFolderError(f"{self.path}: cannot be written: {error.strerror}; choose another run.dir=") from None
+        except RunFolderError:
+            self.close()
+            raise
+
+    def _check(self, resume: bool, overwrite: bool) -> None:
+        for name in FOLDERS:
+            own_folder(self.path, name)
+        held = self.holds_run()
+        if resume and not any(self._has(name) for name in ("last.pt", "previous.pt")):
+            raise RunFolderError(
+                f"{self.path}: nothing to resume, there is no last.pt; start the run without --resume"
+                + (" (with --overwrite)" if held else "")
+            )
+        if held and not (resume or overwrite):
+            raise RunFolderError(
+                f"{self.path} already holds a run; continue it with --resume, replace it with --overwrite, "
+                "or choose another run.dir="
+            )
+        if overwrite and not self._proves_run() and (found := self._namesakes()):
+            raise RunFolderError(
+                f"{self.path}: --overwrite replaces a run, and none lies here: {', '.join(found)} "
+                f"{'have' if len(found) > 1 else 'has'} a name that a run uses, and no checkpoint, environment.json or "
+                "lr_finder.csv of a run lies beside; move it away or choose another run.dir="
+            )
+
+    def _has(self, name: str) -> bool:
+        # not Path.exists: it raises where a parent is a file or must not be entered, on some versions of Python
+        return os.path.lexists(self.path / name)
+
+    def holds_run(self) -> bool:
+        return any(self._has(name) for name in self._marks)
+
+    def _proves_run(self) -> bool:
+        """Whether there is a file that only a run writes, known by its content."""
+        if any(carries_seal(self.path / name) for name in CHECKPOINTS):
+            return True
+        with contextlib.suppress(OSError, ValueError):
+            record = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
+            if isinstance(record, dict) and record.keys() >= _OF_ENVIRONMENT:
+                return True
+        with contextlib.suppress(OSError, ValueError), (self.path / "lr_finder.csv").open(encoding="utf-8") as file:
+            return file.readline().strip() == ",".join(CURVE_COLUMNS)
+        return False
+
+    def _namesakes(self) -> list[str]:
+        """What bears the name of a file or folder of a run; folders end in /, empty ones do not count."""
+        files = [name for name in WRITTEN if self._has(name)]
+        return files + [f"{name}/" for name in FOLDERS if _names_in(self.path / name)]
+
+    def _acquire(self) -> None:
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = self._open_lock()
+            failpoint("lock")
+            self._lock_file(self._lock)
+            try:
+                if os.path.samestat(os.fstat(self._lock.fileno()), (self.path / ".lock").lstat()):
+                    break
+            except FileNotFoundError:
+                pass
+            self._lock.close()  # its owner removed the file between our opening and locking it
+            self._lock = None
+        owner = self._lock.read(64).strip("\0 \r\n")  # a power cut can leave zeros
+        if owner and not owner.isdecimal():
+            self._lock.close()
+            self._lock = None
+            raise RunFolderError(
+                f"{self.path / '.lock'}: no run wrote this file, and a run would overwrite it; move it away or choose "
+                "another run.dir="
+            )
+        self._lock.seek(0)
+        self._lock.truncate()
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+
+    def _open_lock(self) -> TextIO:
+        path = self.path / ".lock"
+        refused = (
+            f"{path}: is a symbolic link, and a run would overwrite its target; remove it or choose another run.dir="
+        )
+        if path.is_symlink():
+            raise RunFolderError(refused)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        except OSError:
+            if path.is_symlink():  # since then
+                raise RunFolderError(refused) from None
+            raise
+        return os.fdopen(handle, "r+", encoding="ascii", errors="replace")
+
+    def _lock_file(self, lock: TextIO) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip()
+            lock.close()
+            self._lock = None  # not ours to clean up after
+            raise RunFolderError(
+                f"{self.path}: another run (process {owner or 'unknown'}) is writing here; wait for it or choose "
+                "another run.dir="
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise  # else a file system without locks, which is no reason not to train
+
+    def start_over(self) -> list[str]:
+        """Remove what a run, its analysis and its exports write, by name, and give the names of what else lies here.
+
+        An export goes too: it is the network of the run that is replaced.
+        """
+        stays = [f"{name}/{kept}" for name, files in FOLDERS.items() for kept in _clear(self.path / name, files)]
+        for name in WRITTEN:
+            _remove_file(self.path / name)
+        named = {kept.partition("/")[0] for kept in stays}
+        return [name for name in _names_in(self.path) if name != ".lock" and name not in named] + stays
+
+    def close(self) -> None:
+        """Give up the lock; a folder in which nothing was written goes too."""
+        if self._lock is None:
+            return
+        with contextlib.suppress(OSError):
+            if [entry.name for entry in self.path.iterdir()] == [".lock"]:
+                (self.path / ".lock").unlink()
+                self.path.rmdir()
+        self._lock.close()
+        self._lock = None
+
+    def write_text(self, name: str, text: str) -> None:
+        write_atomic(self.path / name, text.encode())
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_text(name, json.dumps(value, indent=2) + "\n")
+
+    def write_metrics(self, records: list[dict[str, Any]]) -> None:
+        """metrics.jsonl, whole: one line an epoch. A resumed run writes the epochs that its checkpoint knows."""
+        self.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _is_folder(path: Path) -> bool:
+    """A link to a folder is none."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def _names_in(folder: Path) -> list[str]:
+    """Sorted; none where there is no such folder."""
+    return sorted(path.name for path in folder.iterdir()) if _is_folder(folder) else []
+
+
+def _remove_file(path: Path) -> bool:
+    """False where it is a folder, which no run writes under the name of a file."""
+    if _is_folder(path):
+        return False
+    path.unlink(missing_ok=True)
+    return True
+
+
+def _clear(folder: Path, files: tuple[str, ...]) -> list[str]:
+    """Remove the files of these names (or patterns), and the folder if nothing else is in it; the names of what stays."""
+    stays = [
+        name
+        for name in _names_in(folder)
+        if not (any(fnmatchcase(name, known) for known in files) or is_temporary(name, files))
+        or not _remove_file(folder / name)
+    ]
+    if not stays and _is_folder(folder):
+        with contextlib.suppress(OSError):  # something has come into it meanwhile
+            folder.rmdir()
+    return stays
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The epochs of a run folder's metrics.jsonl, oldest first."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

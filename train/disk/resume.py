@@ -1,0 +1,84 @@
+"""From last.pt back into a training: which state to take, and whether recipe, data and machine are still the run's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dali_pipeline.dataset import Dataset
+from train.config import Config, ConfigError, changes, to_dict
+from train.disk.atomic import write_atomic
+from train.disk.checkpoint import CheckpointError, load_checkpoint
+from train.disk.snapshot import Snapshot
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """ "section.key: old -> new" for every key that changes what a run computes."""
+    found = []
+    for section, keys in new.items():
+        for key, value in keys.items():
+            name, before = f"{section}.{key}", old.get(section, {}).get(key)
+            # a rate that was to be found has been found since
+            if before == value or (value == "find" and isinstance(before, float)):
+                continue
+            if changes(name) in ("result", "rounding"):
+                found.append(f"{name}: {before} -> {value}")
+    return found
+
+
+def load_for_resume(
+    path: Path, config: Config, *, fallback: bool, extend: bool, log: Callable[[str], None]
+) -> Snapshot:
+    """The state to go on from: last.pt of the folder, or with `fallback` previous.pt where last.pt is damaged. Raises
+    CheckpointError, and ConfigError where the recipe is another one; with `extend` a larger train.epochs is none."""
+    last, previous = path / "last.pt", path / "previous.pt"
+    try:
+        state = load_checkpoint(last)
+    except CheckpointError as error:
+        if not fallback:
+            hint = "; --fallback continues from previous.pt" if previous.exists() else ""
+            raise CheckpointError(f"{error}{hint}") from None
+        state = load_checkpoint(previous)
+        log(f"WARNING: {error}; continuing from {previous}")
+    snapshot = Snapshot.from_dict(state, path)
+    old, new = snapshot.config, to_dict(config)
+    longer = config.train.epochs > old["train"]["epochs"]
+    if extend and longer:
+        old = {**old, "train": {**old["train"], "epochs": config.train.epochs}}
+    changed = differences(old, new)
+    if changed:
+        hint = "; a longer training of the same recipe needs --extend" if longer and not extend else ""
+        raise ConfigError(
+            f"{path}: --resume continues the recipe that the run began with, but these keys differ: "
+            f"{'; '.join(changed)}. Leave them as they were, or start a new run{hint}"
+        )
+    return snapshot
+
+
+def restore_last(path: Path) -> None:
+    """Where last.pt is damaged, put previous.pt in its place, lest the next save keep the damaged one as previous.pt."""
+    try:
+        load_checkpoint(path / "last.pt")
+    except CheckpointError:
+        write_atomic(path / "last.pt", (path / "previous.pt").read_bytes())
+
+
+def check_same_data(snapshot: Snapshot, dataset: Dataset) -> None:
+    """data.root may change, what lies there may not. Raises ConfigError."""
+    for name in ("mean", "std", "class_names"):
+        then, now = getattr(snapshot.data, name), getattr(dataset, name)
+        if then != now:
+            raise ConfigError(
+                f"data.root: the {dataset.name} found now is not what the run was trained on: {name} was {list(then)}, "
+                f"is {list(now)} ({dataset.source})"
+            )
+
+
+def note_changes(then: dict[str, Any], now: dict[str, Any], log: Callable[[str], None]) -> None:
+    """A warning where device, arithmetic or software are not those of the first part (`Snapshot.machine`)."""
+    changed = [f"{key} {then[key]} -> {value}" for key, value in now.items() if key in then and then[key] != value]
+    if changed:
+        log(
+            f"WARNING: resumed under other conditions, the results will differ by rounding or more: {', '.join(changed)}"
+        )

@@ -1,0 +1,102 @@
+"""What a checkpoint holds: all that a resumed run and an analysis need, as plain dicts of tensors, numbers and text."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from train.disk.checkpoint import CheckpointError, load_checkpoint
+from train.step.schedule import Rates
+
+
+@dataclass
+class Position:
+    """Where a run stands: finished epochs, steps done in the next one, and what is known of those steps."""
+
+    epoch: int = 0
+    step: int = 0
+    step_losses: list[float] = field(default_factory=list)
+    step_correct: list[int] = field(default_factory=list)
+    seconds: float = 0.0  # training time already spent on the unfinished epoch
+    best_accuracy: float = -1.0
+    best_epoch: int = 0
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a network must know of the data it was trained on. `mean` and `std` in units of 0..255, `fill` what cutout paints."""
+
+    data_name: str
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fill: tuple[int, ...]
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A training at one moment. `model`, `ema`, `optimizer` and `scaler` are the trainer's state (`Trainer.state`)."""
+
+    model: dict[str, Tensor]
+    ema: dict[str, Any] | None
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    position: Position
+    rates: Rates
+    steps_per_epoch: int
+    times: dict[str, float]
+    machine: dict[str, Any]  # what changes a result if only by rounding, and is no key of the recipe
+    config: dict[str, dict[str, Any]]
+    data: DataFacts
+
+    @property
+    def test_accuracy(self) -> float | None:
+        """What the run measured after its last finished epoch, in percent."""
+        metrics = self.position.metrics
+        return float(metrics[-1]["test_accuracy"]) if metrics else None
+
+    @property
+    def trainer_state(self) -> dict[str, Any]:
+        """What `Trainer.load_state` takes."""
+        return {name: getattr(self, name) for name in ("model", "ema", "optimizer", "scaler")}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of the file."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("position", "rates", "data")}
+        data = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.data).items()}
+        return {**own, **vars(self.position), **asdict(self.rates), **data, "test_accuracy": self.test_accuracy}
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any], where: str | Path) -> Snapshot:
+        """What `to_dict` gave, of this version or an earlier one. Raises CheckpointError, naming `where`."""
+        if state.get("format") == 2 and "optimizer" in state:
+            state = {**state, "optimizer": {"sgd": state["optimizer"]}}
+        state = {"machine": {}, **state}
+        parts = {"position": Position, "rates": Rates, "data": DataFacts}
+        own = [f.name for f in fields(cls) if f.name not in parts]
+        inside = {part: [f.name for f in fields(kind)] for part, kind in parts.items()}
+        missing = [name for name in chain(own, *inside.values()) if name not in state]
+        if missing:
+            raise CheckpointError(f"{where}: the checkpoint is no training state, it lacks {', '.join(missing)}")
+        data: dict[str, Any] = {}
+        for name in inside["data"]:
+            value = state[name]
+            data[name] = tuple(value) if isinstance(value, list) else value
+        return cls(
+            **{name: state[name] for name in own},
+            position=Position(**{name: state[name] for name in inside["position"]}),
+            rates=Rates(**{name: state[name] for name in inside["rates"]}),
+            data=DataFacts(**data),
+        )
+
+
+def load_snapshot(path: str | Path) -> Snapshot:
+    """A checkpoint's file, verified. Raises CheckpointError."""
+    return Snapshot.from_dict(load_checkpoint(path), path)

@@ -1,0 +1,100 @@
+"""What a user can mend, as one line on stderr and an exit code; every command goes through `explained`."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from dali_pipeline.errors import UserError
+from train.disk.atomic import WriteError
+from train.machine.distributed import OtherProcessFailed, from_environment, is_lost
+from train.machine.signals import Interrupted
+from train.screen.log import Log
+from train.step.meter import NonFiniteLoss
+
+__all__ = ["Outcome", "UserError", "explained"]
+
+# how allocators other than torch's own for CUDA say it
+_NO_MEMORY = ("can't allocate memory", "ALLOC_FAILED", "cudaErrorMemoryAllocation", "bad_alloc", "out of memory")
+_REMEDY = "; make room or choose another run.dir=, then continue with --resume"
+
+
+@dataclass
+class Outcome:
+    """The process's exit code."""
+
+    code: int = 0
+
+
+@contextmanager
+def explained(
+    log: Log, *, out_of_memory: str, place: str | None = None, reads_files: bool = False
+) -> Iterator[Outcome]:
+    """Runs the block; what a user can mend ends as one line on stderr and in `Outcome.code`, anything else as it is.
+
+    `out_of_memory` says what to lower where memory does not suffice; `place` names what was being written where the
+    error does not. With `reads_files`, any error of a named file is the user's to mend, and a message keeps its lines.
+    What all processes of a run raise alike is said by the one that may log.
+    """
+    outcome = Outcome()
+
+    def end(code: int, message: str) -> None:
+        outcome.code = code
+        with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
+            print("error:", message if reads_files else " ".join(message.split("\n")), file=sys.stderr, flush=True)
+
+    try:
+        yield outcome
+    except NonFiniteLoss as error:
+        if log.quiet_by_rank:
+            outcome.code = error.exit_code
+        else:
+            end(error.exit_code, str(error))
+    except UserError as error:
+        end(error.exit_code, str(error))
+    except Interrupted as error:
+        outcome.code = error.code
+        log(
+            f"{error}: stopped after a whole step; the run folder is good, continue with --resume"
+            if error.saved
+            else f"{error}: stopped, nothing was trained since the last checkpoint"
+        )
+    except KeyboardInterrupt:
+        end(130, "interrupted")
+    except OtherProcessFailed:
+        outcome.code = 1
+    except WriteError as error:
+        end(1, f"{error.filename}: cannot be written: {error.strerror}; what was saved before is intact{_REMEDY}")
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        end(1, _out_of_memory(out_of_memory, error))
+    except RuntimeError as error:
+        if any(words in str(error) for words in _NO_MEMORY):
+            end(1, _out_of_memory(out_of_memory, error))
+        elif from_environment().world_size > 1 and is_lost(error):
+            rank = os.environ.get("RANK", "0")
+            end(1, f"process {rank} lost the others ({_first_line(error)}); continue from last.pt with --resume")
+        else:
+            raise
+    except OSError as error:
+        if reads_files and error.filename is not None:
+            end(1, f"{error.filename}: {error.strerror}")
+            return
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        where = error.filename or place or "the run folder"
+        end(1, f"{where}: {error.strerror}; what was saved before is intact{_REMEDY}")
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _out_of_memory(advice: str, error: BaseException) -> str:
+    return f"out of memory{advice} ({(str(error).strip() or 'MemoryError').splitlines()[0]})"

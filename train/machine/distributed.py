@@ -1,0 +1,141 @@
+"""The process group that torchrun asks for: NCCL on GPUs, gloo on CPUs; one process alone needs none."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dali_pipeline.errors import UserError
+
+TIMEOUT_VARIABLE = "TRAIN_DISTRIBUTED_TIMEOUT"
+TIMEOUT_SECONDS = 1800.0  # the others wait as long for the first process's download
+
+T = TypeVar("T")
+
+
+class GroupError(UserError):
+    """The processes cannot work together: one line with the cause and the remedy."""
+
+
+class OtherProcessFailed(Exception):
+    """Another process failed, and says why itself; this one ends with it."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """This process among the others."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, in the order of their ranks (pickled: for small plain ones)."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Every process runs the block, and waits for the others at its end. Where it raised on some, all of them stop:
+        the first of these raises its error, the others OtherProcessFailed."""
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            if self.world_size == 1:
+                raise
+            failure = error
+        failed = self.gather(failure is not None)
+        if not any(failed):
+            return
+        if failure is not None and failed.index(True) == self.rank:
+            raise failure
+        raise OtherProcessFailed(f"process {failed.index(True)} failed")
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` gives on the first process, on all of them; its error too."""
+        value: list[Any] = [None]
+        with self.together():
+            if self.first:
+                value[0] = make()
+        if self.world_size > 1:
+            dist.broadcast_object_list(value, 0)
+        return value[0]  # type: ignore[no-any-return]
+
+    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+        """For each flag, whether it is set on any process: all of them get the same answer."""
+        if self.world_size == 1:
+            return list(flags)
+        total = torch.tensor([int(flag) for flag in flags])
+        dist.all_reduce(total, op=dist.ReduceOp.MAX)
+        return [bool(value) for value in total.tolist()]
+
+    def any(self, flag: bool) -> bool:
+        return self.any_of([flag])[0]
+
+
+def from_environment() -> Group:
+    """What torchrun's RANK, WORLD_SIZE and LOCAL_RANK say; a group of one without them."""
+    env = os.environ
+    if "RANK" not in env or "WORLD_SIZE" not in env:
+        return Group()
+    return Group(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", env["RANK"])))
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process, and passes on the signals that it gets."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _timeout() -> timedelta:
+    text = os.environ.get(TIMEOUT_VARIABLE, str(TIMEOUT_SECONDS))
+    try:
+        seconds = float(text)
+        if not 0 < seconds < 1e8:
+            raise ValueError
+    except ValueError:
+        raise GroupError(f"{TIMEOUT_VARIABLE}={text}: expected a number of seconds above 0") from None
+    return timedelta(seconds=seconds)
+
+
+@contextmanager
+def process_group(group: Group, device: str) -> Iterator[None]:
+    """The group's connection, for as long as the block runs. `device` is train.device.
+
+    Tensors on a GPU go over NCCL; flags and objects go over gloo from the host, and make no GPU wait.
+    """
+    if group.world_size == 1:
+        yield
+        return
+    cuda = device in ("auto", "cuda") and torch.cuda.is_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_timeout())
+    whole = False
+    try:
+        yield
+        whole = True
+    finally:
+        # closing NCCL waits for what is under way, which a lost process would never answer; the exit closes it too
+        if whole or not cuda:
+            dist.destroy_process_group()
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether the error says that another process went away or does not answer."""
+    if isinstance(error, getattr(dist, "DistError", ())):
+        return True
+    words = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "process group")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)

@@ -1,0 +1,87 @@
+"""The `optim:`, `schedule:`, `train:` and `run:` sections of a recipe, one declaration a key. Imports no torch.
+
+`changes` says what another value of the key changes of a run: its `result` (the default), only the `rounding` of it, only
+its `speed` and what it reports, or `nothing`. Resuming, comparing and measuring over seeds ask that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dali_pipeline.options import key
+
+Changes = Literal["result", "rounding", "speed", "nothing"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimOptions:
+    """SGD and the loss."""
+
+    momentum: float = key(0.9, "momentum of SGD", at_least=0.0, below=1.0)
+    nesterov: bool = key(True, "Nesterov's form of the momentum; needs momentum above 0")
+    weight_decay: float = key(5e-4, "weight decay of the convolution and classifier weights", at_least=0.0)
+    norm_bias_weight_decay: float = key(0.0, "weight decay of batch-norm parameters and biases", at_least=0.0)
+    label_smoothing: float = key(0.0, "label smoothing of the cross-entropy", at_least=0.0, below=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleOptions:
+    """OneCycle, linear, per step: lr_min up to lr_max at peak_epoch, back down to lr_min at the end, not below."""
+
+    lr_max: float | Literal["find"] = key("find", "peak learning rate, or 'find' for the range test", above=0.0)
+    lr_min: float | Literal["find"] = key("find", "learning rate of the first and the last step, or 'find'", above=0.0)
+    peak_epoch: float = key(5.0, "epoch at whose end the rate peaks; must lie within the training", above=0.0)
+    find_start: float = key(1e-4, "lowest rate of the range test", above=0.0)
+    find_end: float = key(10.0, "highest rate of the range test", above=0.0)
+    find_steps: int = key(100, "steps of the range test", at_least=20, at_most=10_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """The loop: how long, how many at a time, in which arithmetic."""
+
+    epochs: int = key(24, "epochs of training", at_least=1)
+    batch_size: int = key(512, "images a step, over all processes together", at_least=1)
+    tail: Literal["drop", "endless"] = key(
+        "drop", "an epoch's images beyond the last full batch: dropped, or carried over into the next epoch"
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = key(
+        "auto", "where to train; auto takes a GPU where there is one", changes="rounding"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = key(
+        "auto", "arithmetic: auto is bf16 on CUDA and fp32 elsewhere; fp16 scales its gradients", changes="rounding"
+    )
+    compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = key(
+        "auto", "torch.compile mode; auto is default where a compiler is found and it pays", changes="rounding"
+    )
+    channels_last: Literal["auto", "on", "off"] = key(
+        "auto", "memory format; auto is on for CUDA and the CPU", changes="rounding"
+    )
+    eval_batch_size: int = key(1000, "images a step of evaluation", at_least=1, changes="speed")
+    ema_decay: float = key(
+        0.0, "decay of the exponential moving average of the weights; 0 keeps none", at_least=0.0, below=1.0
+    )
+    ema_every: int = key(1, "steps between updates of the average", at_least=1)
+    tta: bool = key(False, "report flip test-time augmentation beside the plain accuracy", changes="speed")
+    sync_bn: bool = key(False, "batch-norm statistics over all processes together (torchrun); else each its own")
+    seed: int = key(0, "seed of the weights and of the augmentation plan", at_least=0, at_most=2**63 - 1)
+    deterministic: bool = key(
+        False, "the same bits on every run of one machine, at a cost in speed", changes="rounding"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where the results go."""
+
+    dir: str | None = key(
+        None, "run folder; by default runs/NAME-OF-THE-CONFIG, numbered where that exists", changes="nothing"
+    )
+    checkpoint_every: str | int = key(
+        "epoch", "how often last.pt is written: epoch, N steps (200), or N seconds (60s)", changes="nothing"
+    )
+    analyse: bool = key(True, "draw the pictures and the report of `python -m analysis` at the end", changes="nothing")
+    tensorboard: bool = key(
+        False, "write TensorBoard event files too (pip install -e '.[tensorboard]')", changes="nothing"
+    )

@@ -1,0 +1,162 @@
+"""From a configuration to a finished run folder; what `python -m train` calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from train.config import Config, ConfigError, changed, to_yaml
+from train.disk.atomic import write_csv
+from train.disk.folder import RunFolder
+from train.disk.resume import check_same_data, load_for_resume, note_changes, restore_last
+from train.disk.snapshot import Position
+from train.loop import Run
+from train.screen.log import Log
+from train.screen.notice import LongRunNotice
+from train.screen.summary import summary_lines
+from train.session import Session
+from train.step.range_test import RangeTestError, range_test, suggest
+from train.step.schedule import Rates, one_cycle
+
+SHOWN = 10  # names of files in one line
+
+
+def fit(
+    config: Config,
+    run_dir: Path | None,
+    *,
+    log: Log | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    fallback: bool = False,
+    extend: bool = False,
+    on_range_test: Callable[[Path], None] | None = None,
+) -> dict[str, Any]:
+    """Train `config` into `run_dir` (None keeps nothing) and give the summary.
+
+    `resume` continues from last.pt (with `fallback` from previous.pt where last.pt is damaged, with `extend` to a larger
+    train.epochs: the steps that are left take their rates from the schedule of the longer training); `on_range_test` is
+    called with the folder once lr_finder.csv is there. Raises what its parts raise; see train/errors.py for their exit codes.
+    """
+    with Session(config, log, handle_signals=True) as session:
+        group, log = session.group, session.log
+        folder = _open_folder(session, run_dir, resume=resume, overwrite=overwrite)
+        snapshot = None
+        if resume:
+            assert run_dir is not None, "resuming needs the folder that holds last.pt"
+            snapshot = group.from_first(
+                lambda: load_for_resume(run_dir, config, fallback=fallback, extend=extend, log=log)
+            )
+        session.build(check=None if snapshot is None else lambda dataset: check_same_data(snapshot, dataset))
+        session.warm_up()
+        trainer = session.trainer
+
+        notice = LongRunNotice(trainer.total_steps, config, session.runtime, log)
+        position, rates = Position(), Rates.given(config.schedule)
+        if snapshot is not None:
+            position, rates = snapshot.position, snapshot.rates
+            with group.together():
+                trainer.load_state(snapshot.trainer_state)
+                session.times.add(snapshot.times)
+            note_changes(snapshot.machine, session.machine(), log)
+            if folder is not None and fallback:
+                restore_last(folder.path)
+            log(f"resumed from {run_dir} at epoch {position.epoch}, step {position.step}")
+        elif rates is None:
+            rates = find_rates(session, folder, notice, overwrite=overwrite)
+            if folder is not None and on_range_test is not None:
+                on_range_test(folder.path)
+        elif folder is not None and overwrite:
+            _start_over(folder, log)
+        assert rates is not None
+        # the rates that were found are part of the recipe now
+        session.config = changed(config, {"schedule.lr_max": rates.lr_max, "schedule.lr_min": rates.lr_min})
+        with group.together():
+            if folder is not None:
+                # first, as it proves that a run lies here: after a kill the folder can be overwritten
+                folder.write_json("environment.json", session.environment())
+                folder.write_text("config.yaml", to_yaml(session.config))
+        schedule = one_cycle(rates, config.schedule.peak_epoch, config.train.epochs, trainer.steps_per_epoch)
+        run = Run(session, schedule, folder, position, notice)
+        run.train()
+        summary, lines = summary_lines(run, run_dir)
+        if folder is not None:
+            folder.write_json("summary.json", summary)
+        for line in lines:
+            log(line)
+        return summary
+
+
+def find_rates_only(
+    config: Config,
+    run_dir: Path,
+    *,
+    log: Log | None = None,
+    overwrite: bool = False,
+    on_range_test: Callable[[Path], None] | None = None,
+) -> Rates:
+    """The range test alone: writes lr_finder.csv into the folder and gives the rates that it suggests."""
+    config = changed(config, {"schedule.lr_max": "find", "schedule.lr_min": "find"})
+    with Session(config, log, handle_signals=True) as session:
+        folder = _open_folder(session, run_dir, overwrite=overwrite, range_test=True)
+        session.build()
+        session.warm_up()
+        notice = LongRunNotice(config.schedule.find_steps, config, session.runtime, session.log)
+        rates = find_rates(session, folder, notice, overwrite=overwrite)
+        if folder is not None and on_range_test is not None:
+            on_range_test(folder.path)
+        return rates
+
+
+def _open_folder(session: Session, run_dir: Path | None, **how: bool) -> RunFolder | None:
+    """The run folder, for the first process alone and until the session ends."""
+    folder = None
+    with session.group.together():
+        if run_dir is not None and session.group.first:
+            folder = RunFolder(run_dir, **how)
+            session.at_end(folder.close)
+    return folder
+
+
+def find_rates(session: Session, folder: RunFolder | None, notice: LongRunNotice, *, overwrite: bool = False) -> Rates:
+    """Run the range test, write lr_finder.csv, and give the rates; those that the recipe gives stand as they are.
+
+    With `overwrite` what the folder held goes, once there are rates to begin with.
+    """
+    schedule = session.config.schedule
+    with session.times.on("lr_search", session.runtime.device):
+        result = range_test(
+            session.trainer,
+            start=schedule.find_start,
+            end=schedule.find_end,
+            steps=schedule.find_steps,
+            log=session.log,
+            bar=session.log.terminal and not session.log.quiet,
+            after_step=notice.step,
+        )
+    try:
+        suggestion = suggest(result)
+    except RangeTestError:
+        if folder is not None and not folder.holds_run():
+            write_csv(folder.path / "lr_finder.csv", result.rows())  # it shows why
+        raise
+    session.log(suggestion.sentence())
+    lr_max = suggestion.lr_max if isinstance(schedule.lr_max, str) else schedule.lr_max
+    lr_min = min(suggestion.lr_min, lr_max) if isinstance(schedule.lr_min, str) else schedule.lr_min
+    if lr_min > lr_max:
+        raise ConfigError(
+            f"schedule.lr_min: {lr_min:g} is above the lr_max found, {lr_max:.4g}; set schedule.lr_max too"
+        )
+    if folder is not None:
+        if overwrite:
+            _start_over(folder, session.log)
+        write_csv(folder.path / "lr_finder.csv", result.rows())
+    return Rates(lr_max, lr_min)
+
+
+def _start_over(folder: RunFolder, log: Log) -> None:
+    stays = folder.start_over()
+    if stays:
+        more = f" and {len(stays) - SHOWN} more" if len(stays) > SHOWN else ""
+        log(f"--overwrite: left in {folder.path}, as no run wrote it: {', '.join(stays[:SHOWN])}{more}")

@@ -1,0 +1,53 @@
+"""A run that will take hours says so after its first steps, with what would shorten it."""
+
+from __future__ import annotations
+
+import time
+
+from train.config import Config
+from train.machine.runtime import Runtime
+from train.screen.log import Log
+from train.screen.progress import duration
+
+LONG_RUN_SECONDS = 3600.0
+
+
+class LongRunNotice:
+    """Called after every step, prints one line once where `total_steps` steps will take more than an hour."""
+
+    def __init__(self, total_steps: int, config: Config, runtime: Runtime, log: Log) -> None:
+        self.total_steps, self.config, self.runtime, self.log = total_steps, config, runtime, log
+        self.steps = 0
+        self.begun = 0.0
+        self.done = False
+
+    def step(self) -> None:
+        if self.done:
+            return
+        now = time.perf_counter()
+        if self.steps == 0:
+            self.begun = now  # the first step is left out: it may still set things up
+        self.steps += 1
+        if self.steps < 4 or now - self.begun < 2:
+            return
+        self.done = True
+        per_step = (now - self.begun) / (self.steps - 1)
+        if per_step * self.total_steps > LONG_RUN_SECONDS:
+            self.log(long_run_advice(per_step * self.total_steps, per_step, self.config, self.runtime))
+
+
+def long_run_advice(seconds: float, per_step: float, config: Config, runtime: Runtime) -> str:
+    """What a run of hours is told after its first steps: the estimate, and which keys shorten it."""
+    shorter = ["fewer epochs (train.epochs=)"]
+    if config.net.width > 16:
+        shorter.insert(
+            0, f"a narrower network (net.width=16 costs about {(16 / config.net.width) ** 2:.0%} of the arithmetic)"
+        )
+    if runtime.device.type == "cpu":
+        if any("bf16 is faster" in note for note in runtime.notes):
+            shorter.insert(0, "train.precision=bf16 (this CPU has bf16 matrix units)")
+        shorter.append("a machine with a GPU")
+    return (
+        f"note: this run will take about {duration(seconds)} at {per_step:.1f} s a step on {runtime.device.type}. It goes on; "
+        f"shorter: {', '.join(shorter)}"
+    )

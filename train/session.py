@@ -1,0 +1,226 @@
+"""What a training stands on, put together in the order in which things can go wrong cheaply: machine, data, network."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from dali_pipeline import sources
+from dali_pipeline.backend import BackendChoice, BackendError, choose_backend
+from dali_pipeline.dataset import Dataset
+from train.config import Config, ConfigError
+from train.failpoints import failpoint
+from train.machine.distributed import from_environment, process_group, under_torchrun
+from train.machine.environment import git_commit, system_record, versions
+from train.machine.runtime import RuntimeUnavailable, prepare, seed_everything
+from train.machine.signals import SignalWatch
+from train.screen.clock import Times
+from train.screen.log import Log
+from train.screen.progress import duration
+from train.step.trainer import Trainer
+
+
+class Session:
+    """A recipe on this machine, for as long as a with-statement lasts:
+
+        with Session(config) as session:   # device, precision, process group, pipeline backend
+            session.build()                # data and network
+            session.warm_up()              # compilation
+            session.trainer ...
+
+    `times` counts what the time goes into; `handle_signals` lets SIGINT, SIGTERM and SIGHUP end the training in order.
+    Raises what its parts raise, UserError for what a user can mend.
+    """
+
+    def __init__(self, config: Config, log: Log | None = None, *, handle_signals: bool = False) -> None:
+        self.config = config
+        self.group = from_environment()
+        self.log = log or Log(quiet=not self.group.first)
+        self.times = Times()
+        self.signals = SignalWatch(repeats=under_torchrun(), announce=self.group.first)
+        self._handle_signals = handle_signals
+        self._dataset: Dataset | None = None
+        self._trainer: Trainer | None = None
+
+    def __enter__(self) -> Session:
+        with ExitStack() as stack:
+            if self._handle_signals:
+                stack.enter_context(self.signals.watching())
+            self._begun = time.perf_counter()
+            stack.enter_context(process_group(self.group, self.config.train.device))
+            with self.group.together():
+                self._look_at_machine()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def at_end(self, call: Callable[[], object]) -> None:
+        """Call it when the session ends, the last given first."""
+        self._stack.callback(call)
+
+    @property
+    def dataset(self) -> Dataset:
+        """The data, once `build` has read them."""
+        assert self._dataset is not None, "Session.build comes first"
+        return self._dataset
+
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer that `build` has made."""
+        assert self._trainer is not None, "Session.build comes first"
+        return self._trainer
+
+    def _look_at_machine(self) -> None:
+        failpoint("machine")
+        train = self.config.train
+        self.runtime = prepare(
+            device=train.device,
+            precision=train.precision,
+            compile=train.compile,
+            channels_last=train.channels_last,
+            local_rank=self.group.local_rank,
+        )
+        if self.config.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise RuntimeUnavailable("run.tensorboard=true: tensorboard is missing; pip install -e '.[tensorboard]'")
+        self.backend = choose_backend(self.config.data.backend, self.runtime.device)
+        for note in self.runtime.notes:
+            self.log(note)
+        fallback = self.config.data.backend == "auto" and self.backend.name != "dali"
+        self.log(f"{'WARNING: ' if fallback else ''}pipeline: {self.backend.name} ({self.backend.reason})")
+
+    def build(self, check: Callable[[Dataset], None] | None = None, dataset: Dataset | None = None) -> None:
+        """Read the data, unless `dataset` holds them already, show them to `check`, which may raise, and make the trainer."""
+        self._dataset = dataset = self._load_data(dataset)
+        with self.group.together():
+            if check is not None:
+                check(dataset)
+            failpoint("build")
+            self._trainer = self._build(dataset)
+        self.at_end(self.trainer.close)
+        self.times.set_up += time.perf_counter() - self._begun
+
+    def _load_data(self, dataset: Dataset | None) -> Dataset:
+        # the first process downloads what is missing, the others wait and then read it
+        with self.group.together():
+            failpoint("load")
+            if dataset is None and self.group.first:
+                dataset = self._load(download=None)
+        with self.group.together():
+            dataset = dataset or self._load(download=False)
+            self._check_fit(dataset)
+        self.log(
+            f"data: {dataset.name}, {len(dataset.train):,} training and {len(dataset.test):,} test images of "
+            f"{dataset.height} x {dataset.width}, {dataset.num_classes} classes ({dataset.source})"
+        )
+        return dataset
+
+    def _load(self, download: bool | None) -> Dataset:
+        return sources.load(self.config.data, None if self.log.quiet else sources.to_stderr, download=download)
+
+    def _check_fit(self, dataset: Dataset) -> None:
+        train, world = self.config.train, self.group.world_size
+        if train.batch_size > len(dataset.train):
+            raise ConfigError(
+                f"train.batch_size: {train.batch_size} is more than the {len(dataset.train)} training images of {dataset.name}"
+            )
+        for key in ("batch_size", "eval_batch_size"):
+            if getattr(train, key) % world:
+                raise ConfigError(f"train.{key}: {getattr(train, key)} does not divide by the {world} processes")
+        if dataset.height % 8 or dataset.width % 8:
+            raise ConfigError(
+                f"data.name: the network halves images three times, {dataset.height} x {dataset.width} are no multiples of 8"
+            )
+
+    def _build(self, dataset: Dataset) -> Trainer:
+        try:
+            trainer = self._make_trainer(dataset)
+        except BackendError as error:  # of this data: what the machine lacks showed when the backend was chosen
+            if self.config.data.backend != "auto":
+                raise
+            self.backend = BackendChoice("torch", f"torch on {self.runtime.device}: {error}")
+            self.log(f"WARNING: pipeline: torch ({self.backend.reason})")
+            trainer = self._make_trainer(dataset)
+        tail = len(dataset.train) % self.config.train.batch_size
+        if tail:
+            what = (
+                "carried into the next epoch" if self.config.train.tail == "endless" else "left out, others each epoch"
+            )
+            self.log(f"an epoch: {trainer.steps_per_epoch} full batches; the {tail} images beyond them are {what}")
+        return trainer
+
+    def _make_trainer(self, dataset: Dataset) -> Trainer:
+        seed_everything(self.config.train.seed, self.config.train.deterministic)
+        return Trainer(self.config, dataset, self.runtime, self.backend, self.group)
+
+    def warm_up(self) -> None:
+        """Compile, and say so: it can take half a minute. Where the compiler fails, train.compile=auto goes on without it,
+        with a warning; a mode that was asked for is an error."""
+        mode = self.runtime.compile_mode
+        if mode is None:
+            return
+        self.log(f"compiling the training and the evaluation step (mode {mode}) ...")
+        begun = time.perf_counter()
+        reason = None
+        with self.times.on("compile", self.runtime.device):
+            with self.group.together():
+                try:
+                    self.trainer.warm_up()
+                except Exception as error:
+                    if self.config.train.compile != "auto" or not _is_compile_failure(error):
+                        raise
+                    reason = str(error).strip().splitlines()[0]
+            failures = [found for found in self.group.gather(reason) if found is not None]
+            if failures:
+                note = f"compile: off (torch.compile failed, training goes on uncompiled and slower: {failures[0]})"
+                self.log(f"WARNING: {note}")
+                self.trainer.compiled_off()
+                self.runtime = replace(self.runtime, compile_mode=None, notes=(*self.runtime.notes, note))
+                return
+        self.log(f"compiled in {duration(time.perf_counter() - begun)}")
+
+    def machine(self) -> dict[str, Any]:
+        """What changes the results of a run, if only by rounding, and is no key of the recipe."""
+        return {
+            "device": self.runtime.device.type,
+            "precision": self.runtime.precision,
+            "compile": self.runtime.compile_mode or "off",
+            "channels_last": self.runtime.channels_last,
+            "processes": self.group.world_size,
+            "torch": str(torch.__version__),
+        }
+
+    def environment(self) -> dict[str, Any]:
+        """environment.json: what the result depends on beside the recipe."""
+        device = self.runtime.device
+        return {
+            "commit": git_commit(),
+            "versions": versions(),
+            **system_record(),
+            "device": str(device),
+            "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            "precision": self.runtime.precision,
+            "compile": self.runtime.compile_mode or "off",
+            "channels_last": self.runtime.channels_last,
+            "backend": self.backend.name,
+            "backend_reason": self.backend.reason,
+            "notes": list(self.runtime.notes),
+            "data_source": self.dataset.source,
+            "world_size": self.group.world_size,
+            "threads": torch.get_num_threads(),
+        }
+
+
+def _is_compile_failure(error: Exception) -> bool:
+    compilers = ("torch._dynamo", "torch._inductor", "triton")
+    return type(error).__module__.startswith(compilers) or "Triton Error" in str(error)

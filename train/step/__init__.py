@@ -1,0 +1,1 @@
+"""The arithmetic of a training: one step, one evaluation, the schedule, the range test."""

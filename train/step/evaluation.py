@@ -1,0 +1,99 @@
+"""The test set, each image once: loss and accuracy, and the logits for whoever looks closer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from train.failpoints import failpoint
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean cross-entropy and correct predictions over `count` images."""
+
+    loss: float
+    correct: int
+    count: int
+
+    @property
+    def accuracy(self) -> float:
+        """In percent."""
+        return 100 * self.correct / self.count
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.4f}, accuracy {self.correct}/{self.count} ({self.accuracy:.2f}%)"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A score for each set of views of the step, in their order; logits of the first set where they are kept."""
+
+    scores: tuple[Score, ...]
+    logits: Tensor | None = None  # (N, C) float32 on the CPU, in the order of the loader
+    labels: Tensor | None = None  # (N,) int64 on the CPU
+
+
+def evaluate(
+    step: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor, Tensor]],
+    *,
+    keep_logits: bool = False,
+    after_batch: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Run `step` (EvalStep) over batches (images, labels, valid); rows that are not `valid` are padding and count nothing.
+
+    Totals stay on the device until the end, and are summed over the processes where torch.distributed runs. The network
+    is put into eval mode and given back in the mode it had. `after_batch(done)` runs on the host after each batch, and
+    may raise to end the evaluation.
+    """
+    modes = [(module, module.training) for module in step.modules()]
+    step.eval()
+    try:
+        totals, kept = _totals(step, loader, keep_logits, after_batch)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if totals is None:
+        raise ValueError("nothing to evaluate: the loader gave no batch")
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(totals)
+    return Evaluation(
+        scores=tuple(Score(loss / count, round(correct), round(count)) for loss, correct, count in totals.t().tolist()),
+        logits=torch.cat([logits for logits, _ in kept]) if kept else None,
+        labels=torch.cat([labels for _, labels in kept]) if kept else None,
+    )
+
+
+def _totals(
+    step: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor, Tensor]],
+    keep_logits: bool,
+    after_batch: Callable[[int], None] | None,
+) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
+    """Sums of (loss, correct, count), a column a set of views, and (logits, labels) of every batch where they are kept."""
+    totals: Tensor | None = None
+    kept: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad():
+        for done, (images, labels, valid) in enumerate(loader, 1):
+            failpoint("evaluate")
+            torch.compiler.cudagraph_mark_step_begin()
+            logits = step(images)
+            views = logits if logits.ndim == 3 else logits[None]  # (views, N, C)
+            losses = torch.stack([F.cross_entropy(view, labels, reduction="none") for view in views])
+            hits = (views.argmax(2) == labels) & valid
+            # a padded row may hold anything, so it is selected away, not multiplied by zero
+            batch = torch.stack([torch.where(valid, losses, 0.0).sum(1), hits.sum(1)])
+            count = valid.sum().expand(1, batch.shape[1])
+            batch = torch.cat([batch, count]).to(torch.float32 if batch.device.type == "mps" else torch.float64)
+            totals = batch if totals is None else totals + batch
+            if keep_logits:
+                kept.append((views[0][valid].cpu(), labels[valid].cpu()))
+            if after_batch is not None:
+                after_batch(done)
+    return totals, kept

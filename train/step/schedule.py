@@ -1,0 +1,53 @@
+"""The learning rate as a function of the step, with no state to save."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from train.options import ScheduleOptions
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The two learning rates between which a schedule moves: given, or found by the range test."""
+
+    lr_max: float
+    lr_min: float
+
+    @classmethod
+    def given(cls, options: ScheduleOptions) -> Rates | None:
+        """Those of the recipe; None where it asks to find one of them."""
+        if isinstance(options.lr_max, str) or isinstance(options.lr_min, str):
+            return None
+        return cls(options.lr_max, options.lr_min)
+
+
+@dataclass(frozen=True)
+class OneCycle:
+    """Learning rate of a step: linear from lr_min up to lr_max at `peak_step`, linear down to lr_min at the last step.
+
+    arXiv:1708.07120, without the annihilation phase: the last rate is lr_min, not a fraction of it. Equals torch's
+    OneCycleLR(anneal_strategy="linear", div_factor=lr_max/lr_min, final_div_factor=1) with the same peak.
+    """
+
+    lr_max: float
+    lr_min: float
+    peak_step: float
+    total_steps: int
+
+    def __call__(self, step: int) -> float:
+        """The rate of step 0 .. total_steps - 1; ValueError beyond."""
+        if not 0 <= step < self.total_steps:
+            raise ValueError(f"step {step} of a schedule of {self.total_steps} steps")
+        last = self.total_steps - 1
+        peak = min(self.peak_step, last)
+        if step <= peak:
+            done = step / peak if peak > 0 else 1.0
+        else:
+            done = (last - step) / (last - peak)
+        return self.lr_min + (self.lr_max - self.lr_min) * done
+
+
+def one_cycle(rates: Rates, peak_epoch: float, epochs: int, steps_per_epoch: int) -> OneCycle:
+    """The schedule of a training."""
+    return OneCycle(rates.lr_max, rates.lr_min, peak_epoch * steps_per_epoch, epochs * steps_per_epoch)

@@ -1,0 +1,303 @@
+"""The network with everything that trains it: one training step, one epoch of them, one evaluation."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import net as networks
+from dali_pipeline.backend import BackendChoice
+from dali_pipeline.dataset import Dataset
+from dali_pipeline.feed import FeedOrder
+from dali_pipeline.loader import EvalLoader, TrainLoader
+from net.interface import Network
+from train.config import Config
+from train.failpoints import failpoint
+from train.machine.distributed import Group
+from train.machine.runtime import Runtime, seed_everything
+from train.step.average import WeightAverage
+from train.step.borrow import borrowed_state
+from train.step.evaluation import Score, evaluate
+from train.step.measures import Measure, measures_of
+from train.step.meter import StepMeter
+from train.step.optim import Optimizers, parameter_groups
+from train.step.schedule import OneCycle
+from train.step.steps import EvalStep, TrainStep
+from train.step.sync_bn import synchronise_batch_norm
+from train.step.views import VIEWS, Views
+
+
+def make_train_loader(
+    config: Config,
+    dataset: Dataset,
+    device: torch.device,
+    backend: BackendChoice | str,
+    *,
+    seed: int | None = None,
+    compiled: bool = False,
+    group: Group | None = None,
+) -> TrainLoader:
+    """The augmented training batches of a recipe, by `seed` instead of its own where given; raises what TrainLoader raises."""
+    group = group or Group()
+    return TrainLoader(
+        dataset.train,
+        FeedOrder(
+            batch_size=config.train.batch_size,
+            augment=config.augment,
+            fill=dataset.fill,
+            device=device,
+            compiled=compiled,
+        ),
+        seed=config.train.seed if seed is None else seed,
+        backend=backend,
+        tail=config.train.tail,
+        rank=group.rank,
+        world_size=group.world_size,
+    )
+
+
+def new_network(config: Config, dataset: Dataset) -> Network:
+    """The network of a recipe, drawn from torch's generator and, where a layer asks for it, initialised from the first
+    training images; on the CPU."""
+    network = networks.build(config.net, dataset.num_classes)
+    if network.images_to_prepare:
+        first = (
+            torch.from_numpy(dataset.train.take(slice(network.images_to_prepare)).images).permute(0, 3, 1, 2).float()
+        )
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (dataset.mean, dataset.std))
+        network.prepare((first - mean) / std)
+    return network
+
+
+class Trainer:
+    """The network with everything that trains it, on one process.
+
+    `step` is the compiled training step, under DistributedDataParallel where there are several processes; `net` is the
+    plain network inside, whose state-dict keys are clean. `measures` is what an evaluation reports; best.pt follows the first.
+    """
+
+    def __init__(
+        self, config: Config, dataset: Dataset, runtime: Runtime, backend: BackendChoice, group: Group | None = None
+    ) -> None:
+        self.config, self.dataset, self.runtime, self.group = config, dataset, runtime, group or Group()
+        self.backend = backend
+        device = runtime.device
+        network: nn.Module = new_network(config, dataset).to(device)
+        if config.train.sync_bn and self.group.world_size > 1:
+            network = synchronise_batch_norm(network, device)
+        if runtime.channels_last:
+            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        assert isinstance(network, Network)
+        self.net = network
+        self.ema: WeightAverage | None = None
+        if config.train.ema_decay > 0:
+            self.ema = WeightAverage(network, config.train.ema_decay)
+        self.optimizers = Optimizers(parameter_groups(network, config.optim), config.optim, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=runtime.precision == "fp16")
+        self.measures = measures_of(config.train)
+        self._build_steps(runtime.compile_mode)
+        self.train_loader = self._train_loader(config.train.seed)
+        self.eval_loaders = {
+            measure.split: EvalLoader(
+                getattr(dataset, measure.split),
+                batch_size=config.train.eval_batch_size,
+                device=device,
+                backend=backend,
+                rank=self.group.rank,
+                world_size=self.group.world_size,
+            )
+            for measure in self.measures
+            if measure.weights == "" and measure.views == "plain"
+        }
+        self.steps_per_epoch = self.train_loader.steps_per_epoch
+        self.total_steps = config.train.epochs * self.steps_per_epoch
+        self.local_batch = config.train.batch_size // self.group.world_size
+
+    def _train_loader(self, seed: int) -> TrainLoader:
+        return make_train_loader(
+            self.config,
+            self.dataset,
+            self.runtime.device,
+            self.backend,
+            seed=seed,
+            compiled=self.runtime.compile_mode is not None,
+            group=self.group,
+        )
+
+    def _build_steps(self, compile_mode: str | None) -> None:
+        dataset, runtime = self.dataset, self.runtime
+        common: dict[str, Any] = {"autocast_dtype": runtime.autocast_dtype, "channels_last": runtime.channels_last}
+        self.train_step = TrainStep(
+            self.net, dataset.mean, dataset.std, label_smoothing=self.config.optim.label_smoothing, **common
+        ).to(runtime.device)
+        averaged = {} if self.ema is None else {"ema": self.ema.module}
+        self.eval_steps = {
+            weights: EvalStep(module, dataset.mean, dataset.std, views=self._views_of(weights), **common).to(
+                runtime.device
+            )
+            for weights, module in {"": self.net, **averaged}.items()
+        }
+        if compile_mode is not None:
+            for step in (self.train_step, *self.eval_steps.values()):
+                step.compile(mode=compile_mode, dynamic=False)
+        self.step: nn.Module = self.train_step
+        if self.group.world_size > 1:
+            devices = [runtime.device.index] if runtime.device.type == "cuda" else None
+            # its only buffers are batch norm's statistics, which average_statistics brings together where they are used
+            known = inspect.signature(
+                DistributedDataParallel
+            ).parameters  # newer versions of torch have renamed the option
+            off: dict[str, Any] = {
+                "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+            }
+            self.step = DistributedDataParallel(self.train_step, device_ids=devices, **off)
+
+    def _names_of_views(self, weights: str) -> list[str]:
+        """The views over which these weights are measured, once each."""
+        return list(dict.fromkeys(measure.views for measure in self.measures if measure.weights == weights))
+
+    def _views_of(self, weights: str) -> list[Views]:
+        return [VIEWS[name] for name in self._names_of_views(weights)]
+
+    def compiled_off(self) -> None:
+        """Go on without torch.compile."""
+        self.runtime = replace(self.runtime, compile_mode=None)
+        self._build_steps(None)
+
+    def warm_up(self) -> None:
+        """Compile (and on CUDA capture) the training and the evaluation graph on random batches; all state comes back."""
+        height, width = self.dataset.height, self.dataset.width
+
+        def batch(size: int) -> tuple[Tensor, Tensor]:
+            images = torch.randint(0, 256, (size, height, width, 3), dtype=torch.uint8, device=self.runtime.device)
+            labels = torch.randint(0, self.dataset.num_classes, (size,), device=self.runtime.device)
+            return images.permute(0, 3, 1, 2), labels
+
+        with borrowed_state(self.net, self.optimizers, self.scaler):
+            images, labels = batch(self.local_batch)
+            for _ in range(3 if self.runtime.device.type == "cuda" else 1):
+                # not through DistributedDataParallel: a compiler may fail on one process alone
+                self.train_one(images, labels, 0.0, self.train_step)
+            images, _ = batch(self.config.train.eval_batch_size // self.group.world_size)
+            with torch.no_grad():
+                for step in self.eval_steps.values():
+                    step.eval()
+                    for _ in range(3 if self.runtime.device.type == "cuda" else 1):
+                        torch.compiler.cudagraph_mark_step_begin()
+                        step(images)
+        # the pipeline last: DALI prefetches from its first batch on, which would break a capture of CUDA graphs
+        next(self.train_loader.epoch(0))
+        # the average shares no memory with the network, but its batch-norm mode was switched
+        self.net.train()
+
+    def train_one(
+        self, images: Tensor, labels: Tensor, rate: float, step: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One step: forward, loss, backward, update at the given rate. Gives (loss, correct), on the device."""
+        failpoint("step")
+        # every step is a CUDA graph of its own: without the mark an evaluation between two steps would capture anew
+        torch.compiler.cudagraph_mark_step_begin()
+        self.optimizers.set_rate(rate)
+        loss, correct = (step or self.step)(images, labels)
+        self.scaler.scale(loss).backward()
+        self.optimizers.step(self.scaler)
+        self.scaler.update()
+        self.optimizers.zero_grad()
+        return loss.detach(), correct
+
+    def train_epoch(
+        self,
+        epoch: int,
+        schedule: OneCycle,
+        meter: StepMeter,
+        start_step: int = 0,
+        after_step: Callable[[int], None] | None = None,
+    ) -> None:
+        """Steps `start_step` to the end of the epoch; `after_step(done)` runs on the host after each.
+
+        No step waits for the device.
+        """
+        self.step.train()
+        ema_every = self.config.train.ema_every
+        for step, (images, labels) in enumerate(self.train_loader.epoch(epoch, start_step), start_step):
+            global_step = epoch * self.steps_per_epoch + step
+            loss, correct = self.train_one(images, labels, schedule(global_step))
+            meter.record(step, loss, correct)
+            if self.ema is not None and (global_step + 1) % ema_every == 0:
+                self.ema.update(self.net)
+            if after_step is not None:
+                after_step(step + 1)
+
+    def evaluate(self, after_batch: Callable[[int], None] | None = None) -> dict[Measure, Score]:
+        """Each of `measures`; raises whatever `after_batch` raises to end it."""
+        self.average_statistics()
+        scores: dict[Measure, Score] = {}
+        for weights, step in self.eval_steps.items():
+            for split, loader in self.eval_loaders.items():
+                found = evaluate(step, loader, after_batch=after_batch).scores
+                names = self._names_of_views(weights)
+                scores |= {Measure(split, weights, v): score for v, score in zip(names, found, strict=True)}
+        return {measure: scores[measure] for measure in self.measures}
+
+    def average_statistics(self) -> None:
+        """In place, over the processes: the mean of batch norm's running statistics, each process's own until then."""
+        if self.group.world_size == 1 or self.config.train.sync_bn:
+            return
+        modules = [self.net] if self.ema is None else [self.net, self.ema.module]
+        buffers = [b for module in modules for b in module.buffers() if b.is_floating_point()]
+        together = torch.cat([b.flatten() for b in buffers])
+        torch.distributed.all_reduce(together)
+        together /= self.group.world_size
+        for buffer, mean in zip(buffers, together.split([b.numel() for b in buffers]), strict=True):
+            buffer.copy_(mean.view_as(buffer))
+
+    def finite(self) -> bool:
+        """Whether all weights and statistics are finite numbers."""
+        tensors = [t for t in self.net.state_dict().values() if t.is_floating_point()]
+        return bool(torch.stack([torch.isfinite(t).all() for t in tensors]).all())
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a step changes, as plain dicts."""
+        return {
+            "model": self.net.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": self.optimizers.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+        self.net.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.optimizers.load_state_dict(state["optimizer"])
+        if state["scaler"] and self.scaler.is_enabled():  # either may have trained without one
+            self.scaler.load_state_dict(state["scaler"])
+
+    def start_over(self, seed: int) -> None:
+        """Stand where a new trainer with this seed would stand. The tensors of the network and of its average keep their
+        memory, so that what was compiled or captured stays valid; `config` stays as it is."""
+        seed_everything(seed, self.config.train.deterministic)
+        drawn = new_network(self.config, self.dataset)
+        self.net.load_state_dict(drawn.state_dict())
+        self.net.train()
+        if self.ema is not None:
+            self.ema.start_over(drawn)
+        self.optimizers.zero_grad()
+        self.optimizers.start_over()
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(torch.amp.GradScaler(self.runtime.device.type).state_dict())
+        self.train_loader.close()
+        self.train_loader = self._train_loader(seed)
+
+    def close(self) -> None:
+        """Stop the pipelines and free the resident images."""
+        self.train_loader.close()
+        for loader in self.eval_loaders.values():
+            loader.close()

@@ -1,0 +1,48 @@
+"""Test-time augmentation: an answer as the weighted mean of the network's answers to several views of an image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class View:
+    """One look at an image: mirrored left to right or not, moved by (rows, columns) over a reflected border; its weight."""
+
+    weight: float = 1.0
+    mirror: bool = False
+    shift: tuple[int, int] = (0, 0)
+
+    def of(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) as this view shows them."""
+        if self.mirror:
+            images = images.flip(3)
+        down, right = self.shift
+        if not (down or right):
+            return images
+        reach = max(abs(down), abs(right))
+        height, width = images.shape[2:]
+        padded = F.pad(images.float(), (reach,) * 4, mode="reflect").to(images.dtype)
+        return padded[:, :, reach - down : reach - down + height, reach - right : reach - right + width]
+
+
+Views = tuple[View, ...]
+# by the name under which metrics.jsonl and the checkpoints report them; the weights of each sum to one
+VIEWS: dict[str, Views] = {
+    "plain": (View(),),
+    "tta": (View(0.5), View(0.5, mirror=True)),
+}
+LABELS = {"plain": "", "tta": "flip TTA"}
+
+
+def mean_over(views: Views, answers: dict[tuple[bool, tuple[int, int]], Tensor]) -> Tensor:
+    """The weighted mean of the answers (N, C) to the views, each looked up by (mirror, shift)."""
+    if len(views) == 1:
+        return answers[views[0].mirror, views[0].shift]
+    total, *others = (answers[view.mirror, view.shift] * view.weight for view in views)
+    for other in others:
+        total = total + other
+    return total
