@@ -1,4 +1,4 @@
-"""Training in float64, where rounding is too small to turn a max-pooling's choice within an epoch, whatever the seed."""
+"""Training in float64, where rounding is too small to turn the decision of a max-pooling or a ReLU within an epoch."""
 
 from __future__ import annotations
 

