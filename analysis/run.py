@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -307,6 +307,25 @@ def _load_data(
             f"{_triple(dataset.mean)}, the run's {_triple(snapshot.data.mean)}); images are normalised as in the run"
         )
     return dataset
+
+
+def with_data(run: LoadedRun, data_root: str | Path | None = None, download: bool = False) -> LoadedRun:
+    """A run that was loaded without its data, with them. Raises AnalysisError or DataError."""
+    if run.data is not None:
+        return run
+    data = _load_data(run.config, run.snapshot, f"{run.path / run.file}", data_root, download, run.notes)
+    return replace(run, data=data)
+
+
+def averaged_network(run: LoadedRun) -> Network:
+    """The average of the weights (train.ema_decay), as `run.net` is: in fp32 and eval mode, on the run's device."""
+    assert run.snapshot.ema is not None, "the run kept no average"
+    prefix = "module."  # of WeightAverage, beside which only its counter lies
+    state = {name.removeprefix(prefix): value for name, value in run.snapshot.ema.items() if name.startswith(prefix)}
+    net = _build_net(state, len(run.class_names), run.config.net, f"{run.path / run.file}")
+    if run.runtime.channels_last:
+        net = net.to(memory_format=torch.channels_last)
+    return net.to(run.runtime.device).eval()
 
 
 def _triple(values: Sequence[float]) -> str:

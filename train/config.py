@@ -7,6 +7,7 @@ import math
 import operator
 import os
 import re
+import stat
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -275,11 +276,40 @@ def _check_together(config: Config) -> None:
         )
 
 
+# beside this package, in a checkout and installed: looked for there and not by import, as other projects have a `configs` too
+_RECIPES = Path(__file__).resolve().parent.parent / "configs"
+
+
+def recipes() -> list[str]:
+    """The names of the recipes that come with this package."""
+    return sorted(path.stem for path in _RECIPES.glob("*.yaml"))
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The file that `--config NAME` means: NAME itself where a file lies there, else the recipe of that name that comes with
+    this package, as `quickstart`, `quickstart.yaml` or `configs/quickstart.yaml`. Raises ConfigError where there is neither."""
+    path, known = Path(name), recipes()
+    try:
+        folder = stat.S_ISDIR(path.lstat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        folder = None
+    except OSError:
+        folder = False  # whoever reads it says what is wrong
+    if folder is False:
+        return path
+    wanted = path.name.removesuffix(".yaml")
+    if path.parent in (Path(), Path("configs")) and wanted in known:
+        return _RECIPES / f"{wanted}.yaml"
+    if folder:
+        raise ConfigError(f"{name}: is a folder, expected a YAML file")
+    raise ConfigError(f"{name}: no such file, and no recipe of that name{_nearest(wanted, known)}")
+
+
 def _read_yaml(path: Path) -> Any:
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
-        raise ConfigError("no such file; recipes lie in configs/, for instance configs/quickstart.yaml") from None
+        raise ConfigError("no such file") from None
     except IsADirectoryError:
         raise ConfigError("is a folder, expected a YAML file") from None
     except UnicodeDecodeError as error:
@@ -444,37 +474,45 @@ def _in_run_folder(path: Path) -> bool:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), say: Callable[[str], None] | None = None) -> Config:
-    """Read a recipe and apply `section.key=value` overrides on top.
+    """Read a recipe, found as `find_recipe` does, and apply `section.key=value` overrides on top.
 
     Raises ConfigError, one line, for a file that cannot be read, unknown or duplicate keys, wrong types and values out of
     range, in the file or in an override, and for an override given twice. In the config.yaml of a run folder keys of another
     data set than data.name are no error, but left out, and `say` told so in a line.
     """
+    path = find_recipe(path)
     try:
-        tree = _check_tree(_read_yaml(Path(path)))
+        tree = _check_tree(_read_yaml(path))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    seen: set[str] = set()
-    for word in overrides:
-        name, value = _parse_override(word)
-        if name in seen:
-            raise ConfigError(f"{name}: given twice on the command line")
-        seen.add(name)
-        section, key = name.split(".", 1)
-        _check_tree({section: (holder := {key: value})})
-        tree.setdefault(section, {})[key] = holder[key]
-    if _in_run_folder(Path(path)):
-        tree, note = own_keys(tree, seen)
+    tree = with_overrides(tree, overrides)
+    if _in_run_folder(path):
+        tree, note = own_keys(tree, {word.partition("=")[0] for word in overrides})
         if note and say:
             say(f"{path}: {note}")
     try:
         return from_dict(tree)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}" if not seen else str(error)) from None
+        raise ConfigError(f"{path}: {error}" if not overrides else str(error)) from None
+
+
+def with_overrides(tree: Any, words: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The nested dicts of a recipe, checked, and changed in place by `section.key=value` words. Raises ConfigError."""
+    checked = _check_tree(tree)
+    seen: set[str] = set()
+    for word in words:
+        name, value = _parse_override(word)
+        if name in seen:
+            raise ConfigError(f"{name}: given twice among the overrides")
+        seen.add(name)
+        section, key = name.split(".", 1)
+        _check_tree({section: (holder := {key: value})})
+        checked.setdefault(section, {})[key] = holder[key]
+    return checked
 
 
 def reference_table() -> str:
-    """All keys as a Markdown table, for the README: key, default, values, meaning."""
+    """All keys as a Markdown table, for docs/configuration.md: key, default, values, meaning."""
     rows = ["| key | default | values | meaning |", "|---|---|---|---|"]
     for name, (f, hint) in KEYS.items():
         default, values = _default_and_values(f, hint)

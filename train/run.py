@@ -32,14 +32,16 @@ def fit(
     fallback: bool = False,
     extend: bool = False,
     on_range_test: Callable[[Path], None] | None = None,
+    owns_process: bool = True,
 ) -> dict[str, Any]:
     """Train `config` into `run_dir` (None keeps nothing) and give the summary.
 
     `resume` continues from last.pt (with `fallback` from previous.pt where last.pt is damaged, with `extend` to a larger
     train.epochs: the steps that are left take their rates from the schedule of the longer training); `on_range_test` is
-    called with the folder once lr_finder.csv is there. Raises what its parts raise; see train/errors.py for their exit codes.
+    called with the folder once lr_finder.csv is there; without `owns_process` a second signal does not end the process.
+    Raises what its parts raise; see train/errors.py for their exit codes.
     """
-    with Session(config, log, handle_signals=True) as session:
+    with Session(config, log, handle_signals=True, owns_process=owns_process) as session:
         group, log = session.group, session.log
         folder = _open_folder(session, run_dir, resume=resume, overwrite=overwrite)
         snapshot = None

@@ -35,16 +35,19 @@ class Session:
             session.warm_up()              # compilation
             session.trainer ...
 
-    `times` counts what the time goes into; `handle_signals` lets SIGINT, SIGTERM and SIGHUP end the training in order.
+    `times` counts what the time goes into; `handle_signals` lets SIGINT, SIGTERM and SIGHUP end the training in order; without
+    `owns_process`, for a process that does other things too, a second one does not end the process.
     Raises what its parts raise, UserError for what a user can mend.
     """
 
-    def __init__(self, config: Config, log: Log | None = None, *, handle_signals: bool = False) -> None:
+    def __init__(
+        self, config: Config, log: Log | None = None, *, handle_signals: bool = False, owns_process: bool = True
+    ) -> None:
         self.config = config
         self.group = from_environment()
         self.log = log or Log(quiet=not self.group.first)
         self.times = Times()
-        self.signals = SignalWatch(repeats=under_torchrun(), announce=self.group.first)
+        self.signals = SignalWatch(repeats=under_torchrun(), announce=self.group.first, owns_process=owns_process)
         self._handle_signals = handle_signals
         self._dataset: Dataset | None = None
         self._trainer: Trainer | None = None

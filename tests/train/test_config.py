@@ -27,11 +27,13 @@ from train.config import (
     changed,
     changes,
     checkpoint_interval,
+    find_recipe,
     from_dict,
     from_record,
     help_text,
     load_config,
     own_keys,
+    recipes,
     reference_table,
     source_of_key,
     to_dict,
@@ -123,6 +125,62 @@ def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
         load_config(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["quickstart", "quickstart.yaml", "configs/quickstart.yaml", "./quickstart"])
+def test_a_name_without_a_file_is_the_recipe_of_that_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()  # a folder is no recipe
+    assert find_recipe(name) == CONFIGS / "quickstart.yaml"
+    assert load_config(name) == load_config(CONFIGS / "quickstart.yaml")
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart.yaml", "configs/quickstart.yaml"])
+def test_a_file_comes_before_the_recipe_of_its_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("train: {epochs: 11}\n")
+    assert find_recipe(name) == Path(name)
+    assert load_config(name).train.epochs == 11
+
+
+@pytest.mark.parametrize("broken", ["a dangling link", "a broken file"])
+def test_a_broken_file_is_not_passed_over_for_the_recipe_of_its_name(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if broken == "a broken file":
+        Path("quickstart.yaml").write_text("train")
+    else:
+        Path("quickstart.yaml").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match=r"^quickstart\.yaml: (no such file|holds a str)"):
+        load_config("quickstart.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("qickstart", "did you mean quickstart?"),
+        ("configs/onecycel.yaml", "did you mean onecycle?"),
+        ("runs/first/quickstart.yaml", "did you mean quickstart?"),  # a path into another folder means that file alone
+        ("/configs/quickstart.yaml", "did you mean quickstart?"),
+        ("zzz.yaml", "known: cpu, onecycle, quickstart"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_an_unknown_recipe_names_the_nearest(
+    name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load_config(name)
+    assert str(caught.value).startswith(f"{name}: ") and said in str(caught.value)
+
+
+def test_the_recipes_are_the_files_of_configs() -> None:
+    assert recipes() == sorted(path.stem for path in CONFIGS.iterdir() if path.suffix == ".yaml")
+
+
 BAD_OVERRIDES = {
     "train.epoch=3": "did you mean train.epochs?",
     "epochs=3": "did you mean train.epochs?",
@@ -205,7 +263,7 @@ def test_every_number_of_every_key_has_a_lower_and_an_upper_bound() -> None:
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("digits", [20, 400, 5000])
+@pytest.mark.parametrize("digits", [35, 400, 5000])
 def test_no_number_without_end_gets_through(sign: int, digits: int) -> None:
     for name in KEYS:
         section, key = name.split(".")
@@ -483,6 +541,11 @@ def test_checkpoint_interval_reads_steps_and_seconds() -> None:
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "train", *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_help_names_the_recipes() -> None:
+    result = run("--help")
+    assert all(name in result.stdout.split("options:")[1].split("--print-config")[0] for name in recipes())
 
 
 def test_command_line_refuses_with_code_2_and_no_traceback() -> None:
