@@ -143,11 +143,12 @@ def check_same_splits(first: Contender, other: LoadedRun, name: str) -> None:
 
 def differing_keys(configs: Sequence[dict[str, dict[str, Any]]]) -> list[tuple[str, list[Any]]]:
     """(section.key, its value in each) of every key in which the recipes differ, but for those that change nothing."""
-    names = [f"{section}.{key}" for section, keys in configs[0].items() for key in keys]
+    # a key that not all have counts as null where it is missing
+    names = dict.fromkeys(f"{section}.{key}" for config in configs for section, keys in config.items() for key in keys)
     found = []
     for name in names:
         section, key = name.split(".", 1)
-        values = [config[section][key] for config in configs]
+        values = [config[section].get(key) for config in configs]
         if changes(name) != "nothing" and any(value != values[0] for value in values):
             found.append((name, values))
     return found

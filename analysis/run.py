@@ -18,7 +18,7 @@ from dali_pipeline.dataset import DataError, Dataset
 from dali_pipeline.errors import UserError
 from net.interface import Network
 from net.options import NetOptions
-from train.config import Config, ConfigError, from_dict, load_config
+from train.config import Config, ConfigError, from_record, load_config
 from train.disk.folder import own_folder, read_metrics
 from train.disk.snapshot import Snapshot, load_snapshot
 from train.machine.runtime import Runtime, RuntimeUnavailable, prepare
@@ -141,7 +141,7 @@ def load_run(
     where = f"{path / file}"
     snapshot = load_snapshot(where)
     try:
-        config = from_dict(snapshot.config)
+        config = from_record(snapshot.config, lambda note: notes.append(f"{file}: {note}"))
     except ConfigError as error:
         raise AnalysisError(f"{where}: holds no recipe that this version reads: {error}") from None
     _check_recipe(path, file, config)

@@ -134,6 +134,8 @@ def comparable(recipe: dict[str, Any], on: str = "test") -> dict[str, Any]:
 def read_finished(path: Path, recipe: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """The finished runs by seed; a last line that was cut off is removed. RecipeChanged where another recipe wrote them, or
     another program."""
+    from train.config import own_keys
+
     if not path.exists():
         return {}
     text = path.read_text(encoding="utf-8")
@@ -146,8 +148,8 @@ def read_finished(path: Path, recipe: dict[str, Any]) -> dict[int, dict[str, Any
         return {}
     if torn:
         path.write_text(whole + "\n", encoding="utf-8")
-    # a key that only one of them knows counts as null there: earlier versions had fewer
-    then, now = flat(records[0]["recipe"]), flat(recipe)
+    # a key that only one of them knows counts as null there: earlier versions had fewer, and those of other data sets too
+    then, now = flat(own_keys(records[0]["recipe"])[0]), flat(recipe)
     names = [*now, *(name for name in then if name not in now)]
     changed = [f"{name}: {then.get(name)} -> {now.get(name)}" for name in names if then.get(name) != now.get(name)]
     if changed:

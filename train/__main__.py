@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail("--find-lr cannot resume; it is over in one go")
     try:
         recipe = find_recipe(options.config)
-        config = load_config(recipe, options.overrides)
+        config = load_config(recipe, options.overrides, _note)
     except ConfigError as error:
         return _fail(str(error))
     if options.print_config:
@@ -143,9 +143,17 @@ def _draw_range_test(folder: Path) -> None:
 
 
 def _fail(message: str) -> int:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes of this machine read the same
-        print(f"error: {message}", file=sys.stderr)
+    _tell(f"error: {message}")
     return USAGE
+
+
+def _note(message: str) -> None:
+    _tell(f"note: {message}")
+
+
+def _tell(line: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes of this machine read the same
+        print(line, file=sys.stderr)
 
 
 def _open_standard_streams() -> None:

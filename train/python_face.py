@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from train.config import Config, ConfigError, find_recipe, from_dict, load_config, to_dict, with_overrides
+from train.config import Config, ConfigError, find_recipe, from_dict, load_config, own_keys, to_dict, with_overrides
 from train.disk.folder import default_run_dir, read_metrics
 from train.errors import UserError
 from train.machine.distributed import from_environment
@@ -108,9 +108,11 @@ def _configuration(
         found = find_recipe(path)
         if found != path:
             log(f"recipe: {found}, as no file {path} lies here")
-        return load_config(found, overrides), found.stem
+        return load_config(found, overrides, log), found.stem
     if isinstance(recipe, Config):
-        recipe = to_dict(recipe)
+        # with another data.name the keys of the one before go
+        given = {word.partition("=")[0] for word in overrides}
+        return from_dict(own_keys(with_overrides(to_dict(recipe), overrides), given)[0]), NAME
     if not isinstance(recipe, Mapping):
         raise ConfigError(f"{recipe!r} is no recipe; expected the path of a YAML file, nested dicts or a train.Config")
     return from_dict(with_overrides(_plain_tree(recipe), overrides)), NAME

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from dataclasses import Field, field, fields, make_dataclass
+from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from dali_pipeline.sources.download import to_stderr
 from dali_pipeline.sources.source import Say, Source
 from dali_pipeline.sources.synthetic import Synthetic
 
-__all__ = ["SOURCES", "Say", "Source", "data_section", "load", "source_of", "to_stderr"]
+__all__ = ["SOURCES", "Say", "Source", "data_sections", "load", "source_of", "to_stderr"]
 
 SOURCES: dict[str, type[Source]] = {
     "cifar10": Cifar10,
@@ -26,25 +26,30 @@ SOURCES: dict[str, type[Source]] = {
 }
 
 
-def data_section() -> type[DataOptions]:
-    """The dataclass of the whole `data:` section: the keys that all sources share, then each source's own."""
+def data_sections() -> dict[str, type[DataOptions]]:
+    """The dataclass of the `data:` section for each `data.name`: the keys that all sources share, then the source's own,
+    whose metadata names it as their `source`."""
     names = Literal[tuple(SOURCES)]  # type: ignore[valid-type]
     (shared,) = (f for f in fields(DataOptions) if f.name == "name")
-    keys: list[tuple[str, Any, Field[Any]]] = [
-        ("name", names, field(default=shared.default, metadata=shared.metadata)),
-    ]
+    namespace = {"__doc__": DataOptions.__doc__, "__module__": __name__}
     taken = {f.name: "every data set" for f in fields(DataOptions)}
+    sections = {}
     for source_name, source in SOURCES.items():
         hints = typing.get_type_hints(source)
+        name: Any = field(default=source_name, metadata=shared.metadata)
+        keys: list[tuple[str, Any, Any]] = [("name", names, name)]
         for f in fields(source):
             if f.name in taken:
                 raise ValueError(
                     f"data.{f.name} is a key of {taken[f.name]} already, and {source_name} declares it again"
                 )
             taken[f.name] = source_name
-            keys.append((f.name, hints[f.name], field(default=f.default, metadata=f.metadata)))
-    namespace = {"__doc__": DataOptions.__doc__, "__module__": __name__}
-    return make_dataclass("DataSection", keys, bases=(DataOptions,), namespace=namespace, frozen=True, kw_only=True)
+            metadata = {**f.metadata, "source": source_name}
+            keys.append((f.name, hints[f.name], field(default=f.default, metadata=metadata)))
+        sections[source_name] = make_dataclass(
+            f"{source.__name__}Data", keys, bases=(DataOptions,), namespace=namespace, frozen=True, kw_only=True
+        )
+    return sections
 
 
 def source_of(options: DataOptions) -> Source:

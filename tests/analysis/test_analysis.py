@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from places import ROOT
 
@@ -30,7 +31,7 @@ from dali_pipeline.plan import Augment, draw_plan
 from dali_pipeline.sources.synthetic import random_dataset
 from net import build
 from net.options import NetOptions
-from train.config import Config, changed
+from train.config import Config, changed, to_dict
 from train.disk.atomic import write_csv
 from train.disk.checkpoint import FORMAT, CheckpointError, load_checkpoint, save_checkpoint, seal
 from train.disk.folder import FOLDERS
@@ -543,6 +544,31 @@ def test_errors_of_folder_and_checkpoint_name_the_remedy(
     (copied / "best.pt").write_bytes(content)
     damaged = error_of(report.main, [copied, "--device", "cpu"], capsys)
     assert "damaged" in damaged and "last.pt beside it may be whole" in damaged
+
+
+def test_a_run_that_recorded_the_keys_of_all_data_sets_is_analysed_with_a_note(copied: Path, first: LoadedRun) -> None:
+    config = load_checkpoint(copied / "best.pt")["config"]
+    config["data"] |= {"synthetic_size": 64, "synthetic_classes": 10, "synthetic_count": 50000}
+    edit_checkpoint(copied / "best.pt", config=config)
+    (copied / "config.yaml").write_text(yaml.safe_dump(config))
+    run = load_run(copied, device="cpu", say=QUIET)
+    assert run.config == first.config
+    assert [note for note in run.notes if note not in first.notes] == [
+        "best.pt: left out, as data.name=digits has no such keys: "
+        "data.synthetic_size, data.synthetic_classes, data.synthetic_count"
+    ]
+
+
+def test_recipes_over_different_data_sets_differ_in_their_keys_too() -> None:
+    digits, noise = (to_dict(recipe(data__name=name)) for name in ("digits", "synthetic"))
+    noise["data"]["synthetic_size"] = 64
+    assert compare.differing_keys([digits, noise, digits]) == [
+        ("data.name", ["digits", "synthetic", "digits"]),
+        ("data.synthetic_size", [None, 64, None]),
+        ("data.synthetic_classes", [None, 10, None]),
+        ("data.synthetic_count", [None, 50000, None]),
+    ]
+    assert compare.differing_keys([digits, digits]) == []
 
 
 def test_a_checkpoint_of_another_width_class_count_or_data_is_refused(
