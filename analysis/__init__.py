@@ -1,1 +1,33 @@
-"""Pictures and tables of a finished run: `python -m analysis runs/NAME`."""
+"""Pictures and tables of a finished run: `python -m analysis runs/NAME`, and from Python `analysis.load("runs/NAME")`.
+
+`analysis.load` and what is named beside it are stable from version 0.2 on: names, arguments and results stay; new ones may be
+added. What lies in the modules of this package may change with any version. Nothing here imports torch before it is asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from analysis.classifier import Answers, Classifier, load
+    from dali_pipeline.errors import UserError
+
+__all__ = ["Answers", "Classifier", "UserError", "load"]
+
+_HOME = {
+    "Answers": "analysis.classifier",
+    "Classifier": "analysis.classifier",
+    "UserError": "dali_pipeline.errors",
+    "load": "analysis.classifier",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

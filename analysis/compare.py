@@ -25,6 +25,7 @@ from analysis.style import BLUE, GREY, SERIES, new_figure, plain, save
 from train.config import changes, to_dict
 from train.screen.log import Log
 from train.screen.progress import duration
+from train.step.measures import recorded
 
 Hits = npt.NDArray[np.bool_]
 
@@ -79,6 +80,7 @@ class Contender:
     config: dict[str, dict[str, Any]]
     metrics: list[dict[str, Any]]
     test_set: str  # fingerprint of the test images and labels
+    validation: str | None  # fingerprint of the validation split, where there is one
     hits: Hits
     where: str  # device and precision of the training
 
@@ -109,14 +111,28 @@ def contender(run: LoadedRun, name: str, hits: Hits) -> Contender:
         config=to_dict(run.config),
         metrics=run.metrics,
         test_set=run.dataset.test.fingerprint,
+        validation=_validation(run),
         hits=hits,
         where=f"{environment.get('device_name') or environment.get('device', '?')}, {environment.get('precision', '?')}",
     )
 
 
-def check_same_test_set(first: Contender, other: LoadedRun, name: str) -> None:
-    """AnalysisError where the two were not tested on the same images."""
+def _validation(run: LoadedRun) -> str | None:
+    split = run.dataset.validation
+    return None if split is None else split.fingerprint
+
+
+def check_same_splits(first: Contender, other: LoadedRun, name: str) -> None:
+    """AnalysisError where the two were not tested on the same images, or did not hold out the same ones."""
     if first.test_set == other.dataset.test.fingerprint:
+        if first.validation != _validation(other):
+            ours, theirs = (
+                amount or "nothing" for amount in (first.config["data"].get("validation"), other.config.data.validation)
+            )
+            raise AnalysisError(
+                f"{name} holds out {theirs} of the training images (data.validation), {first.name} {ours}: they were trained "
+                "and chosen on different images, and cannot be compared; train them with the same data.validation"
+            )
         return
     ours, theirs = first.config["data"]["name"], other.config.data.name
     found = theirs if ours != theirs else f"other test images of {ours}, of another folder or version"
@@ -127,11 +143,12 @@ def check_same_test_set(first: Contender, other: LoadedRun, name: str) -> None:
 
 def differing_keys(configs: Sequence[dict[str, dict[str, Any]]]) -> list[tuple[str, list[Any]]]:
     """(section.key, its value in each) of every key in which the recipes differ, but for those that change nothing."""
-    names = [f"{section}.{key}" for section, keys in configs[0].items() for key in keys]
+    # a key that not all have counts as null where it is missing
+    names = dict.fromkeys(f"{section}.{key}" for config in configs for section, keys in config.items() for key in keys)
     found = []
     for name in names:
         section, key = name.split(".", 1)
-        values = [config[section][key] for config in configs]
+        values = [config[section].get(key) for config in configs]
         if changes(name) != "nothing" and any(value != values[0] for value in values):
             found.append((name, values))
     return found
@@ -212,9 +229,10 @@ def draw_comparison(runs: Sequence[Contender], path: Path) -> None:
     differences = figure.add_subplot(grid[1, :])
     by_epoch.sharey(by_time)
     for number, run in enumerate(runs):
-        accuracy = [float(m["test_accuracy"]) for m in run.metrics]
-        if not accuracy:
+        if not run.metrics:
             continue
+        measured = recorded(run.metrics[-1])[0]
+        accuracy = [float(m[f"{measured.key}_accuracy"]) for m in run.metrics]
         style: dict[str, Any] = {
             "color": SERIES[number % len(SERIES)],
             "linestyle": ("-", "--", "-.", ":")[number // len(SERIES) % 4],
@@ -226,7 +244,7 @@ def draw_comparison(runs: Sequence[Contender], path: Path) -> None:
         )
         by_time.plot(np.cumsum([float(m["seconds"]) for m in run.metrics]), accuracy, **style)
     by_epoch.set_xlabel("epoch")
-    by_epoch.set_ylabel("test accuracy (%)")
+    by_epoch.set_ylabel("accuracy after each epoch (%)" if runs[0].validation else "test accuracy (%)")
     by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_epoch.legend(fontsize=8, loc="lower right")
     by_time.set_xlabel("training time (s)")
@@ -275,7 +293,7 @@ def _compare(options: argparse.Namespace, log: Log) -> None:
     for path, name in zip(options.runs, names, strict=True):
         run = load_for(options, log, path)
         if runs:
-            check_same_test_set(runs[0], run, name)
+            check_same_splits(runs[0], run, name)
         predictions, _ = checked_predictions(run, log, options.accept_difference)
         runs.append(contender(run, name, predictions.hits))
     log("")

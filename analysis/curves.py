@@ -31,9 +31,12 @@ STYLES = ((GREEN, ":"), (PURPLE, "--"), (ORANGE, "-."))
 
 
 def draw_curves(metrics: Records, path: Path, *, title: str = "Loss and accuracy", caption: str = "") -> None:
-    """Training and test loss (logarithmic) and accuracy by epoch, the best epoch marked. `metrics` as in metrics.jsonl."""
+    """Loss (logarithmic) and accuracy by epoch, of the training and of what the run measured after each epoch, with the epoch
+    of best.pt marked. `metrics` as in metrics.jsonl."""
     if not metrics:
         raise ValueError("no epoch to draw")
+    leading, *others = recorded(metrics[-1])
+    measured = f"{leading.key}_accuracy"
     epochs = [int(m["epoch"]) for m in metrics]
     figure = new_figure(9.6, 4.2, title, caption)
     left, right = figure.subplots(1, 2)
@@ -47,31 +50,31 @@ def draw_curves(metrics: Records, path: Path, *, title: str = "Loss and accuracy
             label="training, augmented",
             **marks,
         )
-        axes.plot(epochs, [m[f"test_{key}"] for m in metrics], color=VERMILLION, label="test", **marks)
+        values = [m[f"{leading.key}_{key}"] for m in metrics]
+        axes.plot(epochs, values, color=VERMILLION, label=leading.label, **marks)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3, linewidth=0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(epochs) == 1:
             axes.set_xlim(epochs[0] - 0.5, epochs[0] + 0.5)
-    for measure, (colour, style) in zip(recorded(list(metrics[-1]))[1:], cycle(STYLES), strict=False):
+    for measure, (colour, style) in zip(others, cycle(STYLES), strict=False):
         values = [m.get(f"{measure.key}_accuracy", math.nan) for m in metrics]
         right.plot(epochs, values, color=colour, linestyle=style, label=measure.label)
     left.set_ylabel("cross-entropy")
     left.set_yscale("log")
     _plain_log_ticks(left)
     right.set_ylabel("accuracy (%)")
-    best = max(metrics, key=lambda m: float(m["test_accuracy"]))
+    best = max(metrics, key=lambda m: float(m[measured]))
     for axes in (left, right):
         axes.axvline(best["epoch"], color=GREY, linewidth=1, linestyle=":")
-    right.plot(
-        [best["epoch"]], [best["test_accuracy"]], marker="*", markersize=13, color=VERMILLION, markeredgecolor="white"
+    right.plot([best["epoch"]], [best[measured]], marker="*", markersize=13, color=VERMILLION, markeredgecolor="white")
+    low = min(float(m[key]) for m in metrics for key in ("train_accuracy", measured))
+    right.set_ylim(max(0, low - 5), min(102, max(float(best[measured]), float(metrics[-1]["train_accuracy"])) + 4))
+    chosen = ", by the test set itself" if leading.split == "test" else ""
+    right.set_title(
+        f"last {metrics[-1][measured]:.2f}%; best.pt: epoch {best['epoch']}, {best[measured]:.2f}%{chosen}", fontsize=10
     )
-    low = min(float(m[key]) for m in metrics for key in ("train_accuracy", "test_accuracy"))
-    right.set_ylim(
-        max(0, low - 5), min(102, max(float(best["test_accuracy"]), float(metrics[-1]["train_accuracy"])) + 4)
-    )
-    right.set_title(f"best: {best['test_accuracy']:.2f}% in epoch {best['epoch']}", fontsize=10)
-    left.set_title(f"test loss there: {best['test_loss']:.4f}", fontsize=10)
+    left.set_title(f"{leading.split} loss: last {metrics[-1][f'{leading.key}_loss']:.4f}", fontsize=10)
     left.legend(fontsize=8, loc="upper right")
     right.legend(fontsize=8, loc="lower right")
     save(figure, path)
@@ -184,7 +187,8 @@ def draw_all(run: LoadedRun, folder: Path, say: Say = print) -> list[Path]:
     # the curves are of the whole run, whichever checkpoint was loaded
     caption = f"run {run.name} · {len(run.metrics)} of {run.config.train.epochs} epochs"
     if run.metrics:
-        caption += f" · last test accuracy {run.metrics[-1]['test_accuracy']:.2f}%"
+        leading = recorded(run.metrics[-1])[0]
+        caption += f" · last {leading.label} accuracy {run.metrics[-1][f'{leading.key}_accuracy']:.2f}%"
         draw_curves(run.metrics, folder / "curves.png", caption=caption)
         drawn.append(folder / "curves.png")
     else:

@@ -22,11 +22,12 @@ from analysis.grad_cam import default_layer, heat_maps, method_class, normalise,
 from analysis.predictions import Floats
 from analysis.run import AnalysisError
 from analysis.style import BLUE, GREY, Pixels, Tile, draw_sheet, percent, plain, pretty
+from dali_pipeline.errors import UserError
 from train.screen.log import Log
 
 
-class ImageError(Exception):
-    """A file that cannot be read as an image: one line naming it."""
+class ImageError(UserError):
+    """What cannot be read as an image: one line naming the file, or what was given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +54,7 @@ def read_image(path: Path, height: int, width: int, fit: str = "crop") -> Pixels
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as opened:
-                upright = ImageOps.exif_transpose(opened)
-                rgb = _to_rgb(upright)
+                return fit_image(opened, height, width, fit)
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -66,6 +66,11 @@ def read_image(path: Path, height: int, width: int, fit: str = "crop") -> Pixels
     except (OSError, SyntaxError, ValueError, EOFError, OverflowError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ImageError(f"{path}: cannot be read as an image: {reason}") from None
+
+
+def fit_image(image: Image.Image, height: int, width: int, fit: str = "crop") -> Pixels:
+    """An image as `read_image` gives a file's; raises what Pillow raises."""
+    rgb = _to_rgb(ImageOps.exif_transpose(image))
     if fit == "crop":
         resized = ImageOps.fit(rgb, (width, height), Image.Resampling.BICUBIC)
     else:

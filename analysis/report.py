@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import argparse
 import base64
-import html
 import io
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from PIL import Image
 
 from analysis import confusion, curves, samples
@@ -47,8 +46,8 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 PICTURES = {
     "curves.png": (
         "Loss and accuracy",
-        "Training (dashed) is measured on augmented images while the weights still move, test on plain ones after each epoch. "
-        "A test loss that rises while the training loss falls is overfitting; the star marks the best epoch.",
+        "Training (dashed) is measured on augmented images while the weights still move, the others on plain ones after each "
+        "epoch. A loss that rises while the training loss falls is overfitting; the star marks the epoch of best.pt.",
     ),
     "learning_rate.png": (
         "Learning rate",
@@ -190,11 +189,6 @@ def draw_everything(run: LoadedRun, predictions: Predictions, agreement: str, fo
     return Results(predictions, agreement, scores, counts, found, missing, frozenset(drawn))
 
 
-def _e(value: object) -> str:
-    """Text for HTML, quotes included."""
-    return html.escape(str(value), quote=True)
-
-
 def _data_uri(content: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
 
@@ -205,33 +199,30 @@ def _tiny_png(image: Pixels) -> str:
     return _data_uri(buffer.getvalue())
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[object]], css: str = "") -> str:
-    head = "".join(f"<th>{_e(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{_e(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table class="{css}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+def _accuracies(run: LoadedRun, predictions: Predictions) -> list[tuple[str, str, str]]:
+    """The tiles of what the run reached. Where the test set itself chose best.pt, the last epoch comes first, as it was
+    chosen by nothing."""
+    answers = f"{int(predictions.hits.sum()):,} of {len(predictions):,} images, {run.file}, epoch {run.epoch}"
+    ours = (f"{predictions.accuracy:.2f}%", "test accuracy", answers)
+    if not run.metrics or run.file != "best.pt":
+        return [ours]
+    last, leading = run.metrics[-1], recorded(run.metrics[-1])[0]
+    reached = max(float(m[f"{leading.key}_accuracy"]) for m in run.metrics)
+    if leading.split == "test":
+        at_end = (f"{last['test_accuracy']:.2f}%", "test accuracy", f"after the last epoch, {last['epoch']}")
+        return [at_end, (ours[0], "of best.pt", f"{answers}, chosen on the test set itself, which flatters")]
+    tiles = [(*ours[:2], f"{answers}, chosen on the validation split ({reached:.2f}%)")]
+    if at_last := run.summary.get("test", {}).get("last.pt"):
+        tiles.append((f"{at_last['accuracy']:.2f}%", "of last.pt", f"test accuracy, epoch {at_last['epoch']}"))
+    return tiles
 
 
 def headline(run: LoadedRun, results: Results) -> list[tuple[str, str, str]]:
     """(figure, what it is, a note) of the tiles on top."""
-    predictions = results.predictions
-    tiles = [
-        (
-            f"{predictions.accuracy:.2f}%",
-            "test accuracy",
-            f"{int(predictions.hits.sum()):,} of {len(predictions):,} images, {run.file}, epoch {run.epoch}",
-        )
-    ]
-    metrics = run.metrics
+    predictions, metrics = results.predictions, run.metrics
+    tiles = _accuracies(run, predictions)
     if metrics:
-        best = max(metrics, key=lambda m: float(m["test_accuracy"]))
         planned = run.config.train.epochs
-        tiles.append(
-            (
-                f"{best['test_accuracy']:.2f}%",
-                "best epoch",
-                f"epoch {best['epoch']}; last {metrics[-1]['test_accuracy']:.2f}%",
-            )
-        )
         cut = "" if len(metrics) >= planned else " (interrupted, or still running)"
         tiles.append(
             (f"{len(metrics)} of {planned}", "epochs finished", f"batches of {run.config.train.batch_size:,}{cut}")
@@ -240,7 +231,7 @@ def headline(run: LoadedRun, results: Results) -> list[tuple[str, str, str]]:
         rate = sum(float(m["seconds"]) * float(m["images_per_second"]) for m in metrics) / seconds
         device = run.environment.get("device_name") or run.environment.get("device", "unknown device")
         tiles.append((duration(seconds), "training time", f"{rate:,.0f} images/s on {device}, evaluation apart"))
-        for measure in recorded(list(metrics[-1]))[1:]:
+        for measure in recorded(metrics[-1])[1:]:
             accuracy = metrics[-1][f"{measure.key}_accuracy"]
             tiles.append((f"{accuracy:.2f}%", measure.kind, f"{measure.split} accuracy at the end"))
     tiles.append((f"{predictions.losses.mean():.4f}", "test loss", "mean cross-entropy, nats"))
@@ -269,121 +260,98 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, object]]
     return rows
 
 
-STYLE = """
-:root { color-scheme: light dark; --text: #1b1b1b; --soft: #5a5a5a; --page: #fafafa; --card: #ffffff; --line: #dcdcdc;
-  --wrong: #b34700; --right: #00609a; }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #ececec; --soft: #a8a8a8; --page: #16181b; --card: #212429; --line: #3a3f46;
-    --wrong: #ff9a52; --right: #6cc0f5; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--page); color: var(--text);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; margin: .5rem 0 0; } h2 { font-size: 1.2rem; margin: 2rem 0 .3rem; }
-p { margin: .3rem 0 .8rem; } .soft { color: var(--soft); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 10.5rem), 1fr)); gap: .7rem; margin: 1rem 0; }
-.tile { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .7rem .8rem; }
-.tile b { display: block; font-size: 1.35rem; line-height: 1.25; } .tile span { display: block; }
-.tile small { color: var(--soft); display: block; line-height: 1.3; margin-top: .2rem; }
-figure { margin: 0 0 1rem; } figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; background: #fff;
-  border: 1px solid var(--line); border-radius: .6rem; padding: .4rem; }
-.worst { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.6rem, 1fr)); gap: .6rem; }
-.worst div { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .4rem; font-size: .78rem;
-  line-height: 1.3; text-align: center; }
-.worst img { width: 96px; height: 96px; max-width: 100%; image-rendering: pixelated; display: block; margin: 0 auto .3rem; }
-.wrong { color: var(--wrong); font-weight: 600; } .right { color: var(--right); }
-.scroll, figure { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; background: var(--card); }
-th, td { border: 1px solid var(--line); padding: .2rem .6rem; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-table.pairs th, table.pairs td { text-align: left; vertical-align: top; }
-/* on a phone a picture keeps a readable size and is pushed sideways */
-@media (max-width: 42rem) { figure img { max-width: none; width: 44rem; } }
-details { margin: .6rem 0; } summary { cursor: pointer; font-weight: 600; }
-ul.notes { padding-left: 1.2rem; } code { font-size: .92em; }
-"""
+@dataclass(frozen=True)
+class _Picture:
+    """A place in the report: `image` is a data URI; without one, `missing` says why, or the place stays out."""
+
+    name: str
+    heading: str
+    reading: str
+    image: str | None
+    missing: str | None
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A test image as the report shows it."""
+
+    image: str  # data URI
+    index: int
+    right: bool
+    said: str
+    confidence: str
+    true: str
+    loss: str
 
 
 def render(run: LoadedRun, results: Results, folder: Path) -> str:
-    """report.html: one file that needs nothing else, every text in it escaped."""
+    """report.html: one file that needs nothing else. The template escapes every text that is put into it."""
     predictions, names = results.predictions, run.class_names
-    title = f"Run {run.name}"
-    parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        # nothing is fetched and nothing runs, whatever a name may hold
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-        f"<title>{_e(title)}</title><style>{STYLE}</style></head><body>",
-        f"<h1>{_e(title)}</h1>",
-        f'<p class="soft">{_e(run.config.data.name)}, {len(names)} classes, {len(run.dataset.train):,} training and '
-        f"{len(predictions):,} test images of {run.dataset.test.height} x {run.dataset.test.width}; CustomResNet of width "
-        f"{run.config.net.width}. {_e(results.agreement[:1].upper() + results.agreement[1:])}.</p>",
-    ]
-    if run.notes:
-        parts.append('<ul class="notes">' + "".join(f"<li>{_e(note)}</li>" for note in run.notes) + "</ul>")
-    parts.append('<div class="tiles">')
-    for figure, what, note in headline(run, results):
-        parts.append(f'<div class="tile"><b>{_e(figure)}</b><span>{_e(what)}</span><small>{_e(note)}</small></div>')
-    parts.append("</div>")
-    for name, (heading, reading) in PICTURES.items():
-        path = folder / name
-        if name in results.drawn and path.exists():
-            parts.append(
-                f'<h2>{_e(heading)}</h2><p class="soft">{_e(reading)}</p><figure><img src="{_data_uri(path.read_bytes())}" '
-                f'alt="{_e(heading)}"></figure>'
-            )
-        elif name in results.missing:
-            parts.append(f'<h2>{_e(heading)}</h2><p class="soft">Not drawn: {_e(results.missing[name])}</p>')
-        if name == "misclassified.png":
-            parts.append(_worst(run, predictions))
-        if name == "confusion_matrix.png" and (pairs := most_confused(results.counts)):
-            confused = [(names[true], names[said], f"{images:,}") for true, said, images in pairs]
-            parts.append(_table(["is", "taken for", "images"], confused))
-        if name == "per_class.png":
-            scores = [
-                (s.name, f"{100 * s.precision:.2f}", f"{100 * s.recall:.2f}", f"{100 * s.f1:.2f}", f"{s.support:,}")
-                for s in results.scores
-            ]
-            table = _table(["class", "precision %", "recall %", "F1 %", "images"], scores)
-            parts.append(f"<details><summary>All classes as a table</summary>{table}</details>")
-    parts.append(
-        '<h2>Recipe</h2><p class="soft">Everything resolved, as in config.yaml: the run can be repeated from it.</p>'
+    recipe = {
+        section: [(key, "null" if value is None else value) for key, value in keys.items()]
+        for section, keys in to_dict(run.config).items()
+    }
+    return _template().render(
+        policy=POLICY,
+        title=f"Run {run.name}",
+        description=(
+            f"{run.config.data.name}, {len(names)} classes, {len(run.dataset.train):,} training and {len(predictions):,} "
+            f"test images of {run.dataset.test.height} x {run.dataset.test.width}; CustomResNet of width "
+            f"{run.config.net.width}. {results.agreement[:1].upper() + results.agreement[1:]}."
+        ),
+        notes=run.notes,
+        tiles=headline(run, results),
+        pictures=[_picture(name, results, folder) for name in PICTURES],
+        worst=_worst(run, predictions),
+        confused=[(names[true], names[said], f"{images:,}") for true, said, images in most_confused(results.counts)],
+        classes=[
+            (s.name, f"{100 * s.precision:.2f}", f"{100 * s.recall:.2f}", f"{100 * s.f1:.2f}", f"{s.support:,}")
+            for s in results.scores
+        ],
+        recipe=recipe,
+        environment=_flatten(run.environment) or [("environment.json", "is not there")],
+        summary=_flatten(run.summary),
+        path=run.path.resolve(),
     )
-    for section, keys in to_dict(run.config).items():
-        rows = [(key, "null" if value is None else value) for key, value in keys.items()]
-        parts.append(f"<details><summary>{_e(section)}</summary>{_table(['key', 'value'], rows, 'pairs')}</details>")
-    parts.append('<h2>Environment</h2><p class="soft">What the figures depend on beside the recipe.</p>')
-    environment = _flatten(run.environment) or [("environment.json", "is not there")]
-    seconds = _flatten(run.summary)
-    parts.append(
-        f"<details><summary>Machine and versions</summary>{_table(['key', 'value'], environment, 'pairs')}</details>"
-    )
-    if seconds:
-        parts.append(
-            f"<details><summary>Summary of the run</summary>{_table(['key', 'value'], seconds, 'pairs')}</details>"
-        )
-    parts.append(f'<p class="soft">{_e(run.path.resolve())}</p></body></html>\n')
-    return "\n".join(parts)
 
 
-def _worst(run: LoadedRun, predictions: Predictions) -> str:
+def _template() -> Template:
+    """analysis/templates/report.html.jinja, with its style file."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("report.html.jinja")
+
+
+def _picture(name: str, results: Results, folder: Path) -> _Picture:
+    path = folder / name
+    there = name in results.drawn and path.exists()
+    return _Picture(name, *PICTURES[name], _data_uri(path.read_bytes()) if there else None, results.missing.get(name))
+
+
+def _worst(run: LoadedRun, predictions: Predictions) -> list[_Answer]:
     """The images of the highest losses, whether the answer was wrong or barely right."""
-    chosen = worst_first(predictions, wrong_only=False)[:WORST]
     images, names = run.dataset.test.images, run.class_names
-    cells = []
-    for index in chosen:
+    answers = []
+    for index in worst_first(predictions, wrong_only=False)[:WORST]:
         said, true = int(predictions.predicted[index]), int(predictions.labels[index])
-        css = "right" if said == true else "wrong"
-        cells.append(
-            f'<div><img src="{_tiny_png(images[index])}" alt="test image {index}" width="32" height="32">'
-            f'<span class="{css}">{_e(names[said])} {_e(percent(float(predictions.confidence[index])))}</span><br>'
-            f'<span class="right">is {_e(names[true])}</span><br><span class="soft">no. {index}, loss '
-            f"{predictions.losses[index]:.2f}</span></div>"
+        answers.append(
+            _Answer(
+                image=_tiny_png(images[index]),
+                index=int(index),
+                right=said == true,
+                said=names[said],
+                confidence=percent(float(predictions.confidence[index])),
+                true=names[true],
+                loss=f"{predictions.losses[index]:.2f}",
+            )
         )
-    return (
-        f'<h2>The worst {len(chosen)} test images</h2><p class="soft">Highest loss first: the answer with its confidence, the '
-        f'truth, the place in the test set (counted from 0) and the loss.</p><div class="worst">{"".join(cells)}</div>'
-    )
+    return answers
 
 
 def main(arguments: list[str] | None = None) -> int:

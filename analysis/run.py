@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,18 +18,17 @@ from dali_pipeline.dataset import DataError, Dataset
 from dali_pipeline.errors import UserError
 from net.interface import Network
 from net.options import NetOptions
-from train.config import Config, ConfigError, from_dict, load_config
+from train.config import Config, ConfigError, from_record, load_config
 from train.disk.folder import own_folder, read_metrics
 from train.disk.snapshot import Snapshot, load_snapshot
 from train.machine.runtime import Runtime, RuntimeUnavailable, prepare
+from train.step.measures import recorded
 
 Item = TypeVar("Item")
 Say = Callable[[str], None]
 
 # what the curves and the report read of a line of metrics.jsonl
-MEASURED = {
-    "epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds", "images_per_second",
-}  # fmt: skip
+MEASURED = {"epoch", "lr", "train_loss", "train_accuracy", "seconds", "images_per_second"}
 
 
 class AnalysisError(UserError):
@@ -72,7 +71,12 @@ class LoadedRun:
 
     @property
     def recorded_accuracy(self) -> float | None:
-        return None if self.step else self.snapshot.test_accuracy
+        if self.step:
+            return None
+        if self.snapshot.test_accuracy is None:  # chosen on a validation split: measured once, at the end
+            at_end = self.summary.get("test", {}).get(self.file, {})
+            return float(at_end["accuracy"]) if at_end.get("epoch") == self.epoch else None
+        return self.snapshot.test_accuracy
 
     @property
     def dataset(self) -> Dataset:
@@ -137,7 +141,7 @@ def load_run(
     where = f"{path / file}"
     snapshot = load_snapshot(where)
     try:
-        config = from_dict(snapshot.config)
+        config = from_record(snapshot.config, lambda note: notes.append(f"{file}: {note}"))
     except ConfigError as error:
         raise AnalysisError(f"{where}: holds no recipe that this version reads: {error}") from None
     _check_recipe(path, file, config)
@@ -230,7 +234,7 @@ def _metrics(path: Path, snapshot: Snapshot, notes: list[str]) -> list[dict[str,
     try:
         records = read_metrics(path / "metrics.jsonl")
         for number, record in enumerate(records, 1):
-            if not isinstance(record, dict) or not set(record) >= MEASURED:
+            if not isinstance(record, dict) or not set(record) >= MEASURED or not recorded(record):
                 raise ValueError(f"line {number} is no epoch")
         return records
     except FileNotFoundError:
@@ -303,6 +307,25 @@ def _load_data(
             f"{_triple(dataset.mean)}, the run's {_triple(snapshot.data.mean)}); images are normalised as in the run"
         )
     return dataset
+
+
+def with_data(run: LoadedRun, data_root: str | Path | None = None, download: bool = False) -> LoadedRun:
+    """A run that was loaded without its data, with them. Raises AnalysisError or DataError."""
+    if run.data is not None:
+        return run
+    data = _load_data(run.config, run.snapshot, f"{run.path / run.file}", data_root, download, run.notes)
+    return replace(run, data=data)
+
+
+def averaged_network(run: LoadedRun) -> Network:
+    """The average of the weights (train.ema_decay), as `run.net` is: in fp32 and eval mode, on the run's device."""
+    assert run.snapshot.ema is not None, "the run kept no average"
+    prefix = "module."  # of WeightAverage, beside which only its counter lies
+    state = {name.removeprefix(prefix): value for name, value in run.snapshot.ema.items() if name.startswith(prefix)}
+    net = _build_net(state, len(run.class_names), run.config.net, f"{run.path / run.file}")
+    if run.runtime.channels_last:
+        net = net.to(memory_format=torch.channels_last)
+    return net.to(run.runtime.device).eval()
 
 
 def _triple(values: Sequence[float]) -> str:

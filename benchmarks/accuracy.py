@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 KIND = "accuracy"
 BEGIN = '{"recipe": '  # of the file of finished runs
 TARGET = 94.0  # percent; what the field's times are given for
+CALLED = {"tta_accuracy": "with flip TTA", "ema_accuracy": "EMA", "ema_tta_accuracy": "EMA, flip TTA"}
 COVERS = {
     "lr_search": "the range test, where the recipe asks for one",
     "training": "the epochs: input, augmentation, steps, and whatever the host did meanwhile",
@@ -49,6 +50,13 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("config", help="the recipe, a YAML file of configs/")
     result.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the recipe")
     result.add_argument("--runs", type=int, required=True, metavar="N", help="how many seeds, counted from train.seed")
+    result.add_argument(
+        "--on",
+        choices=("test", "validation"),
+        default="test",
+        help="what to measure: the test set (default), or to choose between recipes without it the images that "
+        "data.validation= holds out",
+    )
     result.add_argument("--finished", type=Path, metavar="FILE", help="JSONL of the runs (runs/accuracy/RECIPE.jsonl)")
     result.add_argument("--json", type=Path, metavar="FILE", help="write the last line of the output here too")
     return result
@@ -67,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log = Log()
     finished = options.finished or Path("runs/accuracy") / f"{Path(options.config).stem}.jsonl"
     with explained(log) as outcome:
-        report = measure(load_config(options.config, options.overrides), options.runs, finished, log)
+        report = measure(load_config(options.config, options.overrides), options.runs, finished, log, options.on)
         report["command"] = command("accuracy", sys.argv[1:] if arguments is None else arguments)
         for line in lines(report):
             print(line)
@@ -77,13 +85,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return outcome.code
 
 
-def measure(config: Config, runs: int, finished: Path, log: Callable[[str], None]) -> dict[str, Any]:
-    """Do the runs that are missing in `finished`, and give the report over all `runs`."""
-    from train.config import to_dict
+def measure(config: Config, runs: int, finished: Path, log: Callable[[str], None], on: str = "test") -> dict[str, Any]:
+    """Do the runs that are missing in `finished`, and give the report over all `runs`, measured `on` this split."""
+    from train.config import ConfigError, to_dict
     from train.screen.log import Log
     from train.session import Session
 
-    recipe = to_dict(config)
+    if on == "validation" and config.data.validation is None:
+        raise ConfigError("--on validation: no images are held out; add data.validation=5000, or another number")
+    recipe = comparable(to_dict(config), on)
     first = config.train.seed
     done = read_finished(finished, recipe)
     missing = [seed for seed in range(first, first + runs) if seed not in done]
@@ -91,9 +101,9 @@ def measure(config: Config, runs: int, finished: Path, log: Callable[[str], None
         log(f"{finished}: {len(done)} finished runs, {len(missing)} to go")
     if missing:
         with Session(config, Log(quiet=True)) as session:
-            campaign = Campaign(session)
+            campaign = Campaign(session, on)
             environment = campaign.environment()
-            append(finished, {"recipe": comparable(recipe), "environment": environment}, only_first=True)
+            append(finished, {"recipe": recipe, "environment": environment}, only_first=True)
             check_same_machine(finished, environment)
             for seed in missing:
                 done[seed] = campaign.run(seed)
@@ -103,27 +113,29 @@ def measure(config: Config, runs: int, finished: Path, log: Callable[[str], None
                     f"seed {seed}: {record['accuracy']:.2f}%, flip TTA {record['tta_accuracy']:.2f}%, "
                     f"training {record['seconds']['training']:.1f} s"
                 )
-    return summarise(
-        [done[seed] for seed in range(first, first + runs)], comparable(recipe), read_environment(finished)
-    )
+    return summarise([done[seed] for seed in range(first, first + runs)], recipe, read_environment(finished))
 
 
-def comparable(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe without the keys that change nothing, and without the seed, which is counted up."""
+def comparable(recipe: dict[str, Any], on: str = "test") -> dict[str, Any]:
+    """The recipe without the keys that change nothing, and without the seed, which is counted up; and what is measured,
+    where that is not the test set."""
     from train.config import changes
 
     def matters(name: str) -> bool:
         return changes(name) != "nothing" and name != "train.seed"
 
-    return {
+    kept = {
         section: {key: value for key, value in keys.items() if matters(f"{section}.{key}")}
         for section, keys in recipe.items()
     }
+    return kept if on == "test" else kept | {"measured": {"on": on}}
 
 
 def read_finished(path: Path, recipe: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """The finished runs by seed; a last line that was cut off is removed. RecipeChanged where another recipe wrote them, or
     another program."""
+    from train.config import own_keys
+
     if not path.exists():
         return {}
     text = path.read_text(encoding="utf-8")
@@ -136,19 +148,21 @@ def read_finished(path: Path, recipe: dict[str, Any]) -> dict[int, dict[str, Any
         return {}
     if torn:
         path.write_text(whole + "\n", encoding="utf-8")
-    then, now = records[0]["recipe"], comparable(recipe)
-    if then != now:
-        changed = [
-            f"{section}.{key}: {then.get(section, {}).get(key)} -> {value}"
-            for section, keys in now.items()
-            for key, value in keys.items()
-            if then.get(section, {}).get(key) != value
-        ]
+    # a key that only one of them knows counts as null there: earlier versions had fewer, and those of other data sets too
+    then, now = flat(own_keys(records[0]["recipe"])[0]), flat(recipe)
+    names = [*now, *(name for name in then if name not in now)]
+    changed = [f"{name}: {then.get(name)} -> {now.get(name)}" for name in names if then.get(name) != now.get(name)]
+    if changed:
         raise RecipeChanged(
-            f"{path} holds runs of another recipe ({'; '.join(changed) or 'keys differ'}); go on with that one, or name "
+            f"{path} holds runs of another recipe ({'; '.join(changed)}); go on with that one, or name "
             "another file with --finished"
         )
     return {record["seed"]: record for record in records[1:]}
+
+
+def flat(recipe: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """By section.key."""
+    return {f"{section}.{key}": value for section, keys in recipe.items() for key, value in keys.items()}
 
 
 def read_environment(path: Path) -> dict[str, Any]:
@@ -190,7 +204,7 @@ def append(path: Path, record: dict[str, Any], only_first: bool = False) -> None
 class Campaign:
     """The trainer of an open session, compiled once, for any number of seeds."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, on: str = "test") -> None:
         from benchmarks.measure import reset_device_peak
         from train.step.measures import Measure
         from train.step.steps import EvalStep
@@ -201,10 +215,12 @@ class Campaign:
         reset_device_peak(session.runtime.device)
         session.warm_up()
         self.trainer, runtime, dataset = session.trainer, session.runtime, session.dataset
-        # measured once, after the training, where the recipe does not measure it after each epoch
-        self._tta = Measure(views="tta")
+        self.on = on
+        self._each_epoch = on == self.trainer.measures[0].split
+        # measured once, after the training, where the recipe does not measure it itself
+        self._tta = Measure(on, views="tta")
         self._tta_step: EvalStep | None = None
-        if self._tta not in self.trainer.measures:
+        if not session.config.train.tta:
             self._tta_step = EvalStep(
                 self.trainer.net,
                 dataset.mean,
@@ -222,7 +238,12 @@ class Campaign:
     def _measure_tta(self, step: EvalStep) -> float:
         from train.step.evaluation import evaluate
 
-        (score,) = evaluate(step, self.trainer.eval_loaders[self._tta.split]).scores
+        loader = self.trainer.eval_loader if self._each_epoch else self.trainer.make_eval_loader(self.on)
+        try:
+            (score,) = evaluate(step, loader).scores
+        finally:
+            if not self._each_epoch:
+                loader.close()
         return score.accuracy
 
     def environment(self) -> dict[str, Any]:
@@ -254,7 +275,14 @@ class Campaign:
         position = Position()
         Run(session, schedule, None, position, notice).train()
         last = position.metrics[-1]
-        accuracies = {accuracy_name(measure): last[f"{measure.key}_accuracy"] for measure in trainer.measures}
+        if self._each_epoch:
+            accuracies = {accuracy_name(measure): last[f"{measure.key}_accuracy"] for measure in trainer.measures}
+            loss = last[f"{self.on}_loss"]
+        else:  # once, with the weights of the last epoch
+            with times.on("evaluation", device):
+                scores = trainer.evaluate_test()
+            accuracies = {accuracy_name(measure): score.accuracy for measure, score in scores.items()}
+            loss = next(iter(scores.values())).loss
         seconds = {"lr_search": times.lr_search, "training": times.training, "evaluation": times.evaluation, "tta": 0.0}
         if self._tta_step is not None:
             tta_times = Times()
@@ -264,7 +292,7 @@ class Campaign:
         return {
             "seed": seed,
             **accuracies,
-            "test_loss": last["test_loss"],
+            f"{self.on}_loss": loss,
             "lr_max": rates.lr_max,
             "lr_min": rates.lr_min,
             "device_peak_gib": device_peak_gib(device),  # since before the warm-up
@@ -278,19 +306,21 @@ class Campaign:
 
 
 def accuracy_name(measure: Measure) -> str:
-    """What a record calls it: accuracy, tta_accuracy, ema_accuracy. As in metrics.jsonl, without the name of the test set."""
-    key = replace(measure, split="" if measure.split == "test" else measure.split).key
+    """What a record calls it: accuracy, tta_accuracy, ema_accuracy. As in metrics.jsonl, without the name of the split."""
+    key = replace(measure, split="").key
     return f"{key}_accuracy" if key else "accuracy"
 
 
 def time_to(metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    """When the test accuracy first was TARGET: the epoch, the training seconds until its end, and with all evaluations
-    until then; None where it never was."""
+    """When the accuracy after an epoch (of the validation split, where there is one) first was TARGET: the epoch, the training
+    seconds until its end, and with all evaluations until then; None where it never was."""
+    from train.step.measures import recorded
+
     training = evaluation = 0.0
     for epoch in metrics:
         training += epoch["seconds"]
         evaluation += epoch["eval_seconds"]
-        if epoch["test_accuracy"] >= TARGET:
+        if epoch[f"{recorded(epoch)[0].key}_accuracy"] >= TARGET:
             return {
                 "epoch_of_94": epoch["epoch"],
                 "training_seconds_to_94": training,
@@ -313,6 +343,7 @@ def summarise(
     reached = [r["seconds_to_94"] for r in records if r["seconds_to_94"] is not None]
     trained = [r["training_seconds_to_94"] for r in records if r["training_seconds_to_94"] is not None]
     environment = environment or {}
+    accuracies = [name for name in records[0] if name.endswith("accuracy") and all(name in r for r in records)]
     return {
         "kind": KIND,
         "command": "",
@@ -321,8 +352,8 @@ def summarise(
         "versions": environment.get("versions"),
         "commit": environment.get("commit") or git_commit(),
         "runs": len(records),
-        "accuracy": statistic([r["accuracy"] for r in records]),
-        "tta_accuracy": statistic([r["tta_accuracy"] for r in records]),
+        "on": recipe.get("measured", {}).get("on", "test"),
+        **{name: statistic([r[name] for r in records]) for name in accuracies},
         "seconds": {name: statistic([r["seconds"][name] for r in records]) for name in records[0]["seconds"]},
         "covers": COVERS,
         "once_seconds": environment.get("once_seconds"),
@@ -344,11 +375,12 @@ def lines(report: dict[str, Any]) -> list[str]:
             return f"{found['mean']:.2f}% (n = 1)"
         return f"{found['mean']:.2f}% +- {found['interval95']:.2f} (95%, n = {found['n']}), std {found['std']:.2f}"
 
+    what = report.get("on", "test")
     seconds = report["seconds"]
     result = [
         "",
-        f"accuracy            {accuracy('accuracy')}",
-        f"with flip TTA       {accuracy('tta_accuracy')}",
+        f"{f'{what} accuracy':<19} {accuracy('accuracy')}",
+        *(f"{CALLED.get(name, name):<19} {accuracy(name)}" for name in report if name.endswith("_accuracy")),
         f"time of a run       {sum(seconds[name]['mean'] for name in seconds):.1f} s: "
         + ", ".join(f"{name.replace('_', ' ')} {seconds[name]['mean']:.1f} s" for name in seconds),
         f"                    not in it: {COVERS['once']}",

@@ -24,7 +24,8 @@ if __name__ == "__main__":  # instead of this folder, whose files could hide pac
 
 from benchmarks.outcome import explained
 from dali_pipeline import sources
-from dali_pipeline.dali_graph import DaliGraph, backend_of, device_id, import_dali
+from dali_pipeline.dali import backend_of, device_id, import_dali
+from dali_pipeline.dali_graph import DaliGraph
 from dali_pipeline.dataset import Split
 from dali_pipeline.feed import FeedOrder
 from dali_pipeline.layout import resident_windows

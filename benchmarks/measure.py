@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from scipy import stats
 
 
 class CannotMeasure(Exception):
@@ -30,7 +32,8 @@ class Rate:
     @property
     def spread(self) -> float:
         """Distance between the first and the third quartile; half of the samples lie within it."""
-        return quantile(self.samples, 0.75) - quantile(self.samples, 0.25)
+        first, third = np.quantile(self.samples, (0.25, 0.75))
+        return float(third - first)
 
     def record(self) -> dict[str, Any]:
         samples = [float(f"{sample:.5g}") for sample in self.samples]
@@ -41,15 +44,6 @@ class Rate:
         if len(self.samples) != len(other.samples):
             raise ValueError(f"{len(self.samples)} samples do not pair with {len(other.samples)}")
         return statistics.median(a / b for a, b in zip(self.samples, other.samples, strict=True))
-
-
-def quantile(samples: Sequence[float], q: float) -> float:
-    """Linear interpolation between order statistics, as numpy's default."""
-    ordered = sorted(samples)
-    place = q * (len(ordered) - 1)
-    below = math.floor(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
 
 
 class Sampled(Protocol):
@@ -174,30 +168,5 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None, flo
     if len(values) < 2:
         return mean, None, None
     deviation = statistics.stdev(values)
-    return mean, deviation, student_t(len(values) - 1) * deviation / math.sqrt(len(values))
-
-
-def student_t(freedom: int, inside: float = 0.95) -> float:
-    """The t with probability `inside` between -t and t, for a whole number of degrees of freedom."""
-    if freedom < 1:
-        raise ValueError(f"{freedom} degrees of freedom, expected 1 or more")
-    low, high = 0.0, 1e6
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _between(middle, freedom) < inside else (low, middle)
-    return (low + high) / 2
-
-
-def _between(t: float, freedom: int) -> float:
-    """Probability between -t and t: the finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(freedom))
-    squared = math.cos(angle) ** 2
-    odd = freedom % 2
-    term = math.cos(angle) if odd else 1.0
-    total = 0.0
-    for k in range(1 + odd, freedom, 2):
-        total += term
-        term *= squared * k / (k + 1)
-    if odd:
-        return 2 / math.pi * (angle + math.sin(angle) * total)
-    return math.sin(angle) * total
+    half_width = stats.t.ppf(0.975, len(values) - 1) * deviation / math.sqrt(len(values))
+    return mean, deviation, float(half_width)

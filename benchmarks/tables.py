@@ -1,4 +1,4 @@
-"""The tables of the README from the files in benchmarks/results/.
+"""The tables of docs/throughput.md and of the README from the files in benchmarks/results/.
 
 python benchmarks/tables.py [--check]
 """
@@ -26,17 +26,24 @@ def load_results(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any
     return of_kind["throughput"], of_kind["accuracy"]
 
 
-def tables(folder: Path) -> str:
-    """The block between the two markers, markers included."""
-    throughput, accuracy = load_results(folder)
-    parts = [BEGIN]
-    if throughput:
-        parts += ["", *throughput_table(throughput)]
-    if accuracy:
-        parts += ["", *accuracy_table(accuracy)]
-    if len(parts) == 1:
-        parts += ["", "Nothing has been measured yet."]
-    return "\n".join([*parts, "", END])
+def throughput_block(folder: Path) -> str:
+    """What docs/throughput.md has between the two markers, markers included."""
+    reports, _ = load_results(folder)
+    return _block(throughput_table(reports) if reports else [])
+
+
+def accuracy_block(folder: Path) -> str:
+    """The same of the README."""
+    _, reports = load_results(folder)
+    return _block(accuracy_table(reports) if reports else [])
+
+
+# by document, what makes its block
+BLOCKS = {"docs/throughput.md": throughput_block, "README.md": accuracy_block}
+
+
+def _block(rows: list[str]) -> str:
+    return "\n".join([BEGIN, "", *rows, "", END] if rows else [BEGIN, END])
 
 
 def throughput_table(reports: list[dict[str, Any]]) -> list[str]:
@@ -183,28 +190,29 @@ def _label(name: str) -> str:
     return name.replace("albumentations_", "DataLoader, albumentations, ").replace("_", " ").replace(",  ", ", ")
 
 
-def replaced(readme: str, block: str) -> str:
-    """The README with the block in place of the one between the markers."""
-    before, begin, rest = readme.partition(BEGIN)
+def replaced(text: str, block: str) -> str:
+    """A document with the block in place of the one between the markers."""
+    before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README.md has no {BEGIN} ... {END}")
+        raise ValueError(f"no {BEGIN} ... {END}")
     return before + block + after
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where the README is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a document is out of date")
     options = parser.parse_args()
-    path = ROOT / "README.md"
-    before = path.read_text(encoding="utf-8")
-    after = replaced(before, tables(ROOT / "benchmarks" / "results"))
-    if options.check:
-        if after != before:
-            print("README.md is not what benchmarks/tables.py makes", file=sys.stderr)
-        return int(after != before)
-    path.write_text(after, encoding="utf-8")
-    return 0
+    outdated = False
+    for name, block in BLOCKS.items():
+        before = (ROOT / name).read_text(encoding="utf-8")
+        after = replaced(before, block(ROOT / "benchmarks" / "results"))
+        if after != before and options.check:
+            print(f"{name} is not what benchmarks/tables.py makes", file=sys.stderr)
+            outdated = True
+        elif after != before:
+            (ROOT / name).write_text(after, encoding="utf-8")
+    return int(outdated)
 
 
 if __name__ == "__main__":

@@ -110,12 +110,13 @@ def recipe(options: argparse.Namespace) -> Config:
         "data.name": "cifar10" if options.data_root else "synthetic",
         "data.root": options.data_root or "data",
         "data.download": "false",
-        "data.synthetic_count": "10000" if options.quick else "50000",
         "net.width": str(GPU_WIDTH if torch.cuda.is_available() else CPU_WIDTH),
         "schedule.lr_max": "0.1",
         "schedule.lr_min": "0.01",
     }
-    given = {word.partition("=")[0] for word in options.overrides}
+    given = dict(word.split("=", 1) for word in options.overrides if "=" in word)
+    if {**wanted, **given}["data.name"] == "synthetic":
+        wanted["data.synthetic_count"] = "10000" if options.quick else "50000"
     words = [f"{key}={value}" for key, value in wanted.items() if key not in given]
     config = load_config(options.config, [*words, *options.overrides])
     if options.peers is not False:

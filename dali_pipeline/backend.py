@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from dali_pipeline.dali_graph import DaliGraph, import_dali
+from dali_pipeline.dali import import_dali
+from dali_pipeline.dali_graph import DaliGraph
 from dali_pipeline.dataset import Split
 from dali_pipeline.errors import UserError
 from dali_pipeline.feed import FeedOrder
@@ -36,7 +37,7 @@ class BackendChoice:
 
 
 def choose_backend(requested: str, device: torch.device) -> BackendChoice:
-    """Resolves `data.backend` (auto, dali or torch) by running DALI's graph on small images on the device.
+    """Resolves `data.backend` (auto, dali or torch) by running DALI's graphs on small images on the device.
 
     auto takes DALI where that gives the right pixels, torch elsewhere. Raises BackendError for `dali` where it does not,
     ValueError for another name.
@@ -65,26 +66,30 @@ def choose_backend(requested: str, device: torch.device) -> BackendChoice:
 
 
 def probe(device: torch.device) -> str:
-    """DALI's version, once its graph has given on the device, image by image, the pixels that torch gives on the CPU.
+    """DALI's version, once its graphs have given on the device, image by image, the pixels that torch gives on the CPU.
 
-    Three batches of small random images, several to a picture, every augmentation on: as many as are prefetched and one
-    more. Raises WrongPixels where they differ; whatever else fails raises as it is.
+    The small random images come in planes, so that DALI decodes them too, with a black border and with a reflected one; then
+    three batches of them, several to a picture, every augmentation on: as many as are prefetched and one more. Raises
+    WrongPixels where they differ; whatever else fails raises as it is.
     """
     dali, _ = import_dali()
-    pixels = np.random.default_rng(0).integers(0, 256, (72, 8, 16, 3), dtype=np.uint8)
-    split = Split(pixels, np.zeros(len(pixels), np.int64))
-    order = FeedOrder(batch_size=24, augment=Augment(pad=2, cutout=4), fill=(1, 2, 3), device=device)
-    plan = draw_plan(0, 0, len(split), order.augment, (split.height, split.width))
-    batches = [plan.take(slice(start, start + 24)) for start in range(0, len(plan), 24)]
-    graph = DaliGraph(split, order, itertools.cycle(batches).__next__)
-    try:
-        got = torch.cat([graph.run().cpu() for _ in batches])
-    finally:
-        graph.close()
-    expected = TorchGraph(split, replace(order, device=torch.device("cpu")), lambda: plan).run()
-    wrong = int((got != expected).flatten(1).any(1).sum())
-    if wrong:
-        raise WrongPixels(f"{wrong} of {len(plan)} images differ from the reference")
+    pixels = np.random.default_rng(0).integers(0, 256, (72, 3, 8, 16), dtype=np.uint8)
+    split = Split(pixels, np.zeros(len(pixels), np.int64), planar=True)
+    for mode in ("zero", "reflect"):
+        order = FeedOrder(
+            batch_size=24, augment=Augment(pad=2, padding_mode=mode, cutout=4), fill=(1, 2, 3), device=device
+        )
+        plan = draw_plan(0, 0, len(split), order.augment, (split.height, split.width))
+        batches = [plan.take(slice(start, start + 24)) for start in range(0, len(plan), 24)]
+        graph = DaliGraph(split, order, itertools.cycle(batches).__next__)
+        try:
+            got = torch.cat([graph.run().cpu() for _ in batches])
+        finally:
+            graph.close()
+        expected = TorchGraph(split, replace(order, device=torch.device("cpu")), itertools.repeat(plan).__next__).run()
+        wrong = int((got != expected).flatten(1).any(1).sum())
+        if wrong:
+            raise WrongPixels(f"{wrong} of {len(plan)} images differ from the reference")
     return str(dali.__version__)
 
 

@@ -1,9 +1,10 @@
-"""A plan applied by NVIDIA DALI, on the GPU or on DALI's CPU backend; the only module that imports nvidia.dali.
+"""A plan applied by NVIDIA DALI, on the GPU or on DALI's CPU backend.
 
 DALI's cost at 32 x 32 is bookkeeping for each sample, so an image is no sample here: the data set lies on the device as
-a few tall pictures of images stacked on top of each other, and `multi_paste` builds a batch as a few tall pictures too,
-one pasted rectangle an image (dali_pipeline/layout.py draws them). That one operator gathers, flips (every image lies there
-mirrored as well), pads, crops and cuts out. benchmarks/dali_candidates.py measures it against other graphs.
+a few tall pictures of images stacked on top of each other, decoded once (dali_pipeline/dali_decode.py), and `multi_paste`
+builds a batch as a few tall pictures too, one pasted rectangle an image (dali_pipeline/layout.py draws them). That one operator
+gathers, flips (every image lies there mirrored as well), pads, crops and cuts out. benchmarks/dali_candidates.py measures it
+against other graphs.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dali_pipeline.dali import backend_of, device_id, import_dali
+from dali_pipeline.dali_decode import decode_images
 from dali_pipeline.dataset import Split
 from dali_pipeline.feed import FeedOrder
 from dali_pipeline.layout import MAX_PICTURES, TallPictures
 from dali_pipeline.plan import Plan
-from dali_pipeline.resident import resident_images
 
 PREFETCH_DEPTH = 2
 # DALI's GPU kernel copies a row in blocks of this many bytes, a byte a thread. Where a row's last block has fewer bytes than
@@ -33,11 +35,6 @@ MAX_PICTURE_BYTES = 2**31 - 1  # DALI's GPU kernel computes offsets within a pic
 
 class Unsupported(ValueError):
     """Images or batches of a shape that DALI cannot take; one line with the remedy."""
-
-
-def import_dali() -> tuple[Any, Any]:
-    """nvidia.dali and nvidia.dali.fn, imported when they are needed: they are large, and missing on some systems."""
-    return importlib.import_module("nvidia.dali"), importlib.import_module("nvidia.dali.fn")
 
 
 class DaliGraph:
@@ -85,7 +82,7 @@ class DaliGraph:
                 f"{count} images of {tall.pitch} x {width} in {tall.pictures} pictures exceed DALI's 2 GiB a picture; "
                 f"take a batch size divisible by {MAX_PICTURES}, or data.backend=torch"
             )
-        images = resident_images(
+        images = decode_images(
             split,
             self._device,
             border=tall.border,
@@ -166,15 +163,3 @@ def _build(
     else:
         pipe.feed_input("resident", resident.numpy(), layout="HWC")  # a CPU tensor makes DALI ask for a CUDA stream
     return pipe
-
-
-def device_id(device: torch.device) -> int | None:
-    """DALI's name for a torch device: the GPU's index, None for the CPU backend."""
-    if device.type != "cuda":
-        return None
-    return torch.cuda.current_device() if device.index is None else device.index
-
-
-def backend_of(device: torch.device) -> Literal["gpu", "cpu"]:
-    """DALI's name for the kind of a torch device."""
-    return "gpu" if device.type == "cuda" else "cpu"

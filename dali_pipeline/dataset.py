@@ -66,7 +66,7 @@ class Split:
     def fingerprint(self) -> str:
         """SHA-256, in hex, of the shape, the pixels and the labels: the same for either order of the axes."""
         digest = hashlib.sha256(f"{len(self)} x {self.height} x {self.width} x 3".encode())
-        for piece in _pieces(self, 1 << 22):
+        for piece in pieces(self, 1 << 22):
             digest.update(np.ascontiguousarray(piece).data)
         digest.update(np.ascontiguousarray(self.labels, "<i8").data)
         return digest.hexdigest()
@@ -77,8 +77,8 @@ def _hwc(split: Split) -> Pixels:
     return split.pixels.transpose(0, 2, 3, 1) if split.planar else split.pixels
 
 
-def _pieces(split: Split, size: int) -> Iterator[Pixels]:
-    """The images in order, (n, H, W, 3) views of at most `size` bytes or one image."""
+def pieces(split: Split, size: int) -> Iterator[Pixels]:
+    """The images of a split in order, (n, H, W, 3) views of at most `size` bytes or one image."""
     count = max(1, size // max(1, 3 * split.height * split.width))
     for start in range(0, len(split), count):
         yield _hwc(split)[start : start + count]
@@ -99,6 +99,14 @@ class Dataset:
     std: tuple[float, float, float]
     fill: tuple[int, int, int]
     source: str
+    validation: Split | None = None  # what a training may be chosen by
+    notes: tuple[str, ...] = ()  # what a user should know of these data
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """By name: train, validation where there is one, test."""
+        named = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: split for name, split in named.items() if split is not None}
 
     @property
     def num_classes(self) -> int:
@@ -113,7 +121,15 @@ class Dataset:
         return self.train.width
 
 
-def with_statistics(name: str, train: Split, test: Split, class_names: tuple[str, ...], source: str) -> Dataset:
+def with_statistics(
+    name: str,
+    train: Split,
+    test: Split,
+    class_names: tuple[str, ...],
+    source: str,
+    *,
+    validation: Split | None = None,
+) -> Dataset:
     """The data set with mean, standard deviation and fill colour of its training pixels.
 
     Computed in integers up to the last root, so that nothing cancels. Raises DataError where a channel has one value only.
@@ -137,6 +153,7 @@ def with_statistics(name: str, train: Split, test: Split, class_names: tuple[str
         std=(std[0], std[1], std[2]),
         fill=(round(mean[0]), round(mean[1]), round(mean[2])),
         source=source,
+        validation=validation,
     )
 
 
@@ -144,7 +161,7 @@ def channel_histogram(split: Split) -> npt.NDArray[np.int64]:
     """(3, 256): how often each value occurs in each channel."""
     histogram = np.zeros((3, 256), np.int64)
     # bincount widens what it is given to 8 bytes a value: in pieces small enough for the processor's cache
-    for piece in _pieces(split, 3 << 19):
+    for piece in pieces(split, 3 << 19):
         for channel in range(3):
             histogram[channel] += np.bincount(piece[..., channel].ravel(), minlength=256)
     return histogram

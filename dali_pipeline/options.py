@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 
 def key(default: Any, help: str, **about: Any) -> Any:
-    """A field with its meaning, its range (`at_least`, `at_most`, `above`, `below`) and what another value `changes`
-    of a run: its "result" (where nothing is said), its "rounding", its "speed", or "nothing"."""
+    """A field with its meaning, its range (`at_least` or `above`, and `at_most` or `below`; for text a `pattern`) and what
+    another value `changes` of a run: its "result" (where nothing is said), its "rounding", its "speed", or "nothing"."""
     return field(default=default, metadata={"help": help, **about})
 
 
@@ -23,4 +23,10 @@ class DataOptions:
     )
     backend: Literal["auto", "dali", "torch"] = key(
         "auto", "input pipeline; auto takes DALI wherever it gives the right pixels", changes="speed"
+    )
+    validation: int | float | None = key(
+        None,
+        "training images held out to choose best.pt by: a fraction (0.1) or a count (5000); null holds out none",
+        above=0.0,
+        at_most=10**9,
     )

@@ -29,7 +29,12 @@ class Augment:
     pad: int = key(4, "pixels of padding on each side", at_least=0, at_most=32)
     padding_mode: Literal["zero", "reflect"] = key("zero", "what the padding holds: black, or the image reflected")
     flip: bool = key(True, "mirror left-right with probability 1/2")
-    cutout: int = key(8, "side of the square painted in the mean colour (arXiv:1708.04552); 0 turns it off", at_least=0)
+    cutout: int = key(
+        8,
+        "side of the square painted in the mean colour (arXiv:1708.04552); 0 turns it off",
+        at_least=0,
+        at_most=1024,  # the side of the largest images
+    )
 
     def __post_init__(self) -> None:
         if self.pad < 0:

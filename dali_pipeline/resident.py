@@ -1,4 +1,7 @@
-"""The images of a split on the device, decoded, padded and mirrored once: what both graphs gather from."""
+"""The images of a split on the device, by torch: decoded, padded and mirrored once, at the start, on the device, not per batch.
+
+dali_pipeline/dali_decode.py does the same by DALI, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,14 @@ def upload(array: npt.NDArray[np.uint8 | np.int64], device: torch.device) -> Ten
     return tensor if device.type == "cpu" else tensor.contiguous().to(device)
 
 
+def empty_slots(split: Split, device: torch.device, *, border: int, mirrored: bool, slots: int | None) -> Tensor:
+    """Black slots (slots, H + 2*border, W + 2*border, 3) uint8 on the device; by default as many as there are images,
+    the mirrored ones included."""
+    used = len(split) * (2 if mirrored else 1)
+    shape = (used if slots is None else slots, split.height + 2 * border, split.width + 2 * border, 3)
+    return torch.zeros(shape, dtype=torch.uint8, device=device)
+
+
 def resident_images(
     split: Split,
     device: torch.device,
@@ -38,14 +49,11 @@ def resident_images(
     """The images as (slots, H + 2*border, W + 2*border, 3) uint8 on the device.
 
     The border is black, or the image reflected without its edge. `mirrored` appends every image once more, flipped left
-    to right, from slot N on. Slots beyond the images are black. This is torch rather than DALI because it happens once
-    a run, as a few copies, where DALI would do its bookkeeping for each of 50,000 samples.
+    to right, from slot N on. Slots beyond the images are black.
     """
     pixels = upload(split.pixels, device)
     num_images, height, width = len(split), split.height, split.width
-    used = num_images * (2 if mirrored else 1)
-    shape = (used if slots is None else slots, height + 2 * border, width + 2 * border, 3)
-    out = torch.zeros(shape, dtype=torch.uint8, device=device)
+    out = empty_slots(split, device, border=border, mirrored=mirrored, slots=slots)
     images = out[:num_images]
     images[:, border : border + height, border : border + width] = (
         pixels.permute(0, 2, 3, 1) if split.planar else pixels

@@ -22,5 +22,6 @@ class NetOptions:
         metadata={
             "help": "factor on the logits; null is 1/sqrt(width), which stands high learning rates, 1 is none",
             "above": 0.0,
+            "at_most": 1000.0,
         },
     )

@@ -8,12 +8,18 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from places import ROOT
 
 from train.config import reference_table
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PACKAGES = ("dali_pipeline", "net", "train", "analysis", "benchmarks")
+DOCUMENTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+README = DOCUMENTS["README.md"]
+INSTALLED = ("dali_pipeline", "net", "train", "analysis", "configs")
+PACKAGES = (*INSTALLED, "benchmarks")
 
 
 def sources(package: str) -> list[Path]:
@@ -23,7 +29,7 @@ def sources(package: str) -> list[Path]:
 
 def tree() -> dict[str, set[str]]:
     """By folder, the Python files that the README's tree names in it."""
-    block = README.split("## The tree")[1].split("\n\n")[1]
+    block = README.split("### The tree\n\n")[1].split("\n\n")[0]
     found: dict[str, set[str]] = {}
     top = folder = ""
     for line in block.splitlines():
@@ -41,16 +47,19 @@ def setup() -> configparser.ConfigParser:
     return result
 
 
-def test_readme_holds_the_current_table_of_keys() -> None:
-    assert reference_table() in README
+def test_the_documents_hold_the_current_table_of_keys() -> None:
+    text = DOCUMENTS["docs/configuration.md"]
+    assert re.search(r"<!-- keys: .* -->\n(.*?)\n<!-- /keys -->", text, re.S).group(1) == reference_table()  # type: ignore[union-attr]
 
 
-def test_readme_gives_the_measured_range_test() -> None:
+def test_the_documents_give_the_measured_range_test() -> None:
+    text = DOCUMENTS["docs/range-test.md"]
     result = json.loads((ROOT / "benchmarks" / "results" / "lr_finder.json").read_text(encoding="utf-8"))
+    assert result["command"] in text
     found = ", ".join(f"{run['accuracy']:.2f}" for run in result["found"])
-    assert f"| {found} | {result['mean_accuracy_found']:.2f} |" in README
+    assert f"| {found} | {result['mean_accuracy_found']:.2f} |" in text
     for row in result["grid"]:
-        assert f"| {row['lr_max']:g} | {', '.join(f'{a:.2f}' for a in row['accuracies'])} |" in README
+        assert f"| {row['lr_max']:g} | {', '.join(f'{a:.2f}' for a in row['accuracies'])} |" in text
     assert result["ratio_of_found_lr_max"] < 2 and result["ratio_of_found_lr_min"] < 2
     assert result["mean_accuracy_found"] > result["best_of_grid"]["accuracy"] - 0.5
 
@@ -60,7 +69,7 @@ def test_readme_names_every_recipe() -> None:
         assert f"configs/{recipe.name}" in README
 
 
-@pytest.mark.parametrize("package", PACKAGES[:4])
+@pytest.mark.parametrize("package", INSTALLED)
 def test_the_tree_names_every_module_in_its_folder(package: str) -> None:
     named = tree()
     for path in sources(package):
@@ -76,20 +85,32 @@ def test_every_module_that_the_tree_names_exists() -> None:
             assert (ROOT / folder / name).exists(), f"{folder}/{name}"
 
 
-DOCUMENTS = [README, *(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))]
+def anchors(text: str) -> set[str]:
+    """What GitHub makes of a document's headings."""
+    return {re.sub(r"[^\w -]", "", found.lower()).replace(" ", "-") for found in re.findall(r"^#+ (.+)$", text, re.M)}
 
 
-def test_every_file_that_the_documents_name_exists() -> None:
-    for name in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", README):
-        target = name[0] or name[1]
-        if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
-    for text in DOCUMENTS:
-        prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
-        for target in re.findall(
-            rf"(?<![\w/])(?:{'|'.join(PACKAGES)}|tests|configs|docs)/[\w/]+\.(?:py|md|yaml|sh)", prose
-        ):
-            assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_link_of_a_document_leads_somewhere(name: str) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", DOCUMENTS[name]):
+        if target.startswith("http"):
+            continue
+        file, _, anchor = target.partition("#")
+        path = ((ROOT / name).parent / file).resolve() if file else ROOT / name
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), target
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_file_that_a_document_names_exists(name: str) -> None:
+    prose = re.sub(r"^```.*?^```", "", DOCUMENTS[name], flags=re.M | re.S)
+    for target in re.findall(rf"(?<![\w/])(?:{'|'.join(PACKAGES)}|tests|docs)/[\w/]+\.(?:py|md|yaml|sh)", prose):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_readme_leads_to_every_document() -> None:
+    for name in DOCUMENTS:
+        assert name == "README.md" or f"]({name})" in README, name
 
 
 def test_readme_explains_every_dependency() -> None:
@@ -99,17 +120,29 @@ def test_readme_explains_every_dependency() -> None:
             assert f"| {name.group()} |" in README, name.group()
 
 
-def test_dali_and_matplotlib_are_imported_in_one_place_each() -> None:
+def test_only_the_files_named_after_dali_import_it_and_only_the_analysis_matplotlib() -> None:
     importing = re.compile(r"^\s*(?:from|import)\s+(matplotlib|nvidia)\b|import_module\(.(matplotlib|nvidia)\b", re.M)
     found = {
         (path.name, first or second)
-        for package in PACKAGES[:3]
+        for package in INSTALLED[:3]
         for path in sources(package)
         for first, second in importing.findall(path.read_text(encoding="utf-8"))
     }
-    assert found == {("dali_graph.py", "nvidia")}
+    assert found and all(file.startswith("dali") and name == "nvidia" for file, name in found), found
 
 
-def test_every_package_is_installed() -> None:
-    ours = {path.parent.relative_to(ROOT) for package in PACKAGES for path in sources(package)}
+def test_every_package_but_the_benchmarks_is_installed_with_its_types() -> None:
+    ours = {path.parent.relative_to(ROOT) for package in INSTALLED for path in sources(package)}
     assert set(setup()["options"]["packages"].split()) == {".".join(folder.parts) for folder in ours}
+    assert all((ROOT / package / "py.typed").exists() for package in INSTALLED)
+
+
+def test_the_changelog_begins_with_the_version() -> None:
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert headings[0] == setup()["metadata"]["version"] and len(set(headings)) == len(headings)
+
+
+def test_the_workflow_runs_ci_from_the_lowest_python_on() -> None:
+    (job,) = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"].values()
+    assert job["steps"][-1]["run"] == "bash .ci/run" and (ROOT / ".ci/run").exists()
+    assert f">={job['strategy']['matrix']['python'][0]}" == setup()["options"]["python_requires"]

@@ -1,1 +1,35 @@
-"""Training: `python -m train --config configs/onecycle.yaml`."""
+"""Training: `python -m train --config configs/onecycle.yaml`, and from Python `train.fit("configs/onecycle.yaml")`.
+
+`train.fit` and what is named beside it are stable from version 0.2 on: names, arguments and results stay; new ones may be
+added. What lies in the modules of this package may change with any version. Nothing here imports torch before it is asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dali_pipeline.errors import UserError
+    from train.config import Config, ConfigError
+    from train.python_face import FinishedRun, fit
+
+__all__ = ["Config", "ConfigError", "FinishedRun", "UserError", "fit"]
+
+_HOME = {
+    "Config": "train.config",
+    "ConfigError": "train.config",
+    "FinishedRun": "train.python_face",
+    "UserError": "dali_pipeline.errors",
+    "fit": "train.python_face",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.config import Config, ConfigError, help_text, load_config, to_yaml
+from train.config import Config, ConfigError, find_recipe, help_text, load_config, recipes, to_yaml
 
 USAGE = 2
+COMMAND = "cifar-train"  # the console command of setup.cfg
 
 if TYPE_CHECKING:
     from train.screen.log import Log
@@ -19,6 +20,8 @@ EXAMPLES = """
 examples:
   python -m train --config configs/quickstart.yaml
       the embedded digits: a whole run within two minutes on a laptop
+  cifar-train --config quickstart
+      the same from any folder: where no such file lies, the recipe of that name that is installed
   python -m train --config configs/onecycle.yaml data.root=~/data run.dir=runs/first
   python -m train --config configs/onecycle.yaml net.width=16 train.epochs=3 schedule.peak_epoch=1
   python -m train --config configs/onecycle.yaml --find-lr
@@ -32,12 +35,17 @@ exit codes: 0 done; 2 the configuration, the data or the machine does not allow 
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
-        prog="python -m train",
+        prog=COMMAND if Path(sys.argv[0]).stem == COMMAND else "python -m train",
         description="Train an image classifier from a recipe. Every key of the recipe can be overridden by section.key=value.",
         epilog=f"keys, with their defaults:\n\n{help_text()}\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument("--config", required=True, metavar="FILE", help="the recipe, a YAML file of configs/")
+    result.add_argument(
+        "--config",
+        required=True,
+        metavar="RECIPE",
+        help=f"a YAML file or, where none lies there, the name of a recipe that is installed: {', '.join(recipes())}",
+    )
     result.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the recipe")
     result.add_argument("--print-config", action="store_true", help="print the whole resolved recipe and end")
     result.add_argument("--find-lr", action="store_true", help="run the LR range test alone, draw it, and end")
@@ -64,19 +72,20 @@ def main(arguments: list[str] | None = None) -> int:
     if options.find_lr and options.resume:
         return _fail("--find-lr cannot resume; it is over in one go")
     try:
-        config = load_config(options.config, options.overrides)
+        recipe = find_recipe(options.config)
+        config = load_config(recipe, options.overrides, _note)
     except ConfigError as error:
         return _fail(str(error))
     if options.print_config:
         print(to_yaml(config), end="")
         return 0
     try:
-        return _run(options, config)
+        return _run(options, config, recipe)
     except KeyboardInterrupt:  # while torch was imported
         return 130
 
 
-def _run(options: argparse.Namespace, config: Config) -> int:
+def _run(options: argparse.Namespace, config: Config, recipe: Path) -> int:
     # torch is imported from here on: --help, --print-config and a wrong key answer without waiting for it
     from train.disk.folder import default_run_dir
     from train.errors import explained
@@ -90,7 +99,9 @@ def _run(options: argparse.Namespace, config: Config) -> int:
         f"net.width={config.net.width}: lower one of them; nothing was changed by itself"
     )
     with explained(log, out_of_memory=lower, place=config.run.dir) as outcome:
-        name = Path(options.config).stem + ("-lr" if options.find_lr else "")
+        if recipe != Path(options.config):
+            log(f"recipe: {recipe}, as no file {options.config} lies here")
+        name = recipe.stem + ("-lr" if options.find_lr else "")
         folder = Path(config.run.dir).expanduser() if config.run.dir else default_run_dir(name, options.resume)
         if options.find_lr:
             find_rates_only(config, folder, log=log, overwrite=options.overwrite, on_range_test=_draw_range_test)
@@ -132,9 +143,17 @@ def _draw_range_test(folder: Path) -> None:
 
 
 def _fail(message: str) -> int:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes of this machine read the same
-        print(f"error: {message}", file=sys.stderr)
+    _tell(f"error: {message}")
     return USAGE
+
+
+def _note(message: str) -> None:
+    _tell(f"note: {message}")
+
+
+def _tell(line: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes of this machine read the same
+        print(line, file=sys.stderr)
 
 
 def _open_standard_streams() -> None:

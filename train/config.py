@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import math
 import operator
+import os
 import re
+import stat
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -18,9 +20,9 @@ import yaml
 from dali_pipeline.errors import UserError
 from dali_pipeline.options import DataOptions
 from dali_pipeline.plan import Augment
-from dali_pipeline.sources import data_section, source_of
+from dali_pipeline.sources import data_sections, source_of
 from net.options import NetOptions
-from train.options import Changes, OptimOptions, RunOptions, ScheduleOptions, TrainOptions
+from train.options import CHECKPOINT_EVERY, Changes, OptimOptions, RunOptions, ScheduleOptions, TrainOptions
 
 
 class ConfigError(UserError, ValueError):
@@ -33,18 +35,29 @@ class ConfigError(UserError, ValueError):
 def checkpoint_interval(every: str | int) -> tuple[int | None, float | None]:
     """run.checkpoint_every as (steps, seconds), both None for "epoch". Raises ConfigError for anything else."""
     text = str(every)
+    if not re.fullmatch(CHECKPOINT_EVERY, text):
+        raise ConfigError(
+            f"run.checkpoint_every: {_shown(every)} is none of epoch, a number of steps (200), a number of seconds (60s)"
+        )
     if text == "epoch":
         return None, None
-    number = text.removesuffix("s")
-    if number.isdecimal() and int(number) > 0:
-        return (None, float(number)) if text.endswith("s") else (int(number), None)
-    raise ConfigError(
-        f"run.checkpoint_every: {every!r} is none of epoch, a number of steps (200), a number of seconds (60s)"
-    )
+    return (None, float(text[:-1])) if text.endswith("s") else (int(text), None)
 
 
+def _shown(value: Any) -> str:
+    """A value in an error: one that is too long to read is cut."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write out whole numbers of more than 4,300 digits
+        return "a number of more than 4300 digits"
+    if type(value) is int and len(text) > 40:
+        return f"a number of {len(text.lstrip('-'))} digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+DATA = data_sections()
 SECTIONS: dict[str, type] = {
-    "data": data_section(),
+    "data": DATA[DataOptions().name],  # where no data.name is given
     "augment": Augment,
     "net": NetOptions,
     "optim": OptimOptions,
@@ -68,12 +81,13 @@ class Config:
 
 
 def _keys() -> dict[str, tuple[Field[Any], Any]]:
-    """Every `section.key` with its dataclass field and its type."""
-    found = {}
-    for section, cls in SECTIONS.items():
-        hints = typing.get_type_hints(cls)
-        for f in fields(cls):
-            found[f"{section}.{f.name}"] = (f, hints[f.name])
+    """Every `section.key`, of every data set, with its dataclass field and its type."""
+    found: dict[str, tuple[Field[Any], Any]] = {}
+    for section, default in SECTIONS.items():
+        for cls in (default, *DATA.values()) if section == "data" else (default,):
+            hints = typing.get_type_hints(cls)
+            for f in fields(cls):
+                found.setdefault(f"{section}.{f.name}", (f, hints[f.name]))
     return found
 
 
@@ -99,18 +113,25 @@ def changes(name: str) -> Changes:
     return cast(Changes, KEYS[name][0].metadata.get("changes", "result"))
 
 
+def source_of_key(name: str) -> str | None:
+    """The data.name that the key `section.key` belongs to; None where it belongs to all, or is unknown."""
+    return cast("str | None", KEYS[name][0].metadata.get("source")) if name in KEYS else None
+
+
 def _takes_float(hint: Any) -> bool:
-    return hint is float or float in typing.get_args(hint)
+    """Whether a whole number for the key is meant as a float."""
+    arms = (hint, *typing.get_args(hint))
+    return float in arms and int not in arms
 
 
-def _is_union(hint: Any) -> bool:
+def is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return " | ".join(typing.get_args(hint))
-    if _is_union(hint):
+    if is_union(hint):
         return " | ".join(_describe(arm) for arm in typing.get_args(hint))
     names = {int: "int", float: "float", bool: "true | false", str: "text", type(None): "null"}
     return names[hint]
@@ -123,6 +144,12 @@ def _default_and_values(f: Field[Any], hint: Any) -> tuple[str, str]:
     return default, ", ".join([_describe(hint), *bounds])
 
 
+def _meaning(f: Field[Any]) -> str:
+    """What a key means, and which data set it belongs to if not to all."""
+    source = f.metadata.get("source")
+    return f"{f.metadata['help']} (only with data.name={source})" if source else str(f.metadata["help"])
+
+
 def help_text() -> str:
     """All keys, a paragraph a section: key, type, default, meaning."""
     lines = []
@@ -132,7 +159,7 @@ def help_text() -> str:
             if name.startswith(section + "."):
                 default, values = _default_and_values(f, hint)
                 lines.append(f"  {name}={default}  ({values})")
-                lines.append(f"      {f.metadata['help']}")
+                lines.append(f"      {_meaning(f)}")
         lines.append("")
     return "\n".join(lines).rstrip()
 
@@ -142,16 +169,22 @@ def _nearest(name: str, candidates: Sequence[str]) -> str:
     return f", did you mean {close[0]}?" if close else f"; known: {', '.join(candidates)}"
 
 
+def _word(key: Any) -> str:
+    """A section or key as an error names it."""
+    return key if isinstance(key, str) and len(key) <= 80 else _shown(key)
+
+
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a YAML value is of the type that the key declares; a bool is no number, text is no number."""
     if typing.get_origin(hint) is Literal:
         return isinstance(value, str) and value in typing.get_args(hint)
-    if _is_union(hint):
+    if is_union(hint):
         return any(_fits(value, arm) for arm in typing.get_args(hint))
     if hint is float:
         return type(value) in (int, float)
     if hint is str:
-        return type(value) in (str, int)
+        # a whole number may be a name, such as run.dir=2024
+        return type(value) is str or (type(value) is int and abs(value) < 10**20)
     return type(value) is hint
 
 
@@ -160,23 +193,19 @@ def _check_value(name: str, value: Any) -> None:
     if not _fits(value, hint):
         words = [word for arm in typing.get_args(hint) for word in typing.get_args(arm)]
         if isinstance(value, str) and words and _takes_float(hint):
-            raise ConfigError(f"{name}: {value!r} is neither a number nor {', '.join(map(repr, words))}")
+            raise ConfigError(f"{name}: {_shown(value)} is neither a number nor {', '.join(map(repr, words))}")
         wanted = _describe(hint)
         wanted = f"one of {wanted}" if "|" in wanted else f"of type {wanted}"
         found = _TYPE_NAMES.get(type(value), type(value).__name__)
-        raise ConfigError(f"{name}: {value!r} ({found}) is not {wanted}")
+        raise ConfigError(f"{name}: {_shown(value)} ({found}) is not {wanted}")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
-    try:
-        finite = math.isfinite(value)
-    except OverflowError:  # an integer of hundreds of digits
-        raise ConfigError(f"{name}: a number of {len(str(value))} digits is out of range") from None
-    if not finite:
+    if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name}: {value} is not a finite number")
     for bound, holds in _BOUNDS.items():
         if bound in f.metadata and not holds(value, f.metadata[bound]):
             must = f"must be {bound.replace('_', ' ')} {f.metadata[bound]}"
-            raise ConfigError(f"{name}: {value} is out of range, {must}")
+            raise ConfigError(f"{name}: {_shown(value)} is out of range, {must}")
 
 
 def _check_tree(tree: Any) -> dict[str, dict[str, Any]]:
@@ -187,21 +216,22 @@ def _check_tree(tree: Any) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"holds a {type(tree).__name__}, expected sections such as 'train:'")
     for section, content in tree.items():
         if section not in SECTIONS:
-            raise ConfigError(f"{section}: unknown section{_nearest(str(section), list(SECTIONS))}")
+            word = _word(section)
+            raise ConfigError(f"{word}: unknown section{_nearest(word, list(SECTIONS))}")
         if not isinstance(content, dict):
-            raise ConfigError(f"{section}: expected keys below it, found {content!r}")
+            raise ConfigError(f"{section}: expected keys below it, found {_shown(content)}")
         for key, value in content.items():
-            name = f"{section}.{key}"
+            name = f"{section}.{_word(key)}"
             if name not in KEYS:
                 known = [k.split(".", 1)[1] for k in KEYS if k.startswith(section + ".")]
-                raise ConfigError(f"{name}: unknown key{_nearest(str(key), known)}")
+                raise ConfigError(f"{name}: unknown key{_nearest(_word(key), known)}")
             words = typing.get_args(KEYS[name][1])
             # YAML reads off, on, no and yes as booleans: give such a value back its word where a word is wanted
             if isinstance(value, bool) and "off" in words:
                 content[key] = value = "off" if not value else "on"
             _check_value(name, value)
             if type(value) is int and not {int, float} & {KEYS[name][1], *words}:
-                content[key] = str(value)  # run.dir=2024 is a name
+                content[key] = str(value)
     return tree
 
 
@@ -216,6 +246,13 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             f"train.batch_size: {train.batch_size} is more than the {images} training images of {config.data.name}"
         )
+    held = config.data.validation
+    if isinstance(held, float) and held >= 1:
+        raise ConfigError(
+            f"data.validation: {held:g} is neither a fraction below 1 nor a whole number of images, such as 5000"
+        )
+    if isinstance(held, int) and images is not None and held >= images:
+        raise ConfigError(f"data.validation: {held} leaves none of the {images} training images of {config.data.name}")
     try:
         source.check()
     except ValueError as error:
@@ -239,11 +276,40 @@ def _check_together(config: Config) -> None:
         )
 
 
+# beside this package, in a checkout and installed: looked for there and not by import, as other projects have a `configs` too
+_RECIPES = Path(__file__).resolve().parent.parent / "configs"
+
+
+def recipes() -> list[str]:
+    """The names of the recipes that come with this package."""
+    return sorted(path.stem for path in _RECIPES.glob("*.yaml"))
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The file that `--config NAME` means: NAME itself where a file lies there, else the recipe of that name that comes with
+    this package, as `quickstart`, `quickstart.yaml` or `configs/quickstart.yaml`. Raises ConfigError where there is neither."""
+    path, known = Path(name), recipes()
+    try:
+        folder = stat.S_ISDIR(path.lstat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        folder = None
+    except OSError:
+        folder = False  # whoever reads it says what is wrong
+    if folder is False:
+        return path
+    wanted = path.name.removesuffix(".yaml")
+    if path.parent in (Path(), Path("configs")) and wanted in known:
+        return _RECIPES / f"{wanted}.yaml"
+    if folder:
+        raise ConfigError(f"{name}: is a folder, expected a YAML file")
+    raise ConfigError(f"{name}: no such file, and no recipe of that name{_nearest(wanted, known)}")
+
+
 def _read_yaml(path: Path) -> Any:
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
-        raise ConfigError("no such file; recipes lie in configs/, for instance configs/quickstart.yaml") from None
+        raise ConfigError("no such file") from None
     except IsADirectoryError:
         raise ConfigError("is a folder, expected a YAML file") from None
     except UnicodeDecodeError as error:
@@ -253,8 +319,15 @@ def _read_yaml(path: Path) -> Any:
     return _parse_yaml(text)
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, which would keep the last of two equal keys, and read 1e-3 as text."""
+class StrictLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which would keep the last of two equal keys, read 1e-3 as text, and fail at a number of more than
+    4,300 digits with a line about the interpreter's settings."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > 1000:
+            problem = f"a number of {len(node.value)} digits is out of range"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_yaml_int(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names: set[str] = set()
@@ -262,13 +335,14 @@ class _StrictLoader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a plain word", key.start_mark)
             if key.value in names:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value}: given twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"{_word(key.value)}: given twice", key.start_mark)
             names.add(key.value)
         return super().construct_mapping(node, deep)
 
 
+StrictLoader.add_constructor("tag:yaml.org,2002:int", StrictLoader.construct_yaml_int)
 # YAML 1.2's floats: an exponent needs neither a point nor a sign
-_StrictLoader.add_implicit_resolver(
+StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
     list("-+.0123456789"),
@@ -285,7 +359,7 @@ def _parse_yaml(text: str) -> Any:
             depth += type(token).__name__.endswith("StartToken") - type(token).__name__.endswith("EndToken")
             if depth > 10:
                 raise ConfigError("is nested too deeply")
-        return yaml.load(text, _StrictLoader)
+        return yaml.load(text, StrictLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -295,7 +369,7 @@ def _parse_yaml(text: str) -> Any:
         raise ConfigError("is nested too deeply") from None
     except ConfigError:
         raise
-    except ValueError as error:  # an impossible date, an integer of 5,000 digits
+    except ValueError as error:  # an impossible date
         raise ConfigError(f"is not a configuration: {str(error).splitlines()[0]}") from None
 
 
@@ -310,7 +384,7 @@ def _parse_override(word: str) -> tuple[str, Any]:
     try:
         value = _parse_yaml(f"value: {text}")["value"]
     except ConfigError as error:
-        raise ConfigError(f"{name}: {text!r} cannot be read: {error}") from None
+        raise ConfigError(f"{name}: {_shown(text)} cannot be read: {error}") from None
     return name, value
 
 
@@ -320,13 +394,17 @@ def _suggest_section(key: str) -> str:
 
 
 def from_dict(tree: Any) -> Config:
-    """Build a Config from nested plain dicts (a parsed YAML file, a checkpoint's record); missing keys take defaults.
+    """Build a Config from nested plain dicts (a parsed YAML file); missing keys take defaults.
 
-    Raises ConfigError for anything unknown, ill-typed or out of range.
+    Raises ConfigError for anything unknown, ill-typed or out of range, and for keys of another data set than data.name.
     """
     checked = _check_tree(tree)
+    source = _data_name(checked)
+    for key in _foreign(checked):
+        name = f"data.{key}"
+        raise ConfigError(f"{name}: belongs to data.name={source_of_key(name)}, here data.name={source}")
     sections = {}
-    for section, cls in SECTIONS.items():
+    for section, cls in {**SECTIONS, "data": DATA[source]}.items():
         values = {
             key: float(value) if type(value) is int and _takes_float(KEYS[f"{section}.{key}"][1]) else value
             for key, value in checked.get(section, {}).items()
@@ -337,15 +415,47 @@ def from_dict(tree: Any) -> Config:
     return config
 
 
+def _data_name(tree: Mapping[str, Any]) -> Any:
+    return tree.get("data", {}).get("name", DataOptions().name)
+
+
+def _foreign(tree: Mapping[str, Any]) -> list[str]:
+    """The keys below `data:` that belong to another data set than that of data.name."""
+    keys = [key for key in tree.get("data", {}) if isinstance(key, str)]
+    return [key for key in keys if source_of_key(f"data.{key}") not in (None, _data_name(tree))]
+
+
+def own_keys(tree: Any, given: Collection[str] = ()) -> tuple[Any, str | None]:
+    """A recorded tree without the keys of other data sets, which earlier versions recorded too, and a line that names what is
+    left out, or None. Those `given` stay, for `from_dict` to refuse."""
+    if not isinstance(tree, dict) or not isinstance(tree.get("data", {}), dict):
+        return tree, None
+    out = [key for key in _foreign(tree) if f"data.{key}" not in given]
+    if not out:
+        return tree, None
+    data = {key: value for key, value in tree["data"].items() if key not in out}
+    names = ", ".join(f"data.{key}" for key in out)
+    return {**tree, "data": data}, f"left out, as data.name={_data_name(tree)} has no such keys: {names}"
+
+
+def from_record(tree: Any, say: Callable[[str], None] | None = None) -> Config:
+    """`from_dict` of what a checkpoint recorded: keys of other data sets are left out, and `say` told so in a line."""
+    tree, note = own_keys(tree)
+    if note and say:
+        say(note)
+    return from_dict(tree)
+
+
 def changed(config: Config, values: Mapping[str, Any]) -> Config:
-    """The configuration with other values of some `section.key`, checked like a file. Raises ConfigError."""
+    """The configuration with other values of some `section.key`, checked like a file; with another data.name the keys of the
+    one before go. Raises ConfigError."""
     tree = to_dict(config)
     for name, value in values.items():
         if name not in KEYS:
             raise ConfigError(f"{name}: unknown key{_nearest(name, list(KEYS))}")
         section, key = name.split(".", 1)
         tree[section][key] = value
-    return from_dict(tree)
+    return from_dict(own_keys(tree, values)[0])
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
@@ -358,35 +468,53 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a recipe and apply `section.key=value` overrides on top.
+def _in_run_folder(path: Path) -> bool:
+    """Whether a run wrote this file: it writes environment.json beside it, before."""
+    return path.name == "config.yaml" and os.path.lexists(path.with_name("environment.json"))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), say: Callable[[str], None] | None = None) -> Config:
+    """Read a recipe, found as `find_recipe` does, and apply `section.key=value` overrides on top.
 
     Raises ConfigError, one line, for a file that cannot be read, unknown or duplicate keys, wrong types and values out of
-    range, in the file or in an override, and for an override given twice.
+    range, in the file or in an override, and for an override given twice. In the config.yaml of a run folder keys of another
+    data set than data.name are no error, but left out, and `say` told so in a line.
     """
+    path = find_recipe(path)
     try:
-        tree = _check_tree(_read_yaml(Path(path)))
+        tree = _check_tree(_read_yaml(path))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    seen: set[str] = set()
-    for word in overrides:
-        name, value = _parse_override(word)
-        if name in seen:
-            raise ConfigError(f"{name}: given twice on the command line")
-        seen.add(name)
-        section, key = name.split(".", 1)
-        _check_tree({section: (holder := {key: value})})
-        tree.setdefault(section, {})[key] = holder[key]
+    tree = with_overrides(tree, overrides)
+    if _in_run_folder(path):
+        tree, note = own_keys(tree, {word.partition("=")[0] for word in overrides})
+        if note and say:
+            say(f"{path}: {note}")
     try:
         return from_dict(tree)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}" if not seen else str(error)) from None
+        raise ConfigError(f"{path}: {error}" if not overrides else str(error)) from None
+
+
+def with_overrides(tree: Any, words: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The nested dicts of a recipe, checked, and changed in place by `section.key=value` words. Raises ConfigError."""
+    checked = _check_tree(tree)
+    seen: set[str] = set()
+    for word in words:
+        name, value = _parse_override(word)
+        if name in seen:
+            raise ConfigError(f"{name}: given twice among the overrides")
+        seen.add(name)
+        section, key = name.split(".", 1)
+        _check_tree({section: (holder := {key: value})})
+        checked.setdefault(section, {})[key] = holder[key]
+    return checked
 
 
 def reference_table() -> str:
-    """All keys as a Markdown table, for the README: key, default, values, meaning."""
+    """All keys as a Markdown table, for docs/configuration.md: key, default, values, meaning."""
     rows = ["| key | default | values | meaning |", "|---|---|---|---|"]
     for name, (f, hint) in KEYS.items():
         default, values = _default_and_values(f, hint)
-        rows.append(f"| `{name}` | {default} | {values.replace('|', '&#124;')} | {f.metadata['help']} |")
+        rows.append(f"| `{name}` | {default} | {values.replace('|', '&#124;')} | {_meaning(f)} |")
     return "\n".join(rows)

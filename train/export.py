@@ -28,7 +28,7 @@ from dali_pipeline import sources
 from dali_pipeline.errors import UserError
 from net.interface import Network
 from net.options import NetOptions
-from train.config import from_dict
+from train.config import from_record
 from train.disk.atomic import fsync_folder, open_new
 from train.disk.folder import own_folder
 from train.disk.snapshot import Snapshot, load_snapshot
@@ -62,7 +62,7 @@ def network(snapshot: Snapshot, ema: bool = False) -> Network:
         if snapshot.ema is None:
             raise ExportError("--ema: the run kept no average of its weights (train.ema_decay=0)")
         weights = {key.removeprefix("module."): t for key, t in snapshot.ema.items() if key.startswith("module.")}
-    net = networks.build(from_dict(snapshot.config).net, len(snapshot.data.class_names))
+    net = networks.build(from_record(snapshot.config).net, len(snapshot.data.class_names))
     net.load_state_dict(weights)
     return net.eval()
 
@@ -74,7 +74,7 @@ def program(snapshot: Snapshot, net: Network) -> EvalStep:
 
 def first_test_images(snapshot: Snapshot, root: Path | None) -> Tensor:
     """(IMAGES, 3, H, W) uint8: the first test images of the data set that the run was trained on. Raises DataError."""
-    dataset = sources.load(from_dict(snapshot.config).data, root=root, download=False)
+    dataset = sources.load(from_record(snapshot.config).data, root=root, download=False)
     return torch.from_numpy(dataset.test.images[:IMAGES]).permute(0, 3, 1, 2).contiguous()
 
 
@@ -82,7 +82,7 @@ def _safetensors(path: Path, snapshot: Snapshot, net: Network, images: Tensor) -
     from safetensors import safe_open
     from safetensors.torch import load_file, save
 
-    data, options = snapshot.data, from_dict(snapshot.config).net
+    data, options = snapshot.data, from_record(snapshot.config).net
     about = {
         "architecture": "CustomResNet",
         "input": "(N, 3, H, W): pixels of 0..255 in RGB, minus mean, divided by std, per channel",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from train.config import checkpoint_interval, to_dict
 from train.disk.checkpoint import on_host, save_last
 from train.disk.folder import RunFolder
-from train.disk.snapshot import DataFacts, Position, Snapshot
+from train.disk.snapshot import DataFacts, Position, Snapshot, load_snapshot
 from train.failpoints import failpoint
 from train.machine.signals import Interrupted
 from train.screen.notice import LongRunNotice
@@ -87,6 +87,29 @@ class Run:
         if self.writer is not None:
             self.writer.close()
 
+    def measure_test(self) -> dict[str, dict[Measure, Score]]:
+        """The test set by the weights of last.pt and, where there is a run folder, of best.pt: once, after the last epoch of a
+        training that a validation split has chosen. The trainer keeps its own weights."""
+        trainer, position = self.trainer, self.position
+        with self.times.on("evaluation", trainer.runtime.device):
+            found = {"last.pt": trainer.evaluate_test()}
+            if not self.session.group.any(self.folder is not None):
+                return found
+            if position.best_epoch == position.epoch:
+                return found | {"best.pt": found["last.pt"]}
+            best = self.session.group.from_first(self._best_weights)
+            own = on_host({"model": trainer.net.state_dict(), "ema": trainer.ema and trainer.ema.state_dict()})
+            trainer.load_weights(best)
+            try:
+                return found | {"best.pt": trainer.evaluate_test()}
+            finally:
+                trainer.load_weights(own)
+
+    def _best_weights(self) -> dict[str, Any]:
+        assert self.folder is not None, "the first process has it"
+        state = load_snapshot(self.folder.path / "best.pt").trainer_state
+        return {name: state[name] for name in ("model", "ema")}
+
     def _epoch(self) -> None:
         trainer, position, config = self.trainer, self.position, self.config
         steps, device, processes = trainer.steps_per_epoch, trainer.runtime.device, trainer.group.world_size
@@ -98,14 +121,18 @@ class Run:
             meter.correct[:start] = torch.tensor(saved[1], device=device) // processes
         title = f"epoch {position.epoch + 1}/{config.train.epochs}"
         display = EpochDisplay(self.log, title, steps, start, config.train.batch_size, processes)
-        begun, before = time.perf_counter(), position.seconds
+        elsewhere = self.times.training - position.seconds  # the training time that other epochs took
+
+        def seconds() -> float:
+            self.times.count()
+            return self.times.training - elsewhere
 
         def after_step(done: int) -> None:
             with self._noting_failure():
                 if meter.poll(done):
                     display.update(done, meter)
             self.notice.step()
-            self._maybe_stop_or_save(done, meter, before + time.perf_counter() - begun, saved)
+            self._maybe_stop_or_save(done, meter, seconds, saved)
 
         try:
             with self.times.on("training", device):
@@ -113,15 +140,14 @@ class Run:
                 losses, correct = self._totals(meter, steps, saved)
         finally:
             display.close()
-        seconds = before + time.perf_counter() - begun
         eval_begun = time.perf_counter()
         try:
             with self.times.on("evaluation", device):
                 scores = trainer.evaluate(self._stop_in_evaluation)
         except _StopAsked:
-            self._save_inside(steps, losses, correct, seconds)
+            self._save_inside(steps, losses, correct, seconds())
             raise self._interrupted() from None
-        self._finish_epoch(losses, correct, seconds, time.perf_counter() - eval_begun, scores)
+        self._finish_epoch(losses, correct, seconds(), time.perf_counter() - eval_begun, scores)
 
     @contextmanager
     def _noting_failure(self) -> Iterator[None]:
@@ -261,7 +287,7 @@ class Run:
             position=self.position,
             rates=Rates(self.schedule.lr_max, self.schedule.lr_min),
             steps_per_epoch=self.trainer.steps_per_epoch,
-            times=vars(self.times).copy(),
+            times=self.times.seconds(),
             machine=self.session.machine(),
             config=to_dict(self.config),
             data=DataFacts(
@@ -272,6 +298,7 @@ class Run:
                 dataset.fill,
                 dataset.height,
                 dataset.width,
+                None if dataset.validation is None else dataset.validation.fingerprint,
             ),
         )
 
@@ -295,7 +322,7 @@ class Run:
                 self.log(f"WARNING: the last save failed, the one before it is kept: {error}")
 
     def _maybe_stop_or_save(
-        self, done: int, meter: StepMeter, seconds: float, saved: tuple[list[float], list[int]]
+        self, done: int, meter: StepMeter, seconds: Callable[[], float], saved: tuple[list[float], list[int]]
     ) -> None:
         due = self.every_steps is not None and done % self.every_steps == 0
         stop = False
@@ -308,7 +335,7 @@ class Run:
         if done == self.trainer.steps_per_epoch:
             return  # the evaluation comes next, and stops by itself
         if due or stop:
-            self._save_inside(done, *self._totals(meter, done, saved), seconds)
+            self._save_inside(done, *self._totals(meter, done, saved), seconds())
         if stop:
             raise self._interrupted()
 

@@ -13,6 +13,13 @@ from dali_pipeline.options import key
 
 Changes = Literal["result", "rounding", "speed", "nothing"]
 
+# upper bounds are far beyond what trains: they catch a slip of the keyboard, and keep every number one that torch can hold
+MOST_IMAGES = 1_000_000  # a step
+MOST_EPOCHS = 100_000
+HIGHEST_RATE = 1e30  # float32 ends at 3e38; whoever wants to see a training diverge may
+MOST_STEPS = 10**9 - 1  # between checkpoints, or seconds: nine digits
+CHECKPOINT_EVERY = r"(epoch|0*[1-9][0-9]{0,8}s?)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimOptions:
@@ -20,8 +27,10 @@ class OptimOptions:
 
     momentum: float = key(0.9, "momentum of SGD", at_least=0.0, below=1.0)
     nesterov: bool = key(True, "Nesterov's form of the momentum; needs momentum above 0")
-    weight_decay: float = key(5e-4, "weight decay of the convolution and classifier weights", at_least=0.0)
-    norm_bias_weight_decay: float = key(0.0, "weight decay of batch-norm parameters and biases", at_least=0.0)
+    weight_decay: float = key(5e-4, "weight decay of the convolution and classifier weights", at_least=0.0, at_most=1.0)
+    norm_bias_weight_decay: float = key(
+        0.0, "weight decay of batch-norm parameters and biases", at_least=0.0, at_most=1.0
+    )
     label_smoothing: float = key(0.0, "label smoothing of the cross-entropy", at_least=0.0, below=1.0)
 
 
@@ -29,11 +38,17 @@ class OptimOptions:
 class ScheduleOptions:
     """OneCycle, linear, per step: lr_min up to lr_max at peak_epoch, back down to lr_min at the end, not below."""
 
-    lr_max: float | Literal["find"] = key("find", "peak learning rate, or 'find' for the range test", above=0.0)
-    lr_min: float | Literal["find"] = key("find", "learning rate of the first and the last step, or 'find'", above=0.0)
-    peak_epoch: float = key(5.0, "epoch at whose end the rate peaks; must lie within the training", above=0.0)
-    find_start: float = key(1e-4, "lowest rate of the range test", above=0.0)
-    find_end: float = key(10.0, "highest rate of the range test", above=0.0)
+    lr_max: float | Literal["find"] = key(
+        "find", "peak learning rate, or 'find' for the range test", above=0.0, at_most=HIGHEST_RATE
+    )
+    lr_min: float | Literal["find"] = key(
+        "find", "learning rate of the first and the last step, or 'find'", above=0.0, at_most=HIGHEST_RATE
+    )
+    peak_epoch: float = key(
+        5.0, "epoch at whose end the rate peaks; must lie within the training", above=0.0, at_most=float(MOST_EPOCHS)
+    )
+    find_start: float = key(1e-4, "lowest rate of the range test", above=0.0, at_most=HIGHEST_RATE)
+    find_end: float = key(10.0, "highest rate of the range test", above=0.0, at_most=HIGHEST_RATE)
     find_steps: int = key(100, "steps of the range test", at_least=20, at_most=10_000)
 
 
@@ -41,8 +56,8 @@ class ScheduleOptions:
 class TrainOptions:
     """The loop: how long, how many at a time, in which arithmetic."""
 
-    epochs: int = key(24, "epochs of training", at_least=1)
-    batch_size: int = key(512, "images a step, over all processes together", at_least=1)
+    epochs: int = key(24, "epochs of training", at_least=1, at_most=MOST_EPOCHS)
+    batch_size: int = key(512, "images a step, over all processes together", at_least=1, at_most=MOST_IMAGES)
     tail: Literal["drop", "endless"] = key(
         "drop", "an epoch's images beyond the last full batch: dropped, or carried over into the next epoch"
     )
@@ -53,16 +68,18 @@ class TrainOptions:
         "auto", "arithmetic: auto is bf16 on CUDA and fp32 elsewhere; fp16 scales its gradients", changes="rounding"
     )
     compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = key(
-        "auto", "torch.compile mode; auto is default where a compiler is found and it pays", changes="rounding"
+        "auto",
+        "torch.compile mode; auto is default where a compiler is found, on a CPU where it also pays for the steps left",
+        changes="rounding",
     )
     channels_last: Literal["auto", "on", "off"] = key(
         "auto", "memory format; auto is on for CUDA and the CPU", changes="rounding"
     )
-    eval_batch_size: int = key(1000, "images a step of evaluation", at_least=1, changes="speed")
+    eval_batch_size: int = key(1000, "images a step of evaluation", at_least=1, at_most=MOST_IMAGES, changes="speed")
     ema_decay: float = key(
         0.0, "decay of the exponential moving average of the weights; 0 keeps none", at_least=0.0, below=1.0
     )
-    ema_every: int = key(1, "steps between updates of the average", at_least=1)
+    ema_every: int = key(1, "steps between updates of the average", at_least=1, at_most=1_000_000)
     tta: bool = key(False, "report flip test-time augmentation beside the plain accuracy", changes="speed")
     sync_bn: bool = key(False, "batch-norm statistics over all processes together (torchrun); else each its own")
     seed: int = key(0, "seed of the weights and of the augmentation plan", at_least=0, at_most=2**63 - 1)
@@ -79,7 +96,12 @@ class RunOptions:
         None, "run folder; by default runs/NAME-OF-THE-CONFIG, numbered where that exists", changes="nothing"
     )
     checkpoint_every: str | int = key(
-        "epoch", "how often last.pt is written: epoch, N steps (200), or N seconds (60s)", changes="nothing"
+        "epoch",
+        "how often last.pt is written: epoch, N steps (200), or N seconds (60s)",
+        at_least=1,
+        at_most=MOST_STEPS,
+        pattern=CHECKPOINT_EVERY,
+        changes="nothing",
     )
     analyse: bool = key(True, "draw the pictures and the report of `python -m analysis` at the end", changes="nothing")
     tensorboard: bool = key(

@@ -10,7 +10,7 @@ from train.config import Config, ConfigError, changed, to_yaml
 from train.disk.atomic import write_csv
 from train.disk.folder import RunFolder
 from train.disk.resume import check_same_data, load_for_resume, note_changes, restore_last
-from train.disk.snapshot import Position
+from train.disk.snapshot import Position, Snapshot
 from train.loop import Run
 from train.screen.log import Log
 from train.screen.notice import LongRunNotice
@@ -32,14 +32,16 @@ def fit(
     fallback: bool = False,
     extend: bool = False,
     on_range_test: Callable[[Path], None] | None = None,
+    owns_process: bool = True,
 ) -> dict[str, Any]:
     """Train `config` into `run_dir` (None keeps nothing) and give the summary.
 
     `resume` continues from last.pt (with `fallback` from previous.pt where last.pt is damaged, with `extend` to a larger
     train.epochs: the steps that are left take their rates from the schedule of the longer training); `on_range_test` is
-    called with the folder once lr_finder.csv is there. Raises what its parts raise; see train/errors.py for their exit codes.
+    called with the folder once lr_finder.csv is there; without `owns_process` a second signal does not end the process.
+    Raises what its parts raise; see train/errors.py for their exit codes.
     """
-    with Session(config, log, handle_signals=True) as session:
+    with Session(config, log, handle_signals=True, owns_process=owns_process) as session:
         group, log = session.group, session.log
         folder = _open_folder(session, run_dir, resume=resume, overwrite=overwrite)
         snapshot = None
@@ -49,7 +51,7 @@ def fit(
                 lambda: load_for_resume(run_dir, config, fallback=fallback, extend=extend, log=log)
             )
         session.build(check=None if snapshot is None else lambda dataset: check_same_data(snapshot, dataset))
-        session.warm_up()
+        session.warm_up(_steps_left(session, snapshot), None if snapshot is None else snapshot.machine)
         trainer = session.trainer
 
         notice = LongRunNotice(trainer.total_steps, config, session.runtime, log)
@@ -80,7 +82,11 @@ def fit(
         schedule = one_cycle(rates, config.schedule.peak_epoch, config.train.epochs, trainer.steps_per_epoch)
         run = Run(session, schedule, folder, position, notice)
         run.train()
-        summary, lines = summary_lines(run, run_dir)
+        final = None
+        if session.dataset.validation is not None:
+            log("measuring the test set, once ...")
+            final = run.measure_test()
+        summary, lines = summary_lines(run, run_dir, final)
         if folder is not None:
             folder.write_json("summary.json", summary)
         for line in lines:
@@ -101,12 +107,21 @@ def find_rates_only(
     with Session(config, log, handle_signals=True) as session:
         folder = _open_folder(session, run_dir, overwrite=overwrite, range_test=True)
         session.build()
-        session.warm_up()
+        session.warm_up(config.schedule.find_steps)
         notice = LongRunNotice(config.schedule.find_steps, config, session.runtime, session.log)
         rates = find_rates(session, folder, notice, overwrite=overwrite)
         if folder is not None and on_range_test is not None:
             on_range_test(folder.path)
         return rates
+
+
+def _steps_left(session: Session, snapshot: Snapshot | None) -> int:
+    """Of the training, and of a range test before it."""
+    trainer, schedule = session.trainer, session.config.schedule
+    if snapshot is not None:
+        position = snapshot.position
+        return trainer.total_steps - position.epoch * trainer.steps_per_epoch - position.step
+    return trainer.total_steps + (schedule.find_steps if Rates.given(schedule) is None else 0)
 
 
 def _open_folder(session: Session, run_dir: Path | None, **how: bool) -> RunFolder | None:
@@ -116,6 +131,8 @@ def _open_folder(session: Session, run_dir: Path | None, **how: bool) -> RunFold
         if run_dir is not None and session.group.first:
             folder = RunFolder(run_dir, **how)
             session.at_end(folder.close)
+            if folder.unlocked is not None:
+                session.note(folder.unlocked)
     return folder
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -15,6 +15,7 @@ import torch
 from dali_pipeline import sources
 from dali_pipeline.backend import BackendChoice, BackendError, choose_backend
 from dali_pipeline.dataset import Dataset
+from train.compiling import Choice
 from train.config import Config, ConfigError
 from train.failpoints import failpoint
 from train.machine.distributed import from_environment, process_group, under_torchrun
@@ -35,16 +36,19 @@ class Session:
             session.warm_up()              # compilation
             session.trainer ...
 
-    `times` counts what the time goes into; `handle_signals` lets SIGINT, SIGTERM and SIGHUP end the training in order.
+    `times` counts what the time goes into; `handle_signals` lets SIGINT, SIGTERM and SIGHUP end the training in order; without
+    `owns_process`, for a process that does other things too, a second one does not end the process.
     Raises what its parts raise, UserError for what a user can mend.
     """
 
-    def __init__(self, config: Config, log: Log | None = None, *, handle_signals: bool = False) -> None:
+    def __init__(
+        self, config: Config, log: Log | None = None, *, handle_signals: bool = False, owns_process: bool = True
+    ) -> None:
         self.config = config
         self.group = from_environment()
         self.log = log or Log(quiet=not self.group.first)
         self.times = Times()
-        self.signals = SignalWatch(repeats=under_torchrun(), announce=self.group.first)
+        self.signals = SignalWatch(repeats=under_torchrun(), announce=self.group.first, owns_process=owns_process)
         self._handle_signals = handle_signals
         self._dataset: Dataset | None = None
         self._trainer: Trainer | None = None
@@ -91,13 +95,22 @@ class Session:
             channels_last=train.channels_last,
             local_rank=self.group.local_rank,
         )
+        self._compiler = self.runtime.compile_mode
+        if train.compile == "auto" and self.runtime.device.type == "cpu" and self._compiler is not None:
+            self.runtime = self.runtime.compiling(None, "weighed once the trainer is built")
         if self.config.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise RuntimeUnavailable("run.tensorboard=true: tensorboard is missing; pip install -e '.[tensorboard]'")
         self.backend = choose_backend(self.config.data.backend, self.runtime.device)
         for note in self.runtime.notes:
-            self.log(note)
+            if note != self.runtime.compile_note or self.runtime.compile_mode == self._compiler:
+                self.log(note)
         fallback = self.config.data.backend == "auto" and self.backend.name != "dali"
         self.log(f"{'WARNING: ' if fallback else ''}pipeline: {self.backend.name} ({self.backend.reason})")
+
+    def note(self, text: str) -> None:
+        """Warn of it, and keep it for the record, environment.json."""
+        self.log(f"WARNING: {text}")
+        self.runtime = replace(self.runtime, notes=(*self.runtime.notes, text))
 
     def build(self, check: Callable[[Dataset], None] | None = None, dataset: Dataset | None = None) -> None:
         """Read the data, unless `dataset` holds them already, show them to `check`, which may raise, and make the trainer."""
@@ -119,10 +132,16 @@ class Session:
         with self.group.together():
             dataset = dataset or self._load(download=False)
             self._check_fit(dataset)
+        counts = [f"{len(dataset.train):,} training"]
+        if dataset.validation is not None:
+            how = "" if self.config.data.validation is None else f" (data.validation={self.config.data.validation:g})"
+            counts.append(f"{len(dataset.validation):,} validation{how}")
         self.log(
-            f"data: {dataset.name}, {len(dataset.train):,} training and {len(dataset.test):,} test images of "
+            f"data: {dataset.name}, {', '.join(counts)} and {len(dataset.test):,} test images of "
             f"{dataset.height} x {dataset.width}, {dataset.num_classes} classes ({dataset.source})"
         )
+        for note in dataset.notes:
+            self.log(f"WARNING: {note}")
         return dataset
 
     def _load(self, download: bool | None) -> Dataset:
@@ -163,9 +182,14 @@ class Session:
         seed_everything(self.config.train.seed, self.config.train.deterministic)
         return Trainer(self.config, dataset, self.runtime, self.backend, self.group)
 
-    def warm_up(self) -> None:
-        """Compile, and say so: it can take half a minute. Where the compiler fails, train.compile=auto goes on without it,
-        with a warning; a mode that was asked for is an error."""
+    def warm_up(self, steps_left: int | None = None, began: Mapping[str, Any] | None = None) -> None:
+        """Compile, and say so: it can take a minute. Where the compiler fails, train.compile=auto goes on without it, with a
+        warning; a mode that was asked for is an error.
+
+        Under auto a CPU compiles where that pays for so many steps, None being as many as it takes; a run that `began` there
+        (`Snapshot.machine`) goes on as it did.
+        """
+        choice = self._choose(steps_left, began) if self.config.train.compile == "auto" else None
         mode = self.runtime.compile_mode
         if mode is None:
             return
@@ -182,12 +206,38 @@ class Session:
                     reason = str(error).strip().splitlines()[0]
             failures = [found for found in self.group.gather(reason) if found is not None]
             if failures:
-                note = f"compile: off (torch.compile failed, training goes on uncompiled and slower: {failures[0]})"
-                self.log(f"WARNING: {note}")
                 self.trainer.compiled_off()
-                self.runtime = replace(self.runtime, compile_mode=None, notes=(*self.runtime.notes, note))
+                why = f"torch.compile failed, training goes on uncompiled and slower: {failures[0]}"
+                self._settle_compiling(None, why, warning=True)
                 return
-        self.log(f"compiled in {duration(time.perf_counter() - begun)}")
+            seconds = time.perf_counter() - begun
+            learnt = None if choice is None else choice.learn(seconds)
+        self.log(f"compiled in {duration(seconds)}")
+        if learnt is not None and not learnt.pays:
+            self.trainer.compiled_off()
+            self._settle_compiling(None, learnt.why)
+
+    def _choose(self, steps_left: int | None, began: Mapping[str, Any] | None) -> Choice | None:
+        """What train.compile=auto does; None where there is no choice."""
+        if self.runtime.device.type != "cpu":
+            return None
+        able = all(self.group.gather(self._compiler is not None))
+        if self._compiler is None:
+            return None
+        if not able:
+            self._settle_compiling(None, "another process finds no compiler")
+            return None
+        with self.times.on("compile"):
+            choice = Choice(self.trainer, self._compiler)
+            weighed = choice.weigh(steps_left, began)
+            if weighed.pays:
+                self.trainer.compiled_on(self._compiler)
+        self._settle_compiling(self._compiler if weighed.pays else None, weighed.why)
+        return choice
+
+    def _settle_compiling(self, mode: str | None, why: str, *, warning: bool = False) -> None:
+        self.runtime = self.runtime.compiling(mode, why)
+        self.log(f"{'WARNING: ' if warning else ''}{self.runtime.compile_note}")
 
     def machine(self) -> dict[str, Any]:
         """What changes the results of a run, if only by rounding, and is no key of the recipe."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import typing
-from dataclasses import Field, field, fields, make_dataclass
+from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dali_pipeline.dataset import DataError, Dataset
+from dali_pipeline.hold_out import hold_out
 from dali_pipeline.options import DataOptions
 from dali_pipeline.sources.cifar import Cifar10, Cifar100
 from dali_pipeline.sources.digits import Digits
@@ -15,7 +16,7 @@ from dali_pipeline.sources.download import to_stderr
 from dali_pipeline.sources.source import Say, Source
 from dali_pipeline.sources.synthetic import Synthetic
 
-__all__ = ["SOURCES", "Say", "Source", "data_section", "load", "source_of", "to_stderr"]
+__all__ = ["SOURCES", "Say", "Source", "data_sections", "load", "source_of", "to_stderr"]
 
 SOURCES: dict[str, type[Source]] = {
     "cifar10": Cifar10,
@@ -25,25 +26,30 @@ SOURCES: dict[str, type[Source]] = {
 }
 
 
-def data_section() -> type[DataOptions]:
-    """The dataclass of the whole `data:` section: the keys that all sources share, then each source's own."""
+def data_sections() -> dict[str, type[DataOptions]]:
+    """The dataclass of the `data:` section for each `data.name`: the keys that all sources share, then the source's own,
+    whose metadata names it as their `source`."""
     names = Literal[tuple(SOURCES)]  # type: ignore[valid-type]
     (shared,) = (f for f in fields(DataOptions) if f.name == "name")
-    keys: list[tuple[str, Any, Field[Any]]] = [
-        ("name", names, field(default=shared.default, metadata=shared.metadata)),
-    ]
+    namespace = {"__doc__": DataOptions.__doc__, "__module__": __name__}
     taken = {f.name: "every data set" for f in fields(DataOptions)}
+    sections = {}
     for source_name, source in SOURCES.items():
         hints = typing.get_type_hints(source)
+        name: Any = field(default=source_name, metadata=shared.metadata)
+        keys: list[tuple[str, Any, Any]] = [("name", names, name)]
         for f in fields(source):
             if f.name in taken:
                 raise ValueError(
                     f"data.{f.name} is a key of {taken[f.name]} already, and {source_name} declares it again"
                 )
             taken[f.name] = source_name
-            keys.append((f.name, hints[f.name], field(default=f.default, metadata=f.metadata)))
-    namespace = {"__doc__": DataOptions.__doc__, "__module__": __name__}
-    return make_dataclass("DataSection", keys, bases=(DataOptions,), namespace=namespace, frozen=True, kw_only=True)
+            metadata = {**f.metadata, "source": source_name}
+            keys.append((f.name, hints[f.name], field(default=f.default, metadata=metadata)))
+        sections[source_name] = make_dataclass(
+            f"{source.__name__}Data", keys, bases=(DataOptions,), namespace=namespace, frozen=True, kw_only=True
+        )
+    return sections
 
 
 def source_of(options: DataOptions) -> Source:
@@ -57,10 +63,16 @@ def source_of(options: DataOptions) -> Source:
 def load(
     options: DataOptions, say: Say | None = None, *, download: bool | None = None, root: Path | None = None
 ) -> Dataset:
-    """The data set that the `data:` section asks for; raises DataError where it cannot be had.
+    """The data set that the `data:` section asks for, with the validation split that it asks for; raises DataError where it
+    cannot be had.
 
     `say` receives lines about a download's progress (`to_stderr` prints them); None is silent. `download` and `root`, where
     given, replace those of `options`.
     """
     folder = Path(options.root if root is None else root).expanduser()
-    return source_of(options).load(folder, download=options.download if download is None else download, say=say)
+    dataset = source_of(options).load(folder, download=options.download if download is None else download, say=say)
+    if options.validation is None:
+        return dataset
+    if dataset.validation is not None:
+        raise DataError(f"data.validation: {dataset.name} has a validation split of its own; leave the key out")
+    return hold_out(dataset, options.validation)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
@@ -18,10 +17,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from dali_pipeline.lock import NoLocks, is_still_at, open_regular, try_lock
 from dali_pipeline.sources.source import Say
-
-if sys.platform != "win32":
-    import fcntl
 
 CHUNK = 1 << 18  # bytes asked of the socket or the disk at once
 GZIP_MAGIC = b"\x1f\x8b"
@@ -75,8 +72,8 @@ def fetch(
     connections to the same mirror. `say` receives lines about the progress, and where stderr is a terminal a bar is drawn
     there besides; None wants neither.
 
-    Two processes may call this at once: the second waits for the first (by flock; where there is none, on Windows, a
-    collision costs a failed checksum, not a wrong file).
+    Two processes may call this at once: the second waits for the first, by a lock on NAME.part. Where the file system has
+    none, `say` hears of it, and a collision costs a failed checksum, not a wrong file.
     """
     path, part = folder / archive.name, folder / (archive.name + ".part")
     meter = _Meter(archive, say)
@@ -244,26 +241,29 @@ def _open_locked(part: Path, done: Path, meter: _Meter) -> FileIO | None:
     """The partial file, open and locked by this process; None when another process has completed the download."""
     waiting = False
     while not done.exists():
-        file = FileIO(os.open(part, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+")
-        if sys.platform == "win32":
-            return file
+        file = open_regular(part)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                return file  # a file system without locks
+            locked = try_lock(file)
+        except NoLocks as error:
+            meter.say(f"{part}: nothing can be locked on this file system ({error.strerror}); it goes on without")
+            return file
+        except OSError:
+            file.close()
+            raise
+        if not locked:
             file.close()
             if not waiting:
                 meter.say(f"{part}: another process is downloading it; waiting")
             waiting = True
             time.sleep(0.2)
             continue
-        # The last holder may have renamed or removed the file between our open and our lock.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(part.stat(), os.fstat(file.fileno())):
-                if not done.exists():
-                    return file
-                part.unlink()
+        # the last holder may have renamed or removed the file between our open and our lock
+        if is_still_at(file, part):
+            if not done.exists():
+                return file
+            if sys.platform == "win32":
+                file.close()  # an open file cannot be removed there
+            part.unlink(missing_ok=True)
         file.close()
     return None
 

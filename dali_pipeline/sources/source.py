@@ -14,7 +14,7 @@ Say = Callable[[str], None]  # takes a line about the progress
 
 @dataclass(frozen=True, kw_only=True)
 class Source(ABC):
-    """One way to get a data set. The fields of a subclass are the keys that the `data:` section gets from it, made by
+    """One way to get a data set. The fields of a subclass are the keys that the `data:` section has for it alone, made by
     `dali_pipeline.options.key`; a key's name must be no other source's."""
 
     def training_images(self) -> int | None:

@@ -18,7 +18,7 @@ class Synthetic(Source):
 
     synthetic_size: int = key(32, "height and width of synthetic images", at_least=32, at_most=1024)
     synthetic_classes: int = key(10, "classes of the synthetic set", at_least=2, at_most=256)
-    synthetic_count: int = key(50_000, "training images of the synthetic set", at_least=10)
+    synthetic_count: int = key(50_000, "training images of the synthetic set", at_least=10, at_most=10**9)
 
     def training_images(self) -> int:
         return self.synthetic_count

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from places import ROOT
 
@@ -30,7 +31,7 @@ from dali_pipeline.plan import Augment, draw_plan
 from dali_pipeline.sources.synthetic import random_dataset
 from net import build
 from net.options import NetOptions
-from train.config import Config, changed
+from train.config import Config, changed, to_dict
 from train.disk.atomic import write_csv
 from train.disk.checkpoint import FORMAT, CheckpointError, load_checkpoint, save_checkpoint, seal
 from train.disk.folder import FOLDERS
@@ -319,6 +320,10 @@ def test_report_is_one_file_that_refers_to_nothing_outside(analysed: Path) -> No
     assert len(images) == 50 + len(list(analysed.glob("*.png")))
     assert all(attributes.get("alt") for attributes in images)
     assert "prefers-color-scheme: dark" in page and "width=device-width" in page
+    policies = [
+        a["content"] for tag, a in tags.tags if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
 
 
 def test_an_analysis_into_a_folder_of_pictures_neither_removes_nor_shows_them(
@@ -396,7 +401,7 @@ def test_report_escapes_whatever_names_and_values_hold(
         path=folder,
         class_names=tuple(f"</td><script>{i}</script>" for i in range(10)),
         environment={"cpu": "<script>alert(2)</script>", "notes": ["</table><h1>"]},
-        notes=["<b>bold</b>"],
+        notes=["<b>bold</b>", "{{ 7 * 7 }} {% raw %}"],
     )
     counts, scores = confusion.draw_for(answers.labels, answers.predicted, run.class_names, tmp_path, run.caption())
     found = report.reliability(answers.confidence, answers.hits)
@@ -407,6 +412,7 @@ def test_report_escapes_whatever_names_and_values_hold(
     assert [tag for tag, _ in tags.tags].count("h1") == 1
     text = "".join(tags.text)
     assert hostile in text and "<script>alert(2)</script>" in text and "<b>bold</b>" in text
+    assert "{{ 7 * 7 }} {% raw %}" in text and "</td><script>3</script>" in text
 
 
 def chromium() -> str:
@@ -538,6 +544,31 @@ def test_errors_of_folder_and_checkpoint_name_the_remedy(
     (copied / "best.pt").write_bytes(content)
     damaged = error_of(report.main, [copied, "--device", "cpu"], capsys)
     assert "damaged" in damaged and "last.pt beside it may be whole" in damaged
+
+
+def test_a_run_that_recorded_the_keys_of_all_data_sets_is_analysed_with_a_note(copied: Path, first: LoadedRun) -> None:
+    config = load_checkpoint(copied / "best.pt")["config"]
+    config["data"] |= {"synthetic_size": 64, "synthetic_classes": 10, "synthetic_count": 50000}
+    edit_checkpoint(copied / "best.pt", config=config)
+    (copied / "config.yaml").write_text(yaml.safe_dump(config))
+    run = load_run(copied, device="cpu", say=QUIET)
+    assert run.config == first.config
+    assert [note for note in run.notes if note not in first.notes] == [
+        "best.pt: left out, as data.name=digits has no such keys: "
+        "data.synthetic_size, data.synthetic_classes, data.synthetic_count"
+    ]
+
+
+def test_recipes_over_different_data_sets_differ_in_their_keys_too() -> None:
+    digits, noise = (to_dict(recipe(data__name=name)) for name in ("digits", "synthetic"))
+    noise["data"]["synthetic_size"] = 64
+    assert compare.differing_keys([digits, noise, digits]) == [
+        ("data.name", ["digits", "synthetic", "digits"]),
+        ("data.synthetic_size", [None, 64, None]),
+        ("data.synthetic_classes", [None, 10, None]),
+        ("data.synthetic_count", [None, 50000, None]),
+    ]
+    assert compare.differing_keys([digits, digits]) == []
 
 
 def test_a_checkpoint_of_another_width_class_count_or_data_is_refused(

@@ -1,4 +1,4 @@
-"""What the benchmarks conclude, and the tables of the README."""
+"""What the benchmarks conclude, and the tables that the documents show."""
 
 from __future__ import annotations
 
@@ -51,10 +51,31 @@ def test_ratios_of_made_up_stages() -> None:
     assert throughput.training_ratios(rates, Rate((1.0, 1.0)), 1, 0.0)["overlap"] == pytest.approx(0.9)
 
 
-def test_readme_holds_the_tables_that_the_results_make() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert tables.tables(ROOT / "benchmarks" / "results") in readme
-    assert tables.replaced(readme, tables.tables(ROOT / "benchmarks" / "results")) == readme
+@pytest.mark.parametrize("name", ["README.md", "docs/throughput.md"])
+def test_a_document_holds_the_table_that_the_results_make(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    block = tables.BLOCKS[name](ROOT / "benchmarks" / "results")
+    assert block in text
+    assert tables.replaced(text, block) == text
+
+
+def test_check_names_the_document_that_is_out_of_date(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+    empty = f"before\n{tables.BEGIN}\n{tables.END}\nafter\n"
+    (tmp_path / "README.md").write_text(empty)
+    (tmp_path / "docs" / "throughput.md").write_text(empty)
+    (tmp_path / "benchmarks" / "results" / "a.json").write_text(json.dumps(made_up_report()))
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr("sys.argv", ["tables.py", "--check"])
+    assert tables.main() == 1
+    assert capsys.readouterr().err.splitlines() == ["docs/throughput.md is not what benchmarks/tables.py makes"]
+    monkeypatch.setattr("sys.argv", ["tables.py"])
+    assert tables.main() == 0
+    assert "| training step alone | 1,000 ± 5% |" in (tmp_path / "docs" / "throughput.md").read_text()
+    assert (tmp_path / "README.md").read_text() == empty
 
 
 def made_up_report() -> dict[str, Any]:
@@ -90,7 +111,7 @@ def test_throughput_table_has_a_column_a_machine(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(made_up_report()))
     (tmp_path / "b.json").write_text(json.dumps(gpu))
     (tmp_path / "c.json").write_text(json.dumps({"found": []}))  # another benchmark's
-    block = tables.tables(tmp_path).splitlines()
+    block = tables.throughput_block(tmp_path).splitlines()
     assert block[0] == tables.BEGIN and block[-1] == tables.END
     assert "| images/s, median; ratios: median of paired ratios | 2 cores, Processor X | GPU Y |" in block
     assert "| DALI pipeline, cpu | 500,000 ± 5% |  |" in block
@@ -127,6 +148,6 @@ def test_accuracy_table_says_what_its_times_leave_out() -> None:
     assert any("8.0 s with the evaluations" in line for line in accuracy.lines(report))
 
 
-def test_a_readme_without_markers_is_refused() -> None:
-    with pytest.raises(ValueError, match="has no <!-- results"):
+def test_a_document_without_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="no <!-- results"):
         tables.replaced("nothing here", "block")

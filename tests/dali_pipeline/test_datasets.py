@@ -41,7 +41,7 @@ from places import ROOT
 
 from dali_pipeline.dataset import DataError, Dataset, Split, channel_histogram, with_statistics
 from dali_pipeline.options import DataOptions, key
-from dali_pipeline.sources import SOURCES, Say, Source, data_section, load, source_of
+from dali_pipeline.sources import SOURCES, Say, Source, data_sections, load, source_of
 from dali_pipeline.sources.cifar import CIFAR10_MEAN, CIFAR10_PIXELS, CIFAR10_STD, CIFARS, Cifar, load_cifar
 from dali_pipeline.sources.digits import _upscale
 from dali_pipeline.sources.synthetic import random_dataset
@@ -554,7 +554,7 @@ def test_digits_without_sklearn_are_an_error_that_says_so(monkeypatch: pytest.Mo
 
 
 def synthetic_options(**keys: int) -> DataOptions:
-    return data_section()(name="synthetic", **keys)  # type: ignore[arg-type]
+    return data_sections()["synthetic"](**keys)  # type: ignore[arg-type]
 
 
 def test_synthetic_is_reproducible_and_of_the_size_asked_for() -> None:
@@ -682,7 +682,7 @@ def test_the_fingerprint_takes_no_second_copy_of_the_pixels() -> None:
 class Stripes(Source):
     """A source as short as one can be: grey images, brighter from class to class."""
 
-    stripes_count: int = key(6, "images", at_least=1)
+    stripes_count: int = key(6, "images", at_least=1, at_most=1000)
 
     def load(self, root: Path, *, download: bool, say: Say | None) -> Dataset:
         labels = np.arange(self.stripes_count) % 2
@@ -692,10 +692,11 @@ class Stripes(Source):
 
 def test_a_source_of_ten_lines_is_one_row_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(SOURCES, "stripes", Stripes)
-    section = data_section()
+    section = data_sections()["stripes"]
     assert typing.get_type_hints(section)["name"] == Literal["cifar10", "cifar100", "digits", "synthetic", "stripes"]
     assert [f.name for f in dataclasses.fields(section)][-1] == "stripes_count"
-    options = section(name="stripes", root="~", stripes_count=4)  # type: ignore[call-arg]
+    options = section(root="~", stripes_count=4)  # type: ignore[call-arg]
+    assert options.name == "stripes"
     dataset = load(options, root=tmp_path)
     assert len(dataset.train) == 4 and dataset.class_names == ("dark", "bright") and dataset.source == str(tmp_path)
     assert dataset.mean == (60, 60, 60) and dataset.std == (50, 50, 50)
@@ -705,15 +706,16 @@ def test_a_source_of_ten_lines_is_one_row_away(monkeypatch: pytest.MonkeyPatch, 
     source_of(options).check()
 
 
-def test_the_data_section_has_the_keys_of_every_source() -> None:
-    shared = ["name", "root", "download", "backend"]
-    assert [f.name for f in dataclasses.fields(data_section())] == [
-        *shared,
-        *("synthetic_size", "synthetic_classes", "synthetic_count"),
-    ]
-    assert dataclasses.asdict(data_section()())["name"] == "cifar10"
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        data_section()().name = "digits"  # type: ignore[misc]
+def test_the_data_section_has_the_keys_of_its_source_alone() -> None:
+    shared = ["name", "root", "download", "backend", "validation"]
+    own = {"synthetic": ["synthetic_size", "synthetic_classes", "synthetic_count"]}
+    assert data_sections().keys() == SOURCES.keys()
+    for name, section in data_sections().items():
+        assert [f.name for f in dataclasses.fields(section)] == [*shared, *own.get(name, [])]
+        assert [f.name for f in dataclasses.fields(section) if f.metadata.get("source") == name] == own.get(name, [])
+        assert section().name == name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            section().name = "digits"  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("taken", ["root", "synthetic_size"])
@@ -723,7 +725,7 @@ def test_a_key_that_two_sources_declare_is_refused(monkeypatch: pytest.MonkeyPat
     )
     monkeypatch.setitem(SOURCES, "double", double)
     with pytest.raises(ValueError, match=rf"data\.{taken} is a key of \w+"):
-        data_section()
+        data_sections()
 
 
 def test_sources_know_their_number_of_training_images_without_reading() -> None:

@@ -287,15 +287,47 @@ def test_a_part_that_changes_hands_before_it_is_locked_is_opened_anew(
     assert len(server.requests) == (1 if change == "removed" else 0)
 
 
-def test_a_file_system_without_locks_is_no_obstacle(
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_no_obstacle_and_named(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def flock(file: Any, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", flock)
+    lines: list[str] = []
+    get(tmp_path, server.url("good"), say=lines.append)
+    assert_whole(tmp_path)
+    assert [line for line in lines if os.strerror(number) in line] == lines[:1]
+
+
+def test_a_lock_that_fails_for_another_reason_is_one_line(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def flock(file: Any, operation: int) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", flock)
-    get(tmp_path, server.url("good"))
-    assert_whole(tmp_path)
+    with pytest.raises(DownloadError) as failed:
+        get(tmp_path, server.url("good"))
+    assert failed.value.reasons == (f"{part_of(tmp_path)}: {os.strerror(errno.EIO)}",)
+
+
+@pytest.mark.parametrize("kind", ["a symbolic link", "a folder", "a named pipe"])
+def test_only_a_regular_file_is_filled(server: Server, tmp_path: Path, kind: str) -> None:
+    mine, part = tmp_path / "mine", part_of(tmp_path)
+    mine.write_bytes(b"mine")
+    if kind == "a symbolic link":
+        part.symlink_to(mine)
+    elif kind == "a folder":
+        part.mkdir()
+    else:
+        os.mkfifo(part)
+    with pytest.raises(DownloadError) as failed:
+        get(tmp_path, server.url("good"))
+    assert failed.value.reasons == (f"{part}: is {kind}, not a regular file",)
+    assert mine.read_bytes() == b"mine" and server.requests == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.tar.gz.part", "mine"]
 
 
 def test_a_full_disk_is_one_line_that_names_the_file(server: Server, tmp_path: Path) -> None:

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
+import typing
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from places import CONFIGS, ROOT
 
+from train import schema
 from train.config import (
+    DATA,
     KEYS,
     Config,
     ConfigError,
+    StrictLoader,
     changed,
     changes,
     checkpoint_interval,
+    find_recipe,
     from_dict,
+    from_record,
     help_text,
     load_config,
+    own_keys,
+    recipes,
+    reference_table,
+    source_of_key,
     to_dict,
     to_yaml,
 )
@@ -76,6 +88,19 @@ BAD_FILES = {
     "null": ("train: {epochs: }", "train.epochs: None"),
     "bad interval": ("run: {checkpoint_every: 10m}", "checkpoint_every"),
     "impossible date": ("train: {seed: 2001-99-99}", "month"),
+    "5000 digits": (f"run: {{checkpoint_every: {'9' * 5000}}}", "column 25: a number of 5000 digits is out of range"),
+    "hexadecimal without end": (f"train: {{seed: 0x{'f' * 5000}}}", "a number of 5002 digits is out of range"),
+    "a large square": ("augment: {cutout: 100000000000000000000}", "augment.cutout: 100000000000000000000 is out"),
+    "a large batch": ("train: {eval_batch_size: 100000000000000000000}", "must be at most 1000000"),
+    "a large interval": ("run: {checkpoint_every: 1000000000}", "must be at most 999999999"),
+    "a long interval": (f"run: {{checkpoint_every: '{'9' * 5000}s'}}", "is none of epoch, a number of steps"),
+    "a large number for a word": (
+        f"train: {{tail: 1{'0' * 900}}}",
+        "a number of 901 digits (whole number) is not one of",
+    ),
+    "a long word": (f"train: {{tail: {'x' * 5000}}}", "xxx... (text) is not one of drop | endless"),
+    "a long key": (f"train: {{{'x' * 120}: 1}}", "xxx...: unknown key"),
+    "a key of another data set": ("data: {synthetic_size: 64}", "data.synthetic_size: belongs to data.name=synthetic"),
 }
 
 
@@ -89,6 +114,7 @@ def test_bad_file_is_one_clear_line(case: str, tmp_path: Path) -> None:
     assert expected in str(caught.value)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value).removeprefix(str(path))) < 400
     assert time.monotonic() - begun < 3
 
 
@@ -97,6 +123,62 @@ def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
         load_config(tmp_path / "nowhere.yaml")
     with pytest.raises(ConfigError, match="is a folder"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart.yaml", "configs/quickstart.yaml", "./quickstart"])
+def test_a_name_without_a_file_is_the_recipe_of_that_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()  # a folder is no recipe
+    assert find_recipe(name) == CONFIGS / "quickstart.yaml"
+    assert load_config(name) == load_config(CONFIGS / "quickstart.yaml")
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart.yaml", "configs/quickstart.yaml"])
+def test_a_file_comes_before_the_recipe_of_its_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("train: {epochs: 11}\n")
+    assert find_recipe(name) == Path(name)
+    assert load_config(name).train.epochs == 11
+
+
+@pytest.mark.parametrize("broken", ["a dangling link", "a broken file"])
+def test_a_broken_file_is_not_passed_over_for_the_recipe_of_its_name(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if broken == "a broken file":
+        Path("quickstart.yaml").write_text("train")
+    else:
+        Path("quickstart.yaml").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match=r"^quickstart\.yaml: (no such file|holds a str)"):
+        load_config("quickstart.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("qickstart", "did you mean quickstart?"),
+        ("configs/onecycel.yaml", "did you mean onecycle?"),
+        ("runs/first/quickstart.yaml", "did you mean quickstart?"),  # a path into another folder means that file alone
+        ("/configs/quickstart.yaml", "did you mean quickstart?"),
+        ("zzz.yaml", "known: cpu, onecycle, quickstart"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_an_unknown_recipe_names_the_nearest(
+    name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load_config(name)
+    assert str(caught.value).startswith(f"{name}: ") and said in str(caught.value)
+
+
+def test_the_recipes_are_the_files_of_configs() -> None:
+    assert recipes() == sorted(path.stem for path in CONFIGS.iterdir() if path.suffix == ".yaml")
 
 
 BAD_OVERRIDES = {
@@ -109,6 +191,11 @@ BAD_OVERRIDES = {
     "train.precision=fp8": "fp32 | bf16 | fp16",
     "optim.momentum=1": "below 1",
     "schedule.peak_epoch=99": "after the end",
+    "augment.cutout=100000000000000000000": "augment.cutout: 100000000000000000000 is out of range, must be at most 1024",
+    "train.eval_batch_size=100000000000000000000": "out of range, must be at most 1000000",
+    "run.checkpoint_every=" + "9" * 5000: "a number of 5000 digits is out of range",
+    "run.checkpoint_every=" + "9" * 5000 + "s": "run.checkpoint_every: '9999",
+    "data.synthetic_size=64": "data.synthetic_size: belongs to data.name=synthetic",
 }
 
 
@@ -116,7 +203,8 @@ BAD_OVERRIDES = {
 def test_bad_override_is_one_clear_line(word: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(CONFIGS / "quickstart.yaml", [word])
-    assert BAD_OVERRIDES[word] in str(caught.value) and "\n" not in str(caught.value)
+    said = str(caught.value)
+    assert BAD_OVERRIDES[word] in said and "\n" not in said and len(said) < 300
 
 
 def test_override_given_twice_is_refused() -> None:
@@ -158,6 +246,160 @@ def test_help_names_every_key_with_default_and_meaning() -> None:
     for name, (field, _) in KEYS.items():
         assert f"  {name}=" in text
         assert field.metadata["help"] in text
+
+
+def test_every_number_of_every_key_has_a_lower_and_an_upper_bound() -> None:
+    numbers = {name: f for name, (f, hint) in KEYS.items() if {int, float} & {hint, *typing.get_args(hint)}}
+    assert {
+        "train.seed",
+        "optim.momentum",
+        "data.validation",
+        "schedule.lr_max",
+        "run.checkpoint_every",
+    } < numbers.keys()
+    for name, f in numbers.items():
+        assert ("at_least" in f.metadata) + ("above" in f.metadata) == 1, name
+        assert ("at_most" in f.metadata) + ("below" in f.metadata) == 1, name
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("digits", [35, 400, 5000])
+def test_no_number_without_end_gets_through(sign: int, digits: int) -> None:
+    for name in KEYS:
+        section, key = name.split(".")
+        tree: dict[str, dict[str, object]] = {section: {key: sign * 10**digits}}
+        if source := source_of_key(name):
+            tree["data"]["name"] = source
+        with pytest.raises(ConfigError) as caught:
+            from_dict(tree)
+        assert str(caught.value).startswith(f"{name}: ") and len(str(caught.value)) < 200
+
+
+def test_each_data_set_has_its_own_keys() -> None:
+    assert [name for name in KEYS if source_of_key(name) == "synthetic"] == [
+        "data.synthetic_size",
+        "data.synthetic_classes",
+        "data.synthetic_count",
+    ]
+    assert {source_of_key(name) for name in KEYS} == {None, "synthetic"}
+    for name in DATA:
+        recorded = yaml.safe_load(to_yaml(changed(Config(), {"data.name": name})))["data"]
+        assert ("synthetic_size" in recorded) == (name == "synthetic")
+        assert recorded["name"] == name and "validation" in recorded
+    for text in (help_text(), reference_table()):
+        assert "height and width of synthetic images (only with data.name=synthetic)" in text
+        assert text.count("only with data.name") == 3
+
+
+def test_keys_of_another_data_set_are_refused_in_recipes_and_overrides(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "data: {name: digits, synthetic_size: 32}")  # the default is refused too
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe)
+    said = "data.synthetic_size: belongs to data.name=synthetic, here data.name=digits"
+    assert str(caught.value) == f"{recipe}: {said}"
+    with pytest.raises(
+        ConfigError, match=r"data\.synthetic_count: belongs to data\.name=synthetic, here data\.name=cifar10"
+    ):
+        from_dict({"data": {"synthetic_count": 20}})
+    # the order of overrides makes no difference
+    words = ["data.synthetic_size=64", "data.name=synthetic"]
+    config = load_config(CONFIGS / "quickstart.yaml", words)
+    assert config == load_config(CONFIGS / "quickstart.yaml", words[::-1])
+    assert to_dict(config)["data"]["synthetic_size"] == 64
+    with pytest.raises(ConfigError, match=r"belongs to data\.name=synthetic"):
+        changed(Config(), {"data.synthetic_size": 64})
+
+
+def test_with_another_data_name_the_keys_of_the_one_before_go() -> None:
+    noise = changed(Config(), {"data.name": "synthetic", "data.synthetic_size": 64})
+    assert changed(noise, {"data.name": "cifar10"}) == Config()
+    with pytest.raises(ConfigError, match=r"belongs to data\.name=synthetic, here data\.name=digits"):
+        changed(noise, {"data.name": "digits", "data.synthetic_size": 64})
+
+
+# what versions recorded that wrote the keys of all data sets
+ALL_KEYS = {"synthetic_size": 64, "synthetic_classes": 10, "synthetic_count": 50000}
+
+
+def test_keys_of_other_data_sets_in_the_record_of_a_run_are_left_out_with_a_note(tmp_path: Path) -> None:
+    config = changed(Config(), {"data.name": "digits", "train.batch_size": 64})
+    record = to_dict(config)
+    record["data"] |= ALL_KEYS
+    said: list[str] = []
+    assert from_record(record, said.append) == config
+    assert said == [
+        "left out, as data.name=digits has no such keys: "
+        "data.synthetic_size, data.synthetic_classes, data.synthetic_count"
+    ]
+    assert record["data"].keys() > ALL_KEYS.keys(), "the record stays as it was"
+
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(record, sort_keys=False))
+    with pytest.raises(ConfigError, match=r"data\.synthetic_size: belongs to data\.name=synthetic"):
+        load_config(path)  # no run lies here
+    (tmp_path / "environment.json").write_text("{}")
+    assert load_config(path, say=said.append) == load_config(path) == config
+    assert said[1:] == [f"{path}: {said[0]}"]
+    # with the data set that they belong to they count
+    assert to_dict(load_config(path, ["data.name=synthetic"], said.append))["data"]["synthetic_size"] == 64
+    with pytest.raises(ConfigError, match=r"belongs to data\.name=synthetic, here data\.name=digits"):
+        load_config(path, ["data.synthetic_size=64"])
+    assert len(said) == 2
+
+
+def test_a_record_without_keys_of_other_data_sets_is_taken_without_a_word() -> None:
+    for tree in (to_dict(Config()), to_dict(changed(Config(), {"data.name": "synthetic"})), {}, None, {"data": 3}):
+        assert own_keys(tree) == (tree, None)
+
+
+# The schema for editors
+
+
+def refused_by_schema(tree: object) -> list[str]:
+    validator = jsonschema.Draft202012Validator(json.loads(schema.PATH.read_text(encoding="utf-8")))
+    return [error.message for error in validator.iter_errors(tree)]
+
+
+def test_the_schema_is_current_and_a_schema() -> None:
+    assert schema.PATH.read_text(encoding="utf-8") == schema.text(), "python -m train.schema writes it anew"
+    jsonschema.Draft202012Validator.check_schema(schema.schema())
+
+
+def test_the_schema_describes_every_key() -> None:
+    sections = schema.schema()["properties"]
+    assert [f"{section}.{key}" for section, content in sections.items() for key in content["properties"]] == list(KEYS)
+    for name, (f, _) in KEYS.items():
+        section, key = name.split(".")
+        described = sections[section]["properties"][key]
+        assert described["description"] == f.metadata["help"] and described["default"] == f.default
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
+def test_every_recipe_names_the_schema_and_passes_it(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.splitlines()[0] == "# yaml-language-server: $schema=schema.json"
+    assert refused_by_schema(yaml.load(text, StrictLoader)) == []
+    assert refused_by_schema(to_dict(load_config(path))) == []
+
+
+# what takes two keys or a number that JSON does not have
+BEYOND_A_SCHEMA = {"NaN", "peak after the end", "lr_min above lr_max", "nesterov without momentum"}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_what_one_key_gets_wrong_is_wrong_by_the_schema_too(case: str) -> None:
+    content, _ = BAD_FILES[case]
+    try:
+        tree = yaml.load(content, StrictLoader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return  # no YAML, with or without a schema
+    assert bool(refused_by_schema(tree)) == (case not in BEYOND_A_SCHEMA)
+
+
+def test_the_schema_has_the_keys_of_a_data_set_where_it_is_chosen() -> None:
+    assert refused_by_schema({"data": {"name": "synthetic", "synthetic_size": 64}}) == []
+    for data in ({"synthetic_size": 64}, {"name": "digits", "synthetic_size": 64}):
+        assert refused_by_schema({"data": data}) == ["False schema does not allow 64"]
 
 
 numbers = st.floats(1e-6, 10, allow_nan=False)
@@ -220,12 +462,15 @@ def test_any_tree_gives_a_configuration_or_a_config_error(tree: object) -> None:
 )
 def test_any_value_of_any_key_is_taken_or_named(name: str, value: object) -> None:
     section, key = name.split(".")
+    tree = {section: {key: value}}
+    if source := source_of_key(name):
+        tree["data"]["name"] = source
     try:
-        config = from_dict({section: {key: value}})
+        config = from_dict(tree)
     except ConfigError as error:
         assert section in str(error) or key in str(error)
     else:
-        assert to_yaml(config)
+        assert to_yaml(config) and not refused_by_schema(to_dict(config))
 
 
 # what a run may be resumed with another value of
@@ -296,6 +541,11 @@ def test_checkpoint_interval_reads_steps_and_seconds() -> None:
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "train", *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_help_names_the_recipes() -> None:
+    result = run("--help")
+    assert all(name in result.stdout.split("options:")[1].split("--print-config")[0] for name in recipes())
 
 
 def test_command_line_refuses_with_code_2_and_no_traceback() -> None:

@@ -499,6 +499,7 @@ def test_the_others_wait_no_longer_than_the_limit(runs: Zygote, noise: Config, t
 def test_a_compiler_that_fails_on_one_process_is_off_on_all(runs: Zygote, noise: Config, tmp_path: Path) -> None:
     one = "import torch, train.machine.runtime as r, torch._dynamo.exc as e\n"
     one += "r.find_compiler = lambda device: (True, 'g++ found')\n"
+    one += "import train.machine.weighing as w; w.COLD_SECONDS = 0.0\n"  # it pays, for so few steps too
     fail = """
 def compile(self, **_):
     def call(*_, **__): raise e.BackendCompilerFailed(lambda: None, RuntimeError("g++ crashed"), None)
@@ -510,9 +511,36 @@ torch.nn.Module.compile = compile
         runs,
         *("--config", written(noise, tmp_path), f"run.dir={tmp_path / 'run'}", "train.compile=auto"),
         before={0: one + fine, 1: one + fail},
+        XDG_CACHE_HOME=str(tmp_path),
     )
     assert ended(jobs) == [0, 0], jobs[0].stderr
     assert "WARNING: compile: off (torch.compile failed" in jobs[0].stdout
+
+
+@pytest.mark.parametrize(("first", "second", "compiles"), [(1e-9, 1e9, False), (1e9, 1e-9, True)])
+def test_all_processes_compile_or_none_as_the_first_one_weighs(
+    runs: Zygote, noise: Config, tmp_path: Path, first: float, second: float, compiles: bool
+) -> None:
+    def seeing(seconds: float) -> str:
+        """Code for a process whose compiler does nothing but say so, and whose steps take so long."""
+        return f"""
+import torch, train.machine.runtime as r
+from train.step.trainer import Trainer
+r.find_compiler = lambda device: (True, "g++ found")
+torch.nn.Module.compile = lambda self, **_: print("compiling", type(self).__name__, flush=True)
+torch.compile = lambda function, **_: function
+Trainer.step_seconds = lambda self: {seconds}
+"""
+
+    jobs = together(
+        runs,
+        *("--config", written(noise, tmp_path), f"run.dir={tmp_path / 'run'}", "train.compile=auto"),
+        before={0: seeing(first), 1: seeing(second)},
+        XDG_CACHE_HOME=str(tmp_path),
+    )
+    assert ended(jobs) == [0, 0], jobs[0].stderr + jobs[1].stderr
+    assert ["compiling TrainStep" in job.stdout for job in jobs] == [compiles, compiles]
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["machine"]["compile"] == ("default" if compiles else "off")
 
 
 # --- torchrun itself

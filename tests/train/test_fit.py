@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from places import ROOT
 from torch import Tensor
 from training import Lines, assert_equal_weights, make_trainer, weights
@@ -21,7 +22,7 @@ from zygote import Zygote
 from dali_pipeline import dali_graph, sources
 from dali_pipeline.backend import BackendChoice, BackendError
 from dali_pipeline.loader import EvalLoader
-from train.config import Config, ConfigError, changed, load_config, to_yaml
+from train.config import Config, ConfigError, changed, load_config, to_dict, to_yaml
 from train.disk.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from train.disk.folder import RunFolder, RunFolderError, default_run_dir, read_metrics
 from train.disk.resume import differences
@@ -82,7 +83,8 @@ def test_a_run_writes_its_folder_and_says_what_happened(quick_config: Config, tm
     )
     assert summary["best_accuracy"] == max(m["test_accuracy"] for m in metrics)
     for words in (
-        "best accuracy",
+        "test accuracy  ",
+        "chosen on the test set itself",
         "set-up",
         "compile",
         "LR search",
@@ -161,6 +163,34 @@ def test_differences_pass_over_paths_and_found_rates() -> None:
     old = {"schedule": {"lr_max": 0.3}, "run": {"dir": "a"}, "net": {"width": 16}}
     new = {"schedule": {"lr_max": "find"}, "run": {"dir": "b"}, "net": {"width": 64}}
     assert differences(old, new) == ["net.width: 16 -> 64"]
+
+
+def test_differences_name_no_key_that_comes_and_goes_with_the_data_set(quick_config: Config) -> None:
+    digits = to_dict(quick_config)
+    noise = to_dict(changed(quick_config, {"data.name": "synthetic", "data.synthetic_size": 64}))
+    all_keys = {**digits, "data": {**noise["data"], "name": "digits"}}
+    assert differences(all_keys, digits) == differences(noise, noise) == []
+    assert differences(digits, noise) == differences(all_keys, noise) == ["data.name: digits -> synthetic"]
+    assert differences(noise, digits) == ["data.name: synthetic -> digits"]
+    larger = {**noise, "data": {**noise["data"], "synthetic_size": 96}}
+    assert differences(noise, larger) == ["data.synthetic_size: 64 -> 96"]
+
+
+def test_a_checkpoint_that_holds_the_keys_of_all_data_sets_resumes(quick_config: Config, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    fit(quick_config, run, log=Lines())
+    state = load_checkpoint(run / "last.pt")
+    del state["format"]
+    state["config"]["data"] |= {"synthetic_size": 64, "synthetic_classes": 10, "synthetic_count": 50000}
+    save_checkpoint(run / "last.pt", state)
+    (run / "config.yaml").write_text(yaml.safe_dump(state["config"]))
+    log = Lines()
+    longer = load_config(run / "config.yaml", ["train.epochs=3"], say=log)
+    assert fit(longer, run, log=log, resume=True, extend=True)["epochs"] == 3
+    notes = [line for line in log.lines if "left out, as data.name=digits has no such keys: data.synthetic" in line]
+    assert len(notes) == 2 and notes[1].startswith("note: the checkpoint's recipe: ")
+    for recorded in (load_checkpoint(run / "last.pt")["config"], yaml.safe_load((run / "config.yaml").read_text())):
+        assert recorded["data"] == to_dict(quick_config)["data"]
 
 
 def test_an_existing_run_is_not_overwritten_by_accident(quick_config: Config, tmp_path: Path) -> None:

@@ -25,9 +25,12 @@ def test_measures_have_their_keys_and_labels_the_plain_one_first(ema_decay: floa
 
 
 def test_measures_of_several_splits_keep_apart() -> None:
-    measures = measures_of(TrainOptions(ema_decay=0.9, tta=True), ("validation", "test"))
+    options = TrainOptions(ema_decay=0.9, tta=True)
+    measures = [measure for split in ("validation", "test") for measure in measures_of(options, split)]
     assert measures[0] == Measure("validation")
     assert len({measure.key for measure in measures}) == len({measure.label for measure in measures}) == 8
+    # of a record that holds both, best.pt followed the validation split
+    assert recorded([f"{measure.key}_accuracy" for measure in measures])[0] == Measure("validation")
 
 
 def test_a_record_tells_which_measures_it_holds() -> None:

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 from fnmatch import fnmatchcase
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from dali_pipeline.errors import UserError
+from dali_pipeline.lock import NoLocks, NotARegularFile, is_still_at, open_regular, try_lock
 from train.disk.atomic import is_temporary, open_new, remove_stale, write_atomic
 from train.disk.checkpoint import CHECKPOINTS, carries_seal
 from train.failpoints import failpoint
 from train.step.range_test import CURVE_COLUMNS
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 
 # the files of a run. --overwrite removes them in this order: what proves that a run lies here goes last, so that after a
 # kill on the way the rest can still be removed
@@ -57,6 +52,8 @@ FOLDERS = {
     "export": ("model.safetensors", "model.pt2", "model.onnx", ".model.*.tmp.*"),
     "tensorboard": ("events.out.tfevents.*",),
 }
+_LOCK = ".lock"  # locked, and empty: on Windows nobody else could read what is in it
+_OWNER = ".lock.pid"  # the process id of the run that holds the lock
 _PROBE = "writable"  # a file is written under its temporary name, and removed
 _OF_ENVIRONMENT = {"versions", "device", "precision", "compile", "backend", "data_source"}
 
@@ -90,7 +87,8 @@ class RunFolder:
 
     Raises RunFolderError where the folder holds a run already (unless `resume` or `overwrite`), another process is
     writing it, or it cannot be written; with `range_test`, which is for one alone, a range test counts as a run. The
-    lock is the operating system's: it dies with its process. What `overwrite` replaces is removed by `start_over`, once
+    lock is the operating system's: it dies with its process. Where the file system has none, `unlocked` says so in a
+    sentence, and two runs may write here at once. What `overwrite` replaces is removed by `start_over`, once
     the new run is about to begin; files that bear a run's names and were not written by one are refused with it.
     """
 
@@ -100,7 +98,8 @@ class RunFolder:
         self.path = Path(path)
         # where it found no rates a run goes no further, and may begin again; a range test alone counts to itself
         self._marks = WRITTEN if range_test else tuple(name for name in WRITTEN if not name.startswith("lr_finder"))
-        self._lock: TextIO | None = None
+        self.unlocked: str | None = None
+        self._lock: FileIO | None = None
         try:
             self._check(resume, overwrite)
             self._acquire()
@@ -163,63 +162,56 @@ class RunFolder:
         return files + [f"{name}/" for name in FOLDERS if _names_in(self.path / name)]
 
     def _acquire(self) -> None:
-        while True:
+        while self._lock is None:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = self._open_lock()
+            self._lock = self._take_lock()
+        with open_new(self.path / _OWNER) as file:
+            file.write(str(os.getpid()).encode())
+
+    def _take_lock(self) -> FileIO | None:
+        """The lock file, locked by this process; None where its owner removed it between our opening and locking it."""
+        path = self.path / _LOCK
+        try:
+            file = open_regular(path)
+        except NotARegularFile as error:
+            raise RunFolderError(f"{path}: {error.strerror}; remove it or choose another run.dir=") from None
+        try:
             failpoint("lock")
-            self._lock_file(self._lock)
-            try:
-                if os.path.samestat(os.fstat(self._lock.fileno()), (self.path / ".lock").lstat()):
-                    break
-            except FileNotFoundError:
-                pass
-            self._lock.close()  # its owner removed the file between our opening and locking it
-            self._lock = None
-        owner = self._lock.read(64).strip("\0 \r\n")  # a power cut can leave zeros
-        if owner and not owner.isdecimal():
-            self._lock.close()
-            self._lock = None
-            raise RunFolderError(
-                f"{self.path / '.lock'}: no run wrote this file, and a run would overwrite it; move it away or choose "
-                "another run.dir="
-            )
-        self._lock.seek(0)
-        self._lock.truncate()
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
-
-    def _open_lock(self) -> TextIO:
-        path = self.path / ".lock"
-        refused = (
-            f"{path}: is a symbolic link, and a run would overwrite its target; remove it or choose another run.dir="
-        )
-        if path.is_symlink():
-            raise RunFolderError(refused)
-        try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-        except OSError:
-            if path.is_symlink():  # since then
-                raise RunFolderError(refused) from None
+            if not self._locks(file):
+                raise RunFolderError(
+                    f"{self.path}: another run (process {self._owner()}) is writing here; wait for it or choose "
+                    "another run.dir="
+                )
+            if is_still_at(file, path):
+                # versions before this one wrote the process id into it, and a power cut can leave zeros
+                content = file.read(64).strip(b"\0 \r\n")
+                if content and not content.isdigit():
+                    raise RunFolderError(f"{path}: no run wrote this file; move it away or choose another run.dir=")
+                return file
+        except BaseException:
+            file.close()
             raise
-        return os.fdopen(handle, "r+", encoding="ascii", errors="replace")
+        file.close()
+        return None
 
-    def _lock_file(self, lock: TextIO) -> None:
-        if fcntl is None:
-            return
+    def _locks(self, file: FileIO) -> bool:
+        """False where another process has it locked; True also where the file system has no locks, with a note of it."""
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            owner = lock.read().strip()
-            lock.close()
-            self._lock = None  # not ours to clean up after
-            raise RunFolderError(
-                f"{self.path}: another run (process {owner or 'unknown'}) is writing here; wait for it or choose "
-                "another run.dir="
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise  # else a file system without locks, which is no reason not to train
+            return try_lock(file)
+        except NoLocks as error:  # no reason not to train
+            self.unlocked = (
+                f"{self.path}: nothing can be locked on this file system ({error.strerror}), and a second run into this "
+                "folder would not be refused"
+            )
+            return True
+
+    def _owner(self) -> str:
+        """The process id that the owner of the lock has written beside it."""
+        with contextlib.suppress(OSError, ValueError):
+            owner = (self.path / _OWNER).read_text(encoding="ascii")
+            if owner.isdecimal():
+                return owner
+        return "unknown"
 
     def start_over(self) -> list[str]:
         """Remove what a run, its analysis and its exports write, by name, and give the names of what else lies here.
@@ -230,15 +222,16 @@ class RunFolder:
         for name in WRITTEN:
             _remove_file(self.path / name)
         named = {kept.partition("/")[0] for kept in stays}
-        return [name for name in _names_in(self.path) if name != ".lock" and name not in named] + stays
+        return [name for name in _names_in(self.path) if name not in (_LOCK, _OWNER, *named)] + stays
 
     def close(self) -> None:
         """Give up the lock; a folder in which nothing was written goes too."""
         if self._lock is None:
             return
         with contextlib.suppress(OSError):
-            if [entry.name for entry in self.path.iterdir()] == [".lock"]:
-                (self.path / ".lock").unlink()
+            (self.path / _OWNER).unlink(missing_ok=True)
+            if [entry.name for entry in self.path.iterdir()] == [_LOCK]:
+                (self.path / _LOCK).unlink()
                 self.path.rmdir()
         self._lock.close()
         self._lock = None

@@ -7,22 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from dali_pipeline.dataset import Dataset
-from train.config import Config, ConfigError, changes, to_dict
+from train.config import Config, ConfigError, changes, own_keys, source_of_key, to_dict
 from train.disk.atomic import write_atomic
 from train.disk.checkpoint import CheckpointError, load_checkpoint
 from train.disk.snapshot import Snapshot
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """ "section.key: old -> new" for every key that changes what a run computes."""
+    """ "section.key: old -> new" for every key that changes what a run computes; keys that come with another data.name are
+    not named beside it."""
     found = []
+    sources = (None, old.get("data", {}).get("name"))
     for section, keys in new.items():
         for key, value in keys.items():
             name, before = f"{section}.{key}", old.get(section, {}).get(key)
             # a rate that was to be found has been found since
             if before == value or (value == "find" and isinstance(before, float)):
                 continue
-            if changes(name) in ("result", "rounding"):
+            if changes(name) in ("result", "rounding") and source_of_key(name) in sources:
                 found.append(f"{name}: {before} -> {value}")
     return found
 
@@ -42,7 +44,9 @@ def load_for_resume(
         state = load_checkpoint(previous)
         log(f"WARNING: {error}; continuing from {previous}")
     snapshot = Snapshot.from_dict(state, path)
-    old, new = snapshot.config, to_dict(config)
+    (old, note), new = own_keys(snapshot.config), to_dict(config)
+    if note:
+        log(f"note: the checkpoint's recipe: {note}")
     longer = config.train.epochs > old["train"]["epochs"]
     if extend and longer:
         old = {**old, "train": {**old["train"], "epochs": config.train.epochs}}
@@ -73,6 +77,16 @@ def check_same_data(snapshot: Snapshot, dataset: Dataset) -> None:
                 f"data.root: the {dataset.name} found now is not what the run was trained on: {name} was {list(then)}, "
                 f"is {list(now)} ({dataset.source})"
             )
+    now_validation = None if dataset.validation is None else dataset.validation.fingerprint
+    if snapshot.data.validation != now_validation:
+        raise ConfigError(
+            f"data.root: the validation split of {dataset.name} is not that of the run: it was "
+            f"{_named(snapshot.data.validation)}, is {_named(now_validation)} ({dataset.source})"
+        )
+
+
+def _named(fingerprint: str | None) -> str:
+    return "none" if fingerprint is None else f"the one with SHA-256 {fingerprint[:12]}"
 
 
 def note_changes(then: dict[str, Any], now: dict[str, Any], log: Callable[[str], None]) -> None:

@@ -38,6 +38,7 @@ class DataFacts:
     fill: tuple[int, ...]
     height: int
     width: int
+    validation: str | None = None  # fingerprint of the validation split, where there is one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +59,9 @@ class Snapshot:
 
     @property
     def test_accuracy(self) -> float | None:
-        """What the run measured after its last finished epoch, in percent."""
+        """What the run measured of the test set after its last finished epoch, in percent; None where it did not."""
         metrics = self.position.metrics
-        return float(metrics[-1]["test_accuracy"]) if metrics else None
+        return float(metrics[-1]["test_accuracy"]) if metrics and "test_accuracy" in metrics[-1] else None
 
     @property
     def trainer_state(self) -> dict[str, Any]:
@@ -78,7 +79,7 @@ class Snapshot:
         """What `to_dict` gave, of this version or an earlier one. Raises CheckpointError, naming `where`."""
         if state.get("format") == 2 and "optimizer" in state:
             state = {**state, "optimizer": {"sgd": state["optimizer"]}}
-        state = {"machine": {}, **state}
+        state = {"machine": {}, "validation": None, **state}
         parts = {"position": Position, "rates": Rates, "data": DataFacts}
         own = [f.name for f in fields(cls) if f.name not in parts]
         inside = {part: [f.name for f in fields(kind)] for part, kind in parts.items()}

@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,15 @@ class Runtime:
     @property
     def autocast_dtype(self) -> torch.dtype | None:
         return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+
+    def compiling(self, mode: str | None, why: str) -> Runtime:
+        """The same with another compile mode, and its note."""
+        note = f"compile: {mode or 'off'} ({why})"
+        return replace(self, compile_mode=mode, notes=tuple(note if n == self.compile_note else n for n in self.notes))
+
+    @property
+    def compile_note(self) -> str:
+        return next(note for note in self.notes if note.startswith("compile: "))
 
 
 def _device(requested: str, local_rank: int) -> tuple[torch.device, str]:
@@ -120,7 +129,10 @@ def prepare(
     channels_last: str = "auto",
     local_rank: int = 0,
 ) -> Runtime:
-    """Resolve the requests against this machine. Raises RuntimeUnavailable where an explicit one cannot be met."""
+    """Resolve the requests against this machine. Raises RuntimeUnavailable where an explicit one cannot be met.
+
+    For compile=auto on a CPU the answer is the mode to compile with; whether that pays is weighed where the steps are known.
+    """
     # torch's compiler warns that a CUDA toolkit without a GPU is of no use: the device note says so already
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     chosen, device_why = _device(device, local_rank)

@@ -32,24 +32,28 @@ class SignalWatch:
 
     A second one takes its default action, which ends the process on the spot: a checkpoint under way is a temporary
     file until it is whole. With `repeats`, the same request may arrive twice (torchrun passes on the Ctrl-C that the
-    terminal has sent to all its processes already), and what follows within REPEAT_SECONDS is no second one.
+    terminal has sent to all its processes already), and what follows within REPEAT_SECONDS is no second one. Without
+    `owns_process`, for a process that does other things too, a second one raises KeyboardInterrupt instead.
     """
 
-    def __init__(self, repeats: bool = False, announce: bool = True) -> None:
+    def __init__(self, repeats: bool = False, announce: bool = True, owns_process: bool = True) -> None:
         self.received: int | None = None
-        self._repeats, self._announce = repeats, announce
+        self._repeats, self._announce, self._owns_process = repeats, announce, owns_process
         self._deferring = False
         self._since = 0.0
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.received is not None:
-            if now - self._since >= REPEAT_SECONDS:
+            again = now - self._since >= REPEAT_SECONDS
+            if not self._owns_process and (again or not self._repeats):
+                raise KeyboardInterrupt(f"{signal.Signals(number).name}, the second: ended at once")
+            if again:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
         self.received, self._since = number, now
-        if not self._repeats:
+        if self._owns_process and not self._repeats:
             for watched in _watched():
                 signal.signal(watched, signal.SIG_DFL)
         if not self._deferring:

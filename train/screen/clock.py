@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
 
 @dataclass
 class Times:
-    """Seconds by what they were spent on."""
+    """Seconds by what they were spent on. Within a block of `on` its own go on counting, and rest while another one runs."""
 
     set_up: float = 0.0
     compile: float = 0.0
@@ -21,17 +21,35 @@ class Times:
     evaluation: float = 0.0
     saving: float = 0.0  # as far as the training waited for it
 
+    def __post_init__(self) -> None:
+        self._open: list[str] = []  # what is being counted, and within which others
+        self._counted_until = 0.0
+
     @contextmanager
     def on(self, name: str, device: torch.device | None = None) -> Iterator[None]:
         """Count the block's time under `name`, without what it counts under other names."""
-        begun, counted = time.perf_counter(), sum(vars(self).values())
+        self.count()
+        self._open.append(name)
         try:
             yield
         finally:
             if device is not None and device.type == "cuda":
                 torch.cuda.synchronize(device)
-            inside = sum(vars(self).values()) - counted
-            setattr(self, name, getattr(self, name) + time.perf_counter() - begun - inside)
+            self.count()
+            self._open.pop()
+
+    def count(self) -> None:
+        """Bring the numbers up to now."""
+        now = time.perf_counter()
+        if self._open:
+            name = self._open[-1]
+            setattr(self, name, getattr(self, name) + now - self._counted_until)
+        self._counted_until = now
+
+    def seconds(self) -> dict[str, float]:
+        """All of them by name, up to now."""
+        self.count()
+        return asdict(self)
 
     def add(self, seconds: dict[str, float]) -> None:
         """Count what an earlier part of the run has spent."""

@@ -7,40 +7,71 @@ from typing import TYPE_CHECKING, Any
 
 from train.machine.environment import peak_memory
 from train.screen.progress import duration
+from train.step.evaluation import Score
+from train.step.measures import Measure
 
 if TYPE_CHECKING:
     from train.loop import Run
 
 
-def summary_lines(run: Run, path: Path | None) -> tuple[dict[str, Any], list[str]]:
-    """The end of a run, as summary.json and as lines for a person."""
+Final = dict[str, dict[Measure, Score]]  # by the name of the checkpoint
+
+
+def summary_lines(run: Run, path: Path | None, final: Final | None = None) -> tuple[dict[str, Any], list[str]]:
+    """The end of a run, as summary.json and as lines for a person. `final` is what was measured of the test set where a
+    validation split chose best.pt.
+
+    best_accuracy and last_accuracy are test accuracies: without a validation split that of the best epoch, which was
+    chosen by it, and that of the last.
+    """
     trainer, position, times = run.trainer, run.position, run.times
     last = position.metrics[-1]
     images = sum(round(m["seconds"] * m["images_per_second"]) for m in position.metrics)
     seconds = sum(m["seconds"] for m in position.metrics)
+    leading = trainer.measures[0]
+    chosen_on_test = leading.split == "test"
+    if final is None:
+        measured = {measure: last[f"{measure.key}_accuracy"] for measure in trainer.measures}
+        reached = {"best.pt": position.best_accuracy, "last.pt": last[f"{leading.key}_accuracy"]}
+    else:
+        measured = {measure: score.accuracy for measure, score in final["last.pt"].items()}
+        reached = {name: next(iter(scores.values())).accuracy for name, scores in final.items()}
     summary: dict[str, Any] = {
         "epochs": position.epoch,
-        "best_accuracy": position.best_accuracy,
+        "best_accuracy": reached.get("best.pt"),
         "best_epoch": position.best_epoch,
-        "last_accuracy": last["test_accuracy"],
+        "last_accuracy": reached["last.pt"],
+        "chosen_on": leading.split,
         "lr_max": run.schedule.lr_max,
         "lr_min": run.schedule.lr_min,
-        "seconds": vars(times).copy(),
+        "seconds": times.seconds(),
         "images_per_second": images / seconds,
         "peak_memory": peak_memory(trainer.runtime.device),
     }
+    if final is not None:
+        summary["best_validation_accuracy"] = position.best_accuracy
+        summary["last_validation_accuracy"] = last[f"{leading.key}_accuracy"]
+        epochs = {"best.pt": position.best_epoch, "last.pt": position.epoch}
+        summary["test"] = {name: {"epoch": epochs[name], "accuracy": value} for name, value in reached.items()}
     parts = {"set-up": times.set_up, "compile": times.compile, "LR search": times.lr_search}
     parts |= {"training": times.training, "evaluation": times.evaluation, "saving": times.saving}
     memory = ", ".join(f"{gib:.2f} GiB {name.removesuffix('_gib')}" for name, gib in summary["peak_memory"].items())
     lines = [
         "",
-        f"best accuracy  {position.best_accuracy:.2f}% (epoch {position.best_epoch}), last {last['test_accuracy']:.2f}%",
+        f"test accuracy  {reached['last.pt']:.2f}% after the last epoch ({position.epoch})",
+        f"best.pt        epoch {position.best_epoch}, chosen on the "
+        + (
+            f"test set itself: {position.best_accuracy:.2f}%, which flatters"
+            if chosen_on_test
+            else f"validation split ({position.best_accuracy:.2f}%)"
+            + (f": test accuracy {reached['best.pt']:.2f}%" if "best.pt" in reached else "")
+        ),
         f"time           {duration(sum(parts.values()))}: "
         + ", ".join(f"{name} {duration(spent)}" for name, spent in parts.items()),
         f"throughput     {summary['images_per_second']:,.0f} images/s in training",
         f"peak memory    {memory}",
     ]
-    extra = [(measure, last[f"{measure.key}_accuracy"]) for measure in trainer.measures[1:]]
+    extra = list(measured.items())[1:]
     if extra:
         lines.insert(2, "also, at the end  " + ", ".join(f"{m.kind} {accuracy:.2f}%" for m, accuracy in extra))
         summary |= {f"last_{measure.key}_accuracy": accuracy for measure, accuracy in extra}

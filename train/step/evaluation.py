@@ -82,7 +82,8 @@ def _totals(
     with torch.no_grad():
         for done, (images, labels, valid) in enumerate(loader, 1):
             failpoint("evaluate")
-            torch.compiler.cudagraph_mark_step_begin()
+            if step._compiled_call_impl is not None:  # the mark imports the compiler
+                torch.compiler.cudagraph_mark_step_begin()
             logits = step(images)
             views = logits if logits.ndim == 3 else logits[None]  # (views, N, C)
             losses = torch.stack([F.cross_entropy(view, labels, reduction="none") for view in views])

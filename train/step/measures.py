@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from train.options import TrainOptions
@@ -37,14 +37,17 @@ class Measure:
         return ", ".join(part for part in (self.split, self.kind) if part)
 
 
-def measures_of(options: TrainOptions, splits: Sequence[str] = ("test",)) -> tuple[Measure, ...]:
-    """What a recipe reports after an epoch, the plain answers first; best.pt follows the first of them."""
+SPLITS = ("validation", "test")
+
+
+def measures_of(options: TrainOptions, split: str = "test") -> tuple[Measure, ...]:
+    """What a recipe reports of a split, the plain answers first."""
     weights = ["", *(["ema"] if options.ema_decay > 0 else [])]
     views = ["plain", *(["tta"] if options.tta else [])]
-    return tuple(Measure(split, w, v) for w in weights for split in splits for v in views)
+    return tuple(Measure(split, w, v) for w in weights for v in views)
 
 
-def recorded(keys: Sequence[str], splits: Sequence[str] = ("test",)) -> tuple[Measure, ...]:
-    """The measures that a record of metrics.jsonl with these keys holds, the plain ones first."""
-    known = (Measure(split, w, v) for w in WEIGHTS for split in splits for v in LABELS)
+def recorded(keys: Collection[str]) -> tuple[Measure, ...]:
+    """The measures that a record of metrics.jsonl with these keys holds, that which best.pt follows first."""
+    known = (Measure(split, w, v) for split in SPLITS for w in WEIGHTS for v in LABELS)
     return tuple(measure for measure in known if f"{measure.key}_accuracy" in keys)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -79,7 +80,8 @@ class Trainer:
     """The network with everything that trains it, on one process.
 
     `step` is the compiled training step, under DistributedDataParallel where there are several processes; `net` is the
-    plain network inside, whose state-dict keys are clean. `measures` is what an evaluation reports; best.pt follows the first.
+    plain network inside, whose state-dict keys are clean. `measures` is what an evaluation after an epoch reports, on the
+    validation split where there is one; best.pt follows the first.
     """
 
     def __init__(
@@ -100,21 +102,10 @@ class Trainer:
             self.ema = WeightAverage(network, config.train.ema_decay)
         self.optimizers = Optimizers(parameter_groups(network, config.optim), config.optim, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=runtime.precision == "fp16")
-        self.measures = measures_of(config.train)
+        self.measures = measures_of(config.train, "test" if dataset.validation is None else "validation")
         self._build_steps(runtime.compile_mode)
         self.train_loader = self._train_loader(config.train.seed)
-        self.eval_loaders = {
-            measure.split: EvalLoader(
-                getattr(dataset, measure.split),
-                batch_size=config.train.eval_batch_size,
-                device=device,
-                backend=backend,
-                rank=self.group.rank,
-                world_size=self.group.world_size,
-            )
-            for measure in self.measures
-            if measure.weights == "" and measure.views == "plain"
-        }
+        self.eval_loader = self.make_eval_loader(self.measures[0].split)
         self.steps_per_epoch = self.train_loader.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.local_batch = config.train.batch_size // self.group.world_size
@@ -128,6 +119,17 @@ class Trainer:
             seed=seed,
             compiled=self.runtime.compile_mode is not None,
             group=self.group,
+        )
+
+    def make_eval_loader(self, split: str) -> EvalLoader:
+        """Every image of the data set's split of this name, for this process; to be closed by who asked for it."""
+        return EvalLoader(
+            self.dataset.splits[split],
+            batch_size=self.config.train.eval_batch_size,
+            device=self.runtime.device,
+            backend=self.backend,
+            rank=self.group.rank,
+            world_size=self.group.world_size,
         )
 
     def _build_steps(self, compile_mode: str | None) -> None:
@@ -144,8 +146,7 @@ class Trainer:
             for weights, module in {"": self.net, **averaged}.items()
         }
         if compile_mode is not None:
-            for step in (self.train_step, *self.eval_steps.values()):
-                step.compile(mode=compile_mode, dynamic=False)
+            self._compile_steps(compile_mode)
         self.step: nn.Module = self.train_step
         if self.group.world_size > 1:
             devices = [runtime.device.index] if runtime.device.type == "cuda" else None
@@ -158,33 +159,69 @@ class Trainer:
             }
             self.step = DistributedDataParallel(self.train_step, device_ids=devices, **off)
 
-    def _names_of_views(self, weights: str) -> list[str]:
-        """The views over which these weights are measured, once each."""
-        return list(dict.fromkeys(measure.views for measure in self.measures if measure.weights == weights))
+    def _compile_steps(self, mode: str) -> None:
+        for step in (self.train_step, *self.eval_steps.values()):
+            step.compile(mode=mode, dynamic=False)
 
     def _views_of(self, weights: str) -> list[Views]:
-        return [VIEWS[name] for name in self._names_of_views(weights)]
+        """The sets of views over which these weights are measured."""
+        return [VIEWS[measure.views] for measure in self.measures if measure.weights == weights]
+
+    def compiled_on(self, mode: str) -> None:
+        """Compile what was built to run eagerly, at its first call."""
+        self.runtime = replace(self.runtime, compile_mode=mode)
+        self._compile_steps(mode)
+        if self.backend.name == "torch":  # its pipeline is compiled too
+            self.train_loader.close()
+            self.train_loader = self._train_loader(self.config.train.seed)
 
     def compiled_off(self) -> None:
         """Go on without torch.compile."""
         self.runtime = replace(self.runtime, compile_mode=None)
         self._build_steps(None)
 
+    def step_seconds(self, enough: float = 1.0, most: int = 4) -> float:
+        """The processor time of one training step as it stands, on the CPU: the shortest of at most so many that follow a first
+        one, or that one's where it alone takes `enough` seconds. On a random batch; all state comes back."""
+        with borrowed_state(self.net, self.optimizers, self.scaler):
+            images, labels = self._random_batch(self.local_batch)
+            first = self._timed(images, labels, self.train_step)
+            if first >= enough:
+                return first
+            times = [self._timed(images, labels, self.train_step)]
+            while len(times) < most and sum(times) < enough:
+                times.append(self._timed(images, labels, self.train_step))
+        return min(times)
+
+    def compiled_gain(self, pairs: int) -> float:
+        """An eager step's time over a compiled one's, on the CPU: the shortest of so many each, taken in turns. On a random
+        batch; all state comes back."""
+        eager, compiled = [], []
+        with borrowed_state(self.net, self.optimizers, self.scaler):
+            images, labels = self._random_batch(self.local_batch)
+            for _ in range(pairs):
+                eager.append(self._timed(images, labels, self.train_step.forward))
+                compiled.append(self._timed(images, labels, self.train_step))
+        return min(eager) / min(compiled)
+
+    def _timed(self, images: Tensor, labels: Tensor, step: Callable[[Tensor, Tensor], Any]) -> float:
+        begun = time.thread_time()  # what other programs take of the processor makes no step slower
+        self.train_one(images, labels, 0.0, step)
+        return time.thread_time() - begun
+
+    def _random_batch(self, size: int) -> tuple[Tensor, Tensor]:
+        dataset, device = self.dataset, self.runtime.device
+        images = torch.randint(0, 256, (size, dataset.height, dataset.width, 3), dtype=torch.uint8, device=device)
+        return images.permute(0, 3, 1, 2), torch.randint(0, dataset.num_classes, (size,), device=device)
+
     def warm_up(self) -> None:
         """Compile (and on CUDA capture) the training and the evaluation graph on random batches; all state comes back."""
-        height, width = self.dataset.height, self.dataset.width
-
-        def batch(size: int) -> tuple[Tensor, Tensor]:
-            images = torch.randint(0, 256, (size, height, width, 3), dtype=torch.uint8, device=self.runtime.device)
-            labels = torch.randint(0, self.dataset.num_classes, (size,), device=self.runtime.device)
-            return images.permute(0, 3, 1, 2), labels
-
         with borrowed_state(self.net, self.optimizers, self.scaler):
-            images, labels = batch(self.local_batch)
+            images, labels = self._random_batch(self.local_batch)
             for _ in range(3 if self.runtime.device.type == "cuda" else 1):
                 # not through DistributedDataParallel: a compiler may fail on one process alone
                 self.train_one(images, labels, 0.0, self.train_step)
-            images, _ = batch(self.config.train.eval_batch_size // self.group.world_size)
+            images, _ = self._random_batch(self.config.train.eval_batch_size // self.group.world_size)
             with torch.no_grad():
                 for step in self.eval_steps.values():
                     step.eval()
@@ -197,12 +234,13 @@ class Trainer:
         self.net.train()
 
     def train_one(
-        self, images: Tensor, labels: Tensor, rate: float, step: nn.Module | None = None
+        self, images: Tensor, labels: Tensor, rate: float, step: Callable[[Tensor, Tensor], Any] | None = None
     ) -> tuple[Tensor, Tensor]:
         """One step: forward, loss, backward, update at the given rate. Gives (loss, correct), on the device."""
         failpoint("step")
         # every step is a CUDA graph of its own: without the mark an evaluation between two steps would capture anew
-        torch.compiler.cudagraph_mark_step_begin()
+        if self.runtime.compile_mode is not None:  # the mark imports the compiler
+            torch.compiler.cudagraph_mark_step_begin()
         self.optimizers.set_rate(rate)
         loss, correct = (step or self.step)(images, labels)
         self.scaler.scale(loss).backward()
@@ -236,14 +274,26 @@ class Trainer:
 
     def evaluate(self, after_batch: Callable[[int], None] | None = None) -> dict[Measure, Score]:
         """Each of `measures`; raises whatever `after_batch` raises to end it."""
+        return self._scores(self.measures, self.eval_loader, after_batch)
+
+    def evaluate_test(self, after_batch: Callable[[int], None] | None = None) -> dict[Measure, Score]:
+        """The same of the test set, for the end of a training that was chosen on a validation split."""
+        loader = self.make_eval_loader("test")
+        try:
+            return self._scores(measures_of(self.config.train, "test"), loader, after_batch)
+        finally:
+            loader.close()
+
+    def _scores(
+        self, measures: Sequence[Measure], loader: EvalLoader, after_batch: Callable[[int], None] | None
+    ) -> dict[Measure, Score]:
         self.average_statistics()
         scores: dict[Measure, Score] = {}
         for weights, step in self.eval_steps.items():
-            for split, loader in self.eval_loaders.items():
-                found = evaluate(step, loader, after_batch=after_batch).scores
-                names = self._names_of_views(weights)
-                scores |= {Measure(split, weights, v): score for v, score in zip(names, found, strict=True)}
-        return {measure: scores[measure] for measure in self.measures}
+            found = evaluate(step, loader, after_batch=after_batch).scores
+            of_step = [measure for measure in measures if measure.weights == weights]
+            scores |= zip(of_step, found, strict=True)
+        return {measure: scores[measure] for measure in measures}
 
     def average_statistics(self) -> None:
         """In place, over the processes: the mean of batch norm's running statistics, each process's own until then."""
@@ -271,11 +321,15 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave."""
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """The weights and their average from what `state` gave; the rest stays as it is."""
         self.net.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+        self.load_weights(state)
         self.optimizers.load_state_dict(state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():  # either may have trained without one
             self.scaler.load_state_dict(state["scaler"])
@@ -299,5 +353,4 @@ class Trainer:
     def close(self) -> None:
         """Stop the pipelines and free the resident images."""
         self.train_loader.close()
-        for loader in self.eval_loaders.values():
-            loader.close()
+        self.eval_loader.close()

@@ -57,17 +57,17 @@ def test_a_link_that_takes_the_place_of_the_lock_meanwhile_is_not_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine").write_text("123")
-    original, looks = Path.is_symlink, 0
+    original, looks = Path.lstat, 0
 
-    def late(self: Path) -> bool:
+    def late(self: Path) -> os.stat_result:
         nonlocal looks
         looks += self.name == ".lock"
         if self.name == ".lock" and looks == 1:
             self.symlink_to(tmp_path / "mine")
-            return False
+            raise FileNotFoundError
         return original(self)
 
-    monkeypatch.setattr(Path, "is_symlink", late)
+    monkeypatch.setattr(Path, "lstat", late)
     with pytest.raises(RunFolderError, match="is a symbolic link"):
         RunFolder(tmp_path / "run")
     assert (tmp_path / "mine").read_text() == "123"

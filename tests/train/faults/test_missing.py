@@ -60,7 +60,8 @@ def test_a_compiler_that_fails_is_gone_without_loudly_under_auto_and_an_error_wh
     runs: Zygote, recipe: Path, tmp_path: Path
 ) -> None:
     fail = """
-import torch, train.machine.runtime as r, torch._dynamo.exc as e
+import torch, train.machine.runtime as r, torch._dynamo.exc as e, train.machine.weighing as w
+w.COLD_SECONDS = 0.0  # it pays, for so few steps too
 r.find_compiler = lambda device: (True, "g++ found")
 def compile(self, **_):
     def fail(*_): raise e.BackendCompilerFailed(lambda: None, RuntimeError("g++ crashed"), None)
@@ -68,7 +69,8 @@ def compile(self, **_):
 torch.nn.Module.compile = compile
 """
     words = ["--config", recipe, "train.epochs=1", "schedule.peak_epoch=0.5", f"run.dir={tmp_path / 'run'}"]
-    code, out, err = runs.run(*words, "train.compile=auto", before=fail)
+    env = {"XDG_CACHE_HOME": str(tmp_path)}
+    code, out, err = runs.run(*words, "train.compile=auto", before=fail, env=env)
     assert code == 0, err
     assert "WARNING: compile: off (torch.compile failed" in out
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())

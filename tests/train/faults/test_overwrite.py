@@ -88,7 +88,7 @@ def test_overwrite_of_a_run_with_nothing_else_in_it_leaves_an_empty_folder(tmp_p
     whole_run(tmp_path / "run", "last.pt")
     folder = RunFolder(tmp_path / "run", overwrite=True)
     assert folder.start_over() == []
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", ".lock.pid"}
     folder.close()
     assert not (tmp_path / "run").exists()
 

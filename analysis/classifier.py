@@ -1,0 +1,293 @@
+"""`analysis.load`: a run's network as an object that predicts, evaluates and draws, for scripts and notebooks. Stable from
+version 0.2 on: names, arguments and results stay; new ones may be added."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from analysis import curves
+from analysis.command import progress
+from analysis.grad_cam import draw_grad_cam
+from analysis.predict import ImageError, fit_image, read_image
+from analysis.predictions import Floats, Ints, Predictions, checked_predictions
+from analysis.report import analyse
+from analysis.run import AnalysisError, LoadedRun, averaged_network, load_run, loader_of, with_data
+from analysis.style import Pixels
+from dali_pipeline.dataset import Dataset
+from dali_pipeline.errors import UserError
+from dali_pipeline.loader import EvalLoader
+from train.machine.process import process_as_found
+from train.screen.log import Log
+from train.step.evaluation import evaluate
+from train.step.measures import measures_of
+from train.step.steps import EvalStep
+from train.step.views import VIEWS, Views
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+# one image, or several of any kind: a path, a Pillow image, or uint8 (H, W, 3), and (N, H, W, 3) for several
+Images: TypeAlias = (
+    "str | os.PathLike[str] | Image.Image | Pixels | Iterable[str | os.PathLike[str] | Image.Image | Pixels]"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What the network says of N images, in their order.
+
+    labels: (N,) int64, the likeliest class of each; names: their names; probabilities: (N, C) float64, rows summing to 1.
+    """
+
+    labels: Ints
+    names: tuple[str, ...]
+    probabilities: Floats
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def load(
+    folder: str | os.PathLike[str],
+    checkpoint: str = "best",
+    device: str = "auto",
+    *,
+    data_root: str | os.PathLike[str] | None = None,
+    download: bool = False,
+) -> Classifier:
+    """The network of a run folder, by its checkpoint "best" or "last", on `device`: auto (a GPU where there is one), cpu,
+    cuda or mps; it computes in the run's own precision where the device is of the run's kind, else in fp32.
+
+    The data are read when something first asks for them: from `data_root` where given, else from the run's data.root, with
+    `download` fetched where they are missing. What a user of the results must know is a warning.
+    Raises UserError (AnalysisError, CheckpointError, ConfigError): one line for what a user can mend.
+    """
+    if device not in DEVICES:
+        raise AnalysisError(f"device={device!r}: expected one of {', '.join(DEVICES)}")
+    with _in_words_of_python(), process_as_found():
+        run = load_run(Path(folder), checkpoint=checkpoint, device=device, need_data=False, say=lambda line: None)
+    for note in run.notes:
+        warnings.warn(note, stacklevel=2)
+    return Classifier(run, device=device, data_root=data_root, download=download)
+
+
+class Classifier:
+    """A run's network: see `analysis.load`, which makes it.
+
+    class_names: (C,); image_size: (height, width) of the images that it was trained on.
+    """
+
+    def __init__(
+        self, run: LoadedRun, *, device: str, data_root: str | os.PathLike[str] | None, download: bool
+    ) -> None:
+        self._run = run
+        self._device, self._download = device, download
+        self._data_root = None if data_root is None else Path(data_root).expanduser()
+        self._log = Log(owns_process=False)
+
+    def __repr__(self) -> str:
+        return f"<{self._run.caption()}>"
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self._run.class_names
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self._run.snapshot.data.height, self._run.snapshot.data.width
+
+    @property
+    def dataset(self) -> Dataset:
+        """The run's data: `.test.images` is (N, H, W, 3) uint8, `.test.labels` (N,). Raises DataError, AnalysisError."""
+        return self._with_data.dataset
+
+    def predict(self, images: Images, fit: str = "crop") -> Answers:
+        """What the network says of images: one or several paths, Pillow images, or uint8 arrays (H, W, 3); or one array
+        (N, H, W, 3).
+
+        An image of another size than the network's is brought to it: its middle in the wanted proportions, or with `fit`
+        "squash" the whole. The arithmetic is that of the run's evaluation. Raises ImageError, naming the file.
+        """
+        if fit not in ("crop", "squash"):
+            raise AnalysisError(f"fit={fit!r}: expected crop or squash")
+        pixels = [self._fitted(image, fit) for image in _one_by_one(images)]
+        step, device = self._step(self._run.net), self._run.runtime.device
+        logits = [torch.empty(0, len(self.class_names))]
+        with torch.inference_mode(False), torch.no_grad():
+            for start in range(0, len(pixels), 512):
+                batch = torch.from_numpy(np.stack(pixels[start : start + 512])).permute(0, 3, 1, 2).to(device)
+                logits.append(step(batch).cpu())
+        together = torch.cat(logits)
+        labels = together.argmax(1).numpy()
+        return Answers(
+            labels,
+            tuple(self.class_names[label] for label in labels),
+            torch.softmax(together.double(), 1).numpy(),
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracy in percent by what was measured: "test"; with a validation split "validation" too; and of each, where
+        the recipe has them, "test_tta" (flip test-time augmentation) and "ema_test" (the average of the weights).
+
+        By the evaluation of the training, each image once. Raises DataError or AnalysisError.
+        """
+        run = self._with_data
+        found: dict[str, float] = {}
+        splits = [name for name in ("test", "validation") if name in run.dataset.splits]
+        with process_as_found():
+            for split in splits:
+                measures = measures_of(run.config.train, split)
+                for weights in dict.fromkeys(measure.weights for measure in measures):
+                    of_step = [measure for measure in measures if measure.weights == weights]
+                    net = averaged_network(run) if weights else run.net
+                    step = self._step(net, [VIEWS[measure.views] for measure in of_step])
+                    scores = self._evaluate(step, split)
+                    found |= {m.key: score.accuracy for m, score in zip(of_step, scores, strict=True)}
+        return found
+
+    def curves(self) -> Path:
+        """Draw loss and accuracy by epoch, analysis/curves.png in the run folder (and learning_rate.png, lr_finder.png
+        beside it). Raises AnalysisError where no epoch is finished."""
+        if not self._run.metrics:
+            raise AnalysisError(f"{self._run.path}: no epoch is finished, there are no curves to draw")
+        folder = self._run.output_dir()
+        curves.draw_all(self._run, folder, self._log)
+        return folder / "curves.png"
+
+    def grad_cam(self) -> Path:
+        """Draw where the network looks on right and wrong answers, analysis/grad_cam.png in the run folder."""
+        run, predictions = self._with_data, self._predictions
+        path = run.output_dir() / "grad_cam.png"
+        with _in_words_of_python():
+            draw_grad_cam(
+                run.net,
+                run.dataset.test.images,
+                predictions,
+                run.class_names,
+                path,
+                mean=run.snapshot.data.mean,
+                std=run.snapshot.data.std,
+                caption=run.caption(predictions.accuracy),
+            )
+        return path
+
+    def report(self) -> Path:
+        """Draw everything, as `python -m analysis` does, and give the path of report.html."""
+        with _in_words_of_python(), process_as_found():
+            return analyse(
+                self._run.path,
+                data_root=self._data_root,
+                checkpoint=self._run.file.removesuffix(".pt"),
+                device=self._device,
+                download=self._download,
+                log=self._log,
+            )
+
+    @cached_property
+    def _with_data(self) -> LoadedRun:
+        known = len(self._run.notes)
+        with _in_words_of_python():
+            run = with_data(self._run, self._data_root, self._download)
+        for note in run.notes[known:]:
+            warnings.warn(note, stacklevel=3)
+        return run
+
+    @cached_property
+    def _predictions(self) -> Predictions:
+        with _in_words_of_python(), process_as_found():
+            return checked_predictions(self._with_data, self._log)[0]
+
+    def _step(self, net: nn.Module, views: Iterable[Views] = (VIEWS["plain"],)) -> EvalStep:
+        """What the training evaluates by, uncompiled and in eval mode."""
+        data, runtime = self._run.snapshot.data, self._run.runtime
+        step = EvalStep(
+            net,
+            data.mean,
+            data.std,
+            views=tuple(views),
+            autocast_dtype=runtime.autocast_dtype,
+            channels_last=runtime.channels_last,
+        )
+        return step.to(runtime.device).eval()
+
+    def _evaluate(self, step: EvalStep, split: str) -> tuple[Any, ...]:
+        run = self._with_data
+        loader = loader_of(
+            run,
+            lambda backend: EvalLoader(
+                run.dataset.splits[split],
+                batch_size=run.config.train.eval_batch_size,
+                device=run.runtime.device,
+                backend=backend,
+            ),
+        )
+        try:
+            return evaluate(step, progress(loader, len(loader), f"{split} batches", self._log)).scores
+        finally:
+            loader.close()
+
+    def _fitted(self, image: Any, fit: str) -> Pixels:
+        """(H, W, 3) uint8 of the network's size."""
+        height, width = self.image_size
+        if isinstance(image, (str, os.PathLike)):
+            return read_image(Path(image).expanduser(), height, width, fit)
+        if not isinstance(image, Image.Image):
+            array = np.asarray(image)
+            if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
+                raise ImageError(_not_an_image(image, array))
+            if array.shape[:2] == (height, width):
+                return np.ascontiguousarray(array)
+            image = Image.fromarray(array)
+        try:
+            return fit_image(image, height, width, fit)
+        except (OSError, SyntaxError, ValueError, EOFError, OverflowError) as error:  # as of a file that is cut off
+            raise ImageError(f"a Pillow image of {image.size} cannot be read: {error}") from None
+
+
+def _one_by_one(images: Images) -> Iterator[Any]:
+    """The images of what `Classifier.predict` takes."""
+    if isinstance(images, (str, os.PathLike, Image.Image)):
+        return iter((images,))
+    array = np.asarray(images) if hasattr(images, "__array__") else None
+    if array is not None and array.dtype.kind not in "OUS":  # pixels, not an array of paths
+        if array.ndim not in (3, 4):
+            raise ImageError(_not_an_image(images, array))
+        return iter(array if array.ndim == 4 else array[None])
+    if not isinstance(images, Iterable):
+        raise ImageError(_not_an_image(images, np.asarray(images)))
+    return chain(images)
+
+
+def _not_an_image(image: object, array: np.ndarray[Any, Any]) -> str:
+    found = f"{array.dtype} {array.shape}" if array.dtype != object else type(image).__name__
+    return f"{found} is no image; expected a path, a Pillow image, or uint8 0..255 of shape (H, W, 3) or (N, H, W, 3)"
+
+
+@contextmanager
+def _in_words_of_python() -> Iterator[None]:
+    """Errors name options as a command spells them: here they are arguments."""
+    try:
+        yield
+    except UserError as error:
+        text = re.sub(r"--(checkpoint|device) (\w+)", r'\1="\2"', str(error))
+        for option, argument in (
+            ("--data-root DIR", "data_root="),
+            ("--data-root", "data_root="),
+            ("--download", "download=True"),
+            ("--checkpoint", "checkpoint="),
+        ):
+            text = text.replace(option, argument)
+        error.args = (text,)
+        raise

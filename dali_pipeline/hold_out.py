@@ -1,0 +1,65 @@
+"""Training images set aside to choose by, so that the test set is only measured. NumPy alone."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from dali_pipeline.dataset import DataError, Dataset, Split, pieces, with_statistics
+
+
+def digests(split: Split) -> list[bytes]:
+    """SHA-256 of each image's pixels, (H, W, 3) in C order, whatever the order of the axes in memory."""
+    return [
+        hashlib.sha256(image.data).digest()
+        for piece in pieces(split, 1 << 22)
+        for image in np.ascontiguousarray(piece).reshape(len(piece), -1)
+    ]
+
+
+def held_out(split: Split, amount: float, num_classes: int) -> npt.NDArray[np.bool_]:
+    """(N,) mask of the images to set aside: a pure function of the pixels, and for a count of the labels.
+
+    `amount` below 1 is a fraction: every image whose digest, read as a number between 0 and 1, lies below it. So an image
+    stays on its side when others come or go. From 1 on it is a count: of each class the count / num_classes images
+    with the smallest digests (the first classes give one more where it does not divide). Images with equal pixels fall on
+    one side, so with duplicates a count may be exceeded.
+    """
+    found = digests(split)
+    if amount < 1:
+        numbers = np.array([int.from_bytes(digest[:8], "big") for digest in found], np.uint64)
+        mask: npt.NDArray[np.bool_] = numbers < np.uint64(min(int(amount * 2**64), 2**64 - 1))
+        return mask
+    chosen: set[bytes] = set()
+    each, more = divmod(int(amount), num_classes)
+    for label in range(num_classes):
+        of_class = sorted({found[i] for i in np.flatnonzero(split.labels == label)})
+        chosen.update(of_class[: each + (label < more)])
+    return np.array([digest in chosen for digest in found], bool)
+
+
+def hold_out(dataset: Dataset, amount: float) -> Dataset:
+    """The data set with a validation split out of its training images, and the statistics of what is left.
+
+    A class that gets no validation image is named in `notes`. Raises DataError where a class keeps no training image.
+    """
+    mask = held_out(dataset.train, amount, dataset.num_classes)
+    train, validation = dataset.train.take(~mask), dataset.train.take(mask)
+    wanted = f"data.validation: {amount:g}"
+    for split, what in ((train, "training"), (validation, "validation")):
+        counts = np.bincount(split.labels, minlength=dataset.num_classes)
+        present = np.bincount(dataset.train.labels, minlength=dataset.num_classes) > 0
+        empty = [dataset.class_names[label] for label in np.flatnonzero((counts == 0) & present)]
+        if not empty:
+            continue
+        names = ", ".join(empty[:10]) + (f" and {len(empty) - 10} more" if len(empty) > 10 else "")
+        if split is train or len(split) == 0:
+            raise DataError(f"{wanted} of {len(dataset.train):,} training images leaves no {what} image of {names}")
+        dataset = replace(dataset, notes=(*dataset.notes, f"{wanted} holds out no image of {names}"))
+    made = with_statistics(
+        dataset.name, train, dataset.test, dataset.class_names, dataset.source, validation=validation
+    )
+    return replace(made, notes=dataset.notes)

@@ -1,0 +1,216 @@
+"""Training that is chosen on a validation split: what best.pt follows, what is measured of the test set, and when."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from training import Lines, assert_equal_weights, make_trainer, weights
+
+import net as networks
+from analysis.compare import check_same_splits, contender
+from analysis.report import headline
+from analysis.run import AnalysisError, load_run
+from dali_pipeline import sources
+from dali_pipeline.dataset import Dataset
+from dali_pipeline.plan import Augment
+from train.config import Config, ConfigError, changed
+from train.disk.folder import read_metrics
+from train.disk.snapshot import load_snapshot
+from train.failpoints import arm, disarm
+from train.run import fit
+from train.step.trainer import Trainer
+
+
+@pytest.fixture
+def config(quick_config: Config) -> Config:
+    return changed(quick_config, {"data.validation": 200, "data.backend": "torch"})
+
+
+def accuracy_by_hand(path: Path, dataset: Dataset) -> float:
+    """Of a checkpoint on the test set: torch's own network call on all images at once."""
+    snapshot = load_snapshot(path)
+    net = networks.build(changed(Config(), {"net.width": 2}).net, dataset.num_classes)
+    net.load_state_dict(snapshot.model)
+    images = (dataset.test.images - np.array(dataset.mean)) / np.array(dataset.std)
+    with torch.no_grad():
+        logits = net.eval()(torch.tensor(images, dtype=torch.float32).permute(0, 3, 1, 2))
+    return 100 * float((logits.argmax(1).numpy() == dataset.test.labels).mean())
+
+
+def test_best_follows_validation_and_the_test_set_is_measured_once_by_both_checkpoints(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the order of the epochs' validation accuracies turned round, so that best.pt is not the last epoch."""
+    asked: list[int] = []
+    original, original_test = Trainer.evaluate, Trainer.evaluate_test
+
+    def falling(self: Trainer, *rest: Any) -> Any:
+        asked.append(1)
+        scores = original(self, *rest)
+        return {m: replace(score, correct=score.count - len(asked)) for m, score in scores.items()}
+
+    tested: list[int] = []
+    monkeypatch.setattr(Trainer, "evaluate", falling)
+    monkeypatch.setattr(Trainer, "evaluate_test", lambda self: (tested.append(len(asked)), original_test(self))[1])
+    log = Lines()
+    summary = fit(config, tmp_path / "run", log=log)
+    assert (summary["chosen_on"], summary["best_epoch"], summary["epochs"]) == ("validation", 1, 2)
+    assert summary["best_validation_accuracy"] == 99.5 and summary["last_validation_accuracy"] == 99.0
+    assert tested == [2, 2]  # last.pt and best.pt, after both epochs
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert all("validation_accuracy" in r and not any(key.startswith("test") for key in r) for r in records)
+    dataset = sources.load(config.data)
+    for name in ("best.pt", "last.pt"):
+        by_hand = accuracy_by_hand(tmp_path / "run" / name, dataset)
+        assert summary["test"][name]["accuracy"] == pytest.approx(by_hand, abs=0.3)  # one image of 355
+    assert summary["best_accuracy"] == summary["test"]["best.pt"]["accuracy"]
+    assert summary["last_accuracy"] == summary["test"]["last.pt"]["accuracy"]
+    assert "chosen on the validation split (99.50%)" in log.text
+    # the weights of last.pt are again those of the trainer when the run ends: nothing of best.pt was saved over them
+    assert load_snapshot(tmp_path / "run" / "last.pt").position.epoch == 2
+
+
+def test_without_a_validation_split_the_last_epoch_is_the_headline_and_best_is_said_to_be_chosen_on_the_test_set(
+    quick_config: Config, tmp_path: Path
+) -> None:
+    log = Lines()
+    summary = fit(quick_config, tmp_path / "run", log=log)
+    assert summary["chosen_on"] == "test" and "test" not in summary
+    last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["test_accuracy"]
+    assert summary["last_accuracy"] == last
+    assert f"test accuracy  {last:.2f}% after the last epoch (2)" in log.text
+    assert "chosen on the test set itself" in log.text and "flatters" in log.text
+
+
+def test_a_run_interrupted_in_the_middle_ends_with_the_same_bits_and_measurements(
+    config: Config, tmp_path: Path
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(count: int) -> None:
+        if count == 12:
+            raise Stop
+
+    config = changed(config, {"run.checkpoint_every": 3})
+    whole = fit(config, tmp_path / "whole")
+    arm("step", stop)
+    try:
+        with pytest.raises(Stop):
+            fit(config, tmp_path / "parts")
+    finally:
+        disarm()
+    parts = fit(config, tmp_path / "parts", resume=True)
+    for name in ("best.pt", "last.pt"):
+        assert_equal_weights(weights(tmp_path / "whole" / name), weights(tmp_path / "parts" / name))
+    assert parts["test"] == whole["test"] and parts["best_validation_accuracy"] == whole["best_validation_accuracy"]
+
+
+def test_resume_refuses_another_amount_and_other_images_by_name(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(config, tmp_path / "run")
+    for amount in (None, 100, 0.2):
+        with pytest.raises(ConfigError, match=r"data\.validation: 200 ->"):
+            fit(changed(config, {"data.validation": amount}), tmp_path / "run", resume=True)
+    original = sources.load
+
+    def others(*arguments: Any, **options: Any) -> Dataset:
+        dataset = original(*arguments, **options)
+        assert dataset.validation is not None
+        return replace(dataset, validation=dataset.validation.take(slice(1, None)))
+
+    monkeypatch.setattr(sources, "load", others)
+    with pytest.raises(ConfigError, match="the validation split of digits is not that of the run"):
+        fit(config, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"train.batch_size": 64}, {"data.backend": "dali"}, {"train.seed": 5}])
+def test_the_split_depends_on_nothing_but_the_data(config: Config, overrides: dict[str, Any]) -> None:
+    expected = sources.load(config.data).validation
+    trainer = make_trainer(changed(config, overrides))
+    try:
+        assert expected is not None and trainer.dataset.validation is not None
+        assert trainer.dataset.validation.fingerprint == expected.fingerprint
+        (measure, score), *_ = trainer.evaluate().items()
+        assert (measure.key, score.count) == ("validation", len(expected))
+    finally:
+        trainer.close()
+
+
+def test_the_report_and_a_comparison_know_what_chose(config: Config, tmp_path: Path) -> None:
+    for name, amount in (("a", 200), ("b", 200), ("c", 300), ("d", None)):
+        fit(changed(config, {"data.validation": amount, "train.epochs": 1}), tmp_path / name)
+    runs = {name: load_run(tmp_path / name, say=lambda line: None) for name in "abcd"}
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert runs["a"].recorded_accuracy == summary["test"]["best.pt"]["accuracy"]
+    first = contender(runs["a"], "a", np.ones(355, bool))
+    check_same_splits(first, runs["b"], "b")
+    for name, theirs in (("c", "300"), ("d", "nothing")):
+        with pytest.raises(AnalysisError, match=f"{name} holds out {theirs} of the training images.*a 200"):
+            check_same_splits(first, runs[name], name)
+
+
+def test_choosing_on_validation_never_touches_the_test_set(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import accuracy
+    from train.config import to_yaml
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(to_yaml(config))
+    words = [str(recipe), "--runs", "2", "train.epochs=1", "--finished"]
+    made: list[str] = []
+    original = Trainer.make_eval_loader
+    monkeypatch.setattr(Trainer, "make_eval_loader", lambda self, split: (made.append(split), original(self, split))[1])
+    assert accuracy.main([*words, str(tmp_path / "v.jsonl"), "--on", "validation"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(made) == {"validation"} and report["on"] == "validation" and report["accuracy"]["n"] == 2
+    assert accuracy.main([*words, str(tmp_path / "t.jsonl")]) == 0
+    assert "test" in made and json.loads(capsys.readouterr().out.splitlines()[-1])["on"] == "test"
+    # one file holds one kind of measurement
+    assert accuracy.main([*words, str(tmp_path / "v.jsonl")]) == 2
+    assert "measured.on: validation -> None" in capsys.readouterr().err
+    assert accuracy.main([*words, str(tmp_path / "x.jsonl"), "data.validation=null", "--on", "validation"]) == 2
+    assert "add data.validation=5000" in capsys.readouterr().err
+
+
+def test_the_headline_of_the_report_is_chosen_by_nothing_or_by_validation(config: Config, tmp_path: Path) -> None:
+    from analysis.calibration import reliability
+    from analysis.predictions import predict_test
+    from analysis.report import Results
+
+    for name, amount, words in (
+        ("test", None, ["after the last epoch, 2", "chosen on the test set itself, which flatters"]),
+        ("validation", 200, ["chosen on the validation split", "test accuracy, epoch 2"]),
+    ):
+        fit(changed(config, {"data.validation": amount}), tmp_path / name)
+        run = load_run(tmp_path / name, say=lambda line: None)
+        predictions = predict_test(run, say=lambda line: None)
+        results = Results(
+            predictions, "", [], np.zeros((10, 10), np.int64), reliability(predictions.confidence, predictions.hits), {}
+        )
+        notes = [note for _, _, note in headline(run, results)[:2]]
+        assert all(word in note for word, note in zip(words, notes, strict=True)), notes
+
+
+def test_a_held_out_image_is_never_trained_on(config: Config) -> None:
+    plain = changed(config, {"augment.crop": False, "augment.cutout": 0, "train.batch_size": 128})
+    trainer = make_trainer(changed(plain, {"augment.flip": False}))
+    try:
+        assert trainer.config.augment == Augment(crop=False, flip=False, cutout=0)
+        seen = {
+            image.numpy().tobytes()
+            for images, _ in trainer.train_loader.epoch(0)
+            for image in images.permute(0, 2, 3, 1).contiguous()
+        }
+        assert trainer.dataset.validation is not None
+        assert not seen & {image.tobytes() for image in trainer.dataset.validation.images}
+    finally:
+        trainer.close()

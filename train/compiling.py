@@ -1,0 +1,78 @@
+"""Whether a training compiles, where train.compile=auto leaves that to the machine; the first process decides for all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from train.config import to_dict
+from train.machine.weighing import CompileRecord, Weighed, compiled_from_cache, weigh_by_arithmetic, weigh_seen
+from train.step.trainer import Trainer
+
+PAIRS = 3  # of an eager and a compiled step, to see what was gained
+STEPS_A_PAIR = 50  # of the steps left: seeing it costs no more than a few percent of them
+
+
+class Choice:
+    """The choice on a CPU, made by `weigh` on every process at once. What it has seen goes into the record with `learn`."""
+
+    def __init__(self, trainer: Trainer, mode: str) -> None:
+        self.trainer, self.mode = trainer, mode
+        self.deterministic = trainer.config.train.deterministic
+        self._steps_left: int | None = None  # where the clock was asked
+        self._record = CompileRecord()
+
+    def weigh(self, steps_left: int | None, began: Mapping[str, Any] | None = None) -> Weighed:
+        """Whether to compile for so many steps; None is as many as it takes. A run that `began` on a CPU (what its checkpoint
+        says of the machine) goes on as it did, to the same bits."""
+        trainer, group = self.trainer, self.trainer.group
+        if began is not None and began.get("device") == "cpu" and began.get("compile") in ("off", self.mode):
+            return Weighed(began["compile"] == self.mode, "as the run began")
+        if steps_left is None:
+            return Weighed(True, "for as many steps as it takes")
+        if self.deterministic:
+            height, width = trainer.dataset.height, trainer.dataset.width
+            flops = 6.0 * trainer.net.multiply_adds(height, width) * trainer.local_batch
+            return weigh_by_arithmetic(flops, steps_left)
+        with group.together():
+            seconds = trainer.step_seconds()
+        self._steps_left = steps_left
+        graph = self._graph()
+        return group.from_first(
+            lambda: weigh_seen(seconds, steps_left, self._record.compile_seconds(graph), self._record.gain(graph))
+        )
+
+    def learn(self, compile_seconds: float) -> Weighed | None:
+        """After compiling: keep what it took and what it gained. Compiled steps that turn out the slower ones are no longer
+        wanted; None where nothing was to be learnt."""
+        if self._steps_left is None:
+            return None
+        group, pairs = self.trainer.group, min(PAIRS, self._steps_left // STEPS_A_PAIR)
+        gain = None
+        if pairs:
+            with group.together():
+                gain = self.trainer.compiled_gain(pairs)
+            gain = group.gather(gain)[0]
+        if group.first:
+            self._record.add(self._graph(), compile_seconds, warm=compiled_from_cache(), gain=gain)
+        if gain is None:
+            return None
+        return Weighed(gain >= 1, f"tried: a compiled step has {gain:.2f} times the speed of an eager one")
+
+    def _graph(self) -> str:
+        """A name for all that changes what is compiled, or how fast it is."""
+        trainer, config = self.trainer, to_dict(self.trainer.config)
+        train = ("batch_size", "eval_batch_size", "ema_decay", "tta", "sync_bn")
+        facts = {
+            "net": config["net"],
+            "augment": config["augment"] if trainer.backend.name == "torch" else None,
+            "label_smoothing": config["optim"]["label_smoothing"],
+            "train": [config["train"][key] for key in train],
+            "images": [trainer.dataset.height, trainer.dataset.width, trainer.dataset.num_classes],
+            "precision": trainer.runtime.precision,
+            "channels_last": trainer.runtime.channels_last,
+            "processes": trainer.group.world_size,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,80 @@
+"""python -m train.schema: write configs/schema.json, by which editors complete and check recipes (JSON Schema 2020-12).
+
+The first line of a recipe names it: `# yaml-language-server: $schema=schema.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from train.config import DATA, KEYS, SECTIONS, is_union
+
+PATH = Path(__file__).resolve().parent.parent / "configs" / "schema.json"
+_BOUNDS = {"at_least": "minimum", "above": "exclusiveMinimum", "at_most": "maximum", "below": "exclusiveMaximum"}
+_TYPES = {int: "integer", float: "number", bool: "boolean", type(None): "null"}
+
+
+def _values(hint: Any, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a key takes, from its type and what its declaration says about it."""
+    if typing.get_origin(hint) is Literal:
+        return {"enum": list(typing.get_args(hint))}
+    if is_union(hint):
+        return {"anyOf": [_values(arm, about) for arm in typing.get_args(hint)]}
+    if hint is str:
+        # a whole number is text too: run.dir=2024
+        return (
+            {"type": "string", "pattern": f"^{about['pattern']}$"}
+            if "pattern" in about
+            else {"type": ["string", "integer"]}
+        )
+    bounds = {word: about[bound] for bound, word in _BOUNDS.items() if bound in about and hint in (int, float)}
+    return {"type": _TYPES[hint], **bounds}
+
+
+def _object(properties: dict[str, Any], description: str) -> dict[str, Any]:
+    return {
+        "description": description,
+        "type": "object",
+        "properties": properties,
+        "additionalProperties": False,
+    }
+
+
+def _only_with(source: str, names: list[str]) -> dict[str, Any]:
+    """No such keys unless data.name is that of their source."""
+    chosen: dict[str, Any] = {"properties": {"name": {"const": source}}}
+    if source != SECTIONS["data"]().name:
+        chosen["required"] = ["name"]
+    return {"if": {"not": chosen}, "then": {"properties": dict.fromkeys(names, False)}}
+
+
+def schema() -> dict[str, Any]:
+    """Of a whole recipe. It knows all that one key alone can get wrong, and which data set a key belongs to."""
+    sections = {name: _object({}, (cls.__doc__ or "").splitlines()[0]) for name, cls in SECTIONS.items()}
+    owned: dict[str, list[str]] = {name: [] for name in DATA}
+    for name, (f, hint) in KEYS.items():
+        section, key = name.split(".", 1)
+        default = {"default": f.default}
+        sections[section]["properties"][key] = {
+            "description": f.metadata["help"],
+            **_values(hint, f.metadata),
+            **default,
+        }
+        if "source" in f.metadata:
+            owned[f.metadata["source"]].append(key)
+    sections["data"]["allOf"] = [_only_with(source, names) for source, names in owned.items() if names]
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A recipe of python -m train"}
+    return {**head, **_object(sections, "Sections of keys; what is left out keeps its default.")}
+
+
+def text() -> str:
+    """The file's content."""
+    return json.dumps(schema(), indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    PATH.write_text(text(), encoding="utf-8")
