@@ -31,7 +31,10 @@ class WindowMax(torch.autograd.Function):
             place = torch.where(wins, k, 0 if place is None else place)
         assert place is not None  # a window of one pixel would pool nothing
         ctx.size, ctx.shape = size, images.shape
-        ctx.save_for_backward(place.to(torch.int8))
+        place = place.to(torch.int8)
+        # as_strided makes the compiler write the places here, with the maxima; it would do so at the end of the network,
+        # and read all of the images once more for it
+        ctx.save_for_backward(place.as_strided(place.shape, place.stride()))
         return best
 
     @staticmethod
@@ -73,4 +76,4 @@ class MaxPool(nn.MaxPool2d):
         wanted = torch.is_grad_enabled() and images.requires_grad
         if wanted and torch.compiler.is_compiling() and not exporting():
             return WindowMax.apply(images, self.size)  # type: ignore[no-any-return]
-        return super().forward(images)
+        return super().forward(images)  # type: ignore[no-any-return]
