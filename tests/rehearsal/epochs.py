@@ -45,7 +45,9 @@ def main() -> None:
     inside.answer_evaluations()
     config = load_config(CONFIG, [f"{key}={value}" for key, value in words.items()])
     runtime = prepare(device="cuda", precision=precision, compile=mode)
-    trainer = Trainer(config, sources.load(config.data), runtime, BackendChoice("torch", "the rehearsal computes nothing"))
+    trainer = Trainer(
+        config, sources.load(config.data), runtime, BackendChoice("torch", "the rehearsal computes nothing")
+    )
     parts: dict[str, Any] = {}
     if runtime.compile_mode is not None:
         with counted() as parts["warm_up"]:
