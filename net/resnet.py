@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from net.interface import Network
+from net.norm import BatchNorm
 from net.pooling import MaxPool
 
 
@@ -20,7 +21,7 @@ class ConvBN(nn.Sequential):
         layers: list[nn.Module] = [nn.Conv2d(in_channels, out_channels, 3, stride=1, padding=1, bias=False)]
         if pool:
             layers.append(MaxPool(2))
-        layers += [nn.BatchNorm2d(out_channels), nn.ReLU()]
+        layers += [BatchNorm(out_channels), nn.ReLU()]
         super().__init__(*layers)
 
 
