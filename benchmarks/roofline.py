@@ -287,9 +287,7 @@ def make_report(plan: dict[str, Any], epochs: int, measured: Path | None) -> dic
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", type=Path, help="a plan of kernels; made on the spot if not given")
     parser.add_argument("--measured", type=Path, help="throughput.json of a GPU, to stand beside the predictions")
     parser.add_argument("--epochs", type=int, default=24, help="of the recipe, %(default)s by default")

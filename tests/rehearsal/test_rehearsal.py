@@ -225,6 +225,22 @@ def test_run_of_the_gpu_is_exported(folder: Path, tmp_path: Path) -> None:
     assert list(tmp_path.rglob("model.safetensors"))
 
 
+def test_smoke_of_the_gpu_session_reaches_every_part(folder: Path, tmp_path: Path) -> None:
+    words = ["train.device=cuda", "net.width=4", "train.batch_size=32", "train.eval_batch_size=32"]
+    words += ["data.backend=torch", "data.synthetic_count=320", "--modes", "off", "--json", tmp_path / "smoke.json"]
+    start(folder, HERE / "whole.py", "benchmarks.smoke", *words)  # DALI cannot run here, and no loss is computed
+    checks = json.loads((tmp_path / "smoke.json").read_text(encoding="utf-8"))["checks"]
+    assert [check["name"] for check in checks] == ["device", "DALI's probe", "DALI's pixels", "compile off"]
+    assert checks[0]["ok"] and "H100" in checks[0]["said"]
+    assert "10 steps" in checks[3]["said"] or "losses [" in checks[3]["said"]
+
+
+def test_the_tests_of_the_gpu_session_are_collected(folder: Path) -> None:
+    done = start(folder, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "test_gpu.py::test_no_step_waits_for_the_device" in done.stdout
+
+
 DRIVER_TOO_OLD = """
 import sys
 from train.machine.runtime import RuntimeUnavailable, prepare
