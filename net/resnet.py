@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from net.interface import Network
+from net.norm import BatchNorm
+from net.pooling import MaxPool
 
 
 class ConvBN(nn.Sequential):
@@ -18,8 +20,8 @@ class ConvBN(nn.Sequential):
     def __init__(self, in_channels: int, out_channels: int, pool: bool = False) -> None:
         layers: list[nn.Module] = [nn.Conv2d(in_channels, out_channels, 3, stride=1, padding=1, bias=False)]
         if pool:
-            layers.append(nn.MaxPool2d(2))
-        layers += [nn.BatchNorm2d(out_channels), nn.ReLU()]
+            layers.append(MaxPool(2))
+        layers += [BatchNorm(out_channels), nn.ReLU()]
         super().__init__(*layers)
 
 
@@ -61,7 +63,7 @@ class CustomResNet(Network):
         self.layer1 = nn.Sequential(ConvBN(width, 2 * width, pool=True), Residual(2 * width))
         self.layer2 = ConvBN(2 * width, 4 * width, pool=True)
         self.layer3 = nn.Sequential(ConvBN(4 * width, 8 * width, pool=True), Residual(8 * width))
-        self.pool = nn.MaxPool2d(4)
+        self.pool = MaxPool(4)
         self.classifier = nn.Linear(8 * width, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:

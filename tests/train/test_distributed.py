@@ -31,6 +31,7 @@ from train.disk.folder import read_metrics
 from train.machine.distributed import Group, GroupError, OtherProcessFailed, _timeout, is_lost
 from train.machine.runtime import prepare, seed_everything
 from train.step.evaluation import evaluate
+from train.step.meter import StepMeter
 from train.step.schedule import OneCycle
 from train.step.steps import EvalStep
 from train.step.sync_bn import HostSyncBatchNorm, synchronise_batch_norm
@@ -115,7 +116,7 @@ def test_batch_norm_over_two_processes_equals_numpys_over_the_whole_batch(tmp_pa
     expected = numpy_batch_norm(*(t.detach().numpy() for t in (x, norm.weight, norm.bias, dy)))
     for rank, found in enumerate(on_two(x, norm, dy, tmp_path)):
         assert found.keys() == norm.state_dict().keys() | expected.keys() - {"deviation"}
-        assert found["num_batches_tracked"] == 1
+        assert found["num_batches_tracked"] == 0  # the network counts
         for name in expected.keys() - {"deviation"}:
             part = slice(rank, None, 2) if name in ("y", "dx") else slice(None)
             assert found[name].dtype == torch.float64
@@ -143,6 +144,26 @@ def test_batch_norm_over_two_processes_rounds_no_more_than_its_sums_must(
         own = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0.0  # the result is rounded once more
         print(f"largest {np.abs(found['y'].double().numpy() - y).max():.1e}, bound {bound:.1e}")
         np.testing.assert_allclose(found["y"].double().numpy(), y, rtol=own, atol=bound)
+
+
+def test_with_sync_bn_the_state_counts_the_steps(quick_config: Config, tmp_path: Path) -> None:
+    noise = {"data.name": "synthetic", "data.synthetic_count": 64, "train.batch_size": 16, "train.eval_batch_size": 16}
+    config = changed(quick_config, {**noise, "data.backend": "torch", "train.sync_bn": True, "train.ema_decay": 0.9})
+
+    def work(group: Group) -> dict[str, Any]:
+        data = random_dataset(32, 10, 64)
+        seed_everything(0)
+        trainer = Trainer(config, data, prepare(device="cpu", compile="off"), BackendChoice("torch", "test"), group)
+        assert sum(isinstance(part, HostSyncBatchNorm) for part in trainer.net.modules()) == 8
+        trainer.train_epoch(0, OneCycle(0.1, 0.01, 5, 4), StepMeter(0, 4, torch.device("cpu")))
+        state = trainer.state()
+        trainer.close()
+        return state
+
+    for state in on_processes(work, tmp_path):
+        for part in ("model", "ema"):
+            counters = [value for name, value in state[part].items() if name.endswith("num_batches_tracked")]
+            assert len(counters) == 8 and all(counter == 4 for counter in counters)
 
 
 def test_batch_norm_alone_is_torchs_own() -> None:

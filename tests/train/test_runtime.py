@@ -59,3 +59,26 @@ def test_the_seed_fixes_the_weights() -> None:
     assert torch.equal(torch.randn(4), first)
     seed_everything(4)
     assert not torch.equal(torch.randn(4), first)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("The NVIDIA driver on your system is too old (found version 12040). Please update", "knows CUDA 12.4,"),
+        ("Found no NVIDIA driver on your system.", None),
+    ],
+)
+def test_auto_says_when_only_the_driver_keeps_it_from_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, message: str, expected: str | None
+) -> None:
+    def init() -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    note = prepare(device="auto").notes[0]
+    assert note.startswith("WARNING: ") == (expected is not None)
+    assert expected is None or (expected in note and "built for CUDA 13.0" in note)
+    with pytest.raises(RuntimeUnavailable, match=expected or "finds no CUDA device"):
+        prepare(device="cuda")

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import random
+import re
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -45,10 +46,32 @@ class Runtime:
         return next(note for note in self.notes if note.startswith("compile: "))
 
 
+def old_driver() -> str | None:
+    """Where there is a driver, but one too old for torch's CUDA: its version, torch's, and the remedy, in one line."""
+    if torch.version.cuda is None or torch.cuda.is_available():
+        return None
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:  # another where there is no driver at all
+        found = re.search(r"driver on your system is too old \(found version (\d+)\)", str(error))
+        if found is None:
+            return None
+        major, minor = divmod(int(found[1]), 1000)
+        return (
+            f"the NVIDIA driver is too old for torch {torch.__version__}: it knows CUDA {major}.{minor // 10}, torch is "
+            f"built for CUDA {torch.version.cuda}; update the driver, or install a torch for CUDA {major}.{minor // 10} or "
+            "older (see https://pytorch.org/get-started)"
+        )
+    return None
+
+
 def _device(requested: str, local_rank: int) -> tuple[torch.device, str]:
+    old = old_driver() if requested in ("auto", "cuda") else None
     if requested == "cuda" and not torch.cuda.is_available():
         raise RuntimeUnavailable(
-            f"train.device=cuda: torch {torch.__version__} finds no CUDA device; check nvidia-smi and the driver, "
+            f"train.device=cuda: {old}"
+            if old
+            else f"train.device=cuda: torch {torch.__version__} finds no CUDA device; check nvidia-smi and the driver, "
             "or use train.device=auto"
         )
     mps = torch.backends.mps.is_available()
@@ -65,7 +88,7 @@ def _device(requested: str, local_rank: int) -> tuple[torch.device, str]:
         return device, torch.cuda.get_device_name(device)
     if requested == "mps" or (requested == "auto" and mps):
         return torch.device("mps"), "Apple GPU"
-    why = "as asked" if requested == "cpu" else "no GPU found"
+    why = "as asked" if requested == "cpu" else "no GPU found" if old is None else f"not the GPU: {old}"
     return torch.device("cpu"), f"{why}; {torch.get_num_threads()} threads"
 
 
@@ -146,7 +169,7 @@ def prepare(
         compile_mode=mode,
         channels_last=last,
         notes=(
-            f"device: {chosen} ({device_why})",
+            f"{'WARNING: ' if 'not the GPU' in device_why else ''}device: {chosen} ({device_why})",
             f"precision: {arithmetic} ({precision_why})",
             f"compile: {mode or 'off'} ({compile_why})",
             f"channels-last: {'on' if last else 'off'}",

@@ -266,6 +266,7 @@ class Trainer:
         for step, (images, labels) in enumerate(self.train_loader.epoch(epoch, start_step), start_step):
             global_step = epoch * self.steps_per_epoch + step
             loss, correct = self.train_one(images, labels, schedule(global_step))
+            self.net.steps += 1
             meter.record(step, loss, correct)
             if self.ema is not None and (global_step + 1) % ema_every == 0:
                 self.ema.update(self.net)
