@@ -124,6 +124,7 @@ def assert_convolutions_of_the_warm_up_alone(report: dict[str, Any]) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_compiled_epochs_never_wait_and_convolve_channels_last(folder: Path, precision: str) -> None:
     report = epochs(folder, "default", precision)
