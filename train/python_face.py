@@ -112,7 +112,7 @@ def _configuration(
     if isinstance(recipe, Config):
         # with another data.name the keys of the one before go
         given = {word.partition("=")[0] for word in overrides}
-        return from_dict(own_keys(with_overrides(to_dict(recipe), overrides), given)[0]), NAME
+        return from_dict(own_keys(with_overrides(_plain_tree(to_dict(recipe)), overrides), given)[0]), NAME
     if not isinstance(recipe, Mapping):
         raise ConfigError(f"{recipe!r} is no recipe; expected the path of a YAML file, nested dicts or a train.Config")
     return from_dict(with_overrides(_plain_tree(recipe), overrides)), NAME
@@ -147,9 +147,11 @@ def _alone() -> Iterator[None]:
         raise UserError("another training runs in this process; wait for it, or start this one in a process of its own")
     try:
         yield
-        _forget_compiled_steps()
     finally:
-        _one_at_a_time.release()
+        try:
+            _forget_compiled_steps()
+        finally:
+            _one_at_a_time.release()
 
 
 def _forget_compiled_steps() -> None:
