@@ -133,7 +133,9 @@ def test_numpy_scalars_and_paths_count_as_what_they_stand_for(small: Config, tmp
     assert run.folder == tmp_path / "here"
     assert "lr_max: 0.125" in (run.folder / "config.yaml").read_text()
     assert isinstance(tree["run"]["dir"], Path), "the caller's own dict stays as it is"
-    config = replace(small, train=replace(small.train, epochs=np.int64(1)), run=replace(small.run, dir=tmp_path / "too"))
+    config = replace(
+        small, train=replace(small.train, epochs=np.int64(1)), run=replace(small.run, dir=tmp_path / "too")
+    )
     assert train.fit(config, quiet=True).folder == tmp_path / "too"
 
 
