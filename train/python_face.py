@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dali_pipeline.errors import at_home
 from train.config import Config, ConfigError, find_recipe, from_dict, load_config, own_keys, to_dict, with_overrides
 from train.disk.folder import default_run_dir, read_metrics
 from train.errors import UserError
@@ -105,7 +106,7 @@ def _configuration(
         if not isinstance(word, str):
             raise ConfigError(f"{word!r} is no override; expected text, section.key=value, such as 'train.epochs=3'")
     if isinstance(recipe, (str, os.PathLike)):
-        path = Path(recipe).expanduser()
+        path = at_home(recipe, "recipe", ConfigError)
         found = find_recipe(path)
         if found != path:
             log(f"recipe: {found}, as no file {path} lies here")
@@ -135,7 +136,7 @@ def _plain(value: Any) -> Any:
 
 def _folder(config: Config, name: str, resume: bool) -> Path:
     if config.run.dir is not None:
-        return Path(config.run.dir).expanduser().absolute()
+        return at_home(config.run.dir, "run.dir", ConfigError).absolute()
     if from_environment().world_size > 1:
         raise ConfigError("run.dir: several processes that train together need the run folder's name")
     return default_run_dir(name, resume).absolute()

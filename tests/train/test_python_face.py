@@ -160,6 +160,7 @@ BAD: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "a bad override": ({"train": {"epochs": 3}}, ("train.epochs=none",), "train.epochs: 'none' (text)"),
     "an override of a dict": ({"train": {}}, ({"train.epochs": 3},), "is no override; expected text"),
     "an override twice": ({"train": {}}, ("train.seed=1", "train.seed=2"), "train.seed: given twice"),
+    "a home of nobody": ({"run": {"dir": "~no such user/run"}}, (), "run.dir: ~no such user/run: no home is known"),
     "no file": ("nowhere.yaml", (), "nowhere.yaml"),
     "no recipe": (3, (), "3 is no recipe"),
 }
