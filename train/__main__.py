@@ -120,7 +120,7 @@ def _run(options: argparse.Namespace, config: Config, recipe: Path) -> int:
                 extend=options.extend,
                 on_range_test=_draw_range_test,
             )
-            if config.run.analyse and not log.quiet:
+            if config.run.analyse and not log.quiet_by_rank:
                 _analyse(folder, config, log)
     return outcome.code
 
