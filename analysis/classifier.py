@@ -27,8 +27,8 @@ from analysis.predictions import Floats, Ints, Predictions, checked_predictions
 from analysis.report import analyse
 from analysis.run import AnalysisError, LoadedRun, averaged_network, load_run, loader_of, with_data
 from analysis.style import Pixels
-from dali_pipeline.dataset import Dataset
-from dali_pipeline.errors import UserError
+from dali_pipeline.dataset import DataError, Dataset
+from dali_pipeline.errors import UserError, at_home
 from dali_pipeline.loader import EvalLoader
 from train.machine.process import process_as_found
 from train.screen.log import Log
@@ -94,7 +94,7 @@ class Classifier:
     ) -> None:
         self._run = run
         self._device, self._download = device, download
-        self._data_root = None if data_root is None else Path(data_root).expanduser()
+        self._data_root = None if data_root is None else at_home(data_root, "data_root", DataError)
         self._log = Log(owns_process=False)
 
     def __repr__(self) -> str:
@@ -242,7 +242,7 @@ class Classifier:
         """(H, W, 3) uint8 of the network's size."""
         height, width = self.image_size
         if isinstance(image, (str, os.PathLike)):
-            return read_image(Path(image).expanduser(), height, width, fit)
+            return read_image(at_home(image, "image", ImageError), height, width, fit)
         if not isinstance(image, Image.Image):
             array = np.asarray(image)
             if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:

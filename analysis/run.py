@@ -15,7 +15,7 @@ import net as networks
 from dali_pipeline import sources
 from dali_pipeline.backend import BackendChoice, BackendError, choose_backend
 from dali_pipeline.dataset import DataError, Dataset
-from dali_pipeline.errors import UserError
+from dali_pipeline.errors import UserError, at_home
 from net.interface import Network
 from net.options import NetOptions
 from train.config import Config, ConfigError, from_record, load_config
@@ -135,7 +135,7 @@ def load_run(
     `precision` is that of evaluation: auto takes the run's own where the device is of the run's kind, else fp32.
     `data_root` replaces the run's data.root. Raises AnalysisError, CheckpointError, ConfigError or DataError.
     """
-    path = _check_folder(Path(path).expanduser())
+    path = _check_folder(at_home(path, "run folder", AnalysisError))
     notes: list[str] = []
     file = _choose_checkpoint(path, checkpoint, notes)
     where = f"{path / file}"

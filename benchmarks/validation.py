@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
-    from benchmarks.accuracy import append, comparable, read_environment, read_finished
+    from benchmarks.accuracy import append, check_same_machine, comparable, read_environment, read_finished
     from benchmarks.machine import command, machine_record
     from benchmarks.outcome import explained, write_report
     from train.config import ConfigError, load_config, to_dict
@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 session.warm_up()
                 environment = session.environment() | {"machine": machine_record(session.runtime.device)}
                 append(finished, {"recipe": recipe, "environment": environment}, only_first=True)
+                check_same_machine(finished, environment)
                 for seed in missing:
                     done[seed] = {"seed": seed, "epochs": by_epoch(session, seed)}
                     append(finished, done[seed])

@@ -8,7 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from train.config import to_dict
-from train.machine.weighing import CompileRecord, Weighed, compiled_from_cache, weigh_by_arithmetic, weigh_seen
+from train.machine.weighing import (
+    CompileRecord,
+    Weighed,
+    compiled_from_cache,
+    graphs_compiled,
+    weigh_by_arithmetic,
+    weigh_seen,
+)
 from train.step.trainer import Trainer
 
 PAIRS = 3  # of an eager and a compiled step, to see what was gained
@@ -23,6 +30,7 @@ class Choice:
         self.deterministic = trainer.config.train.deterministic
         self._steps_left: int | None = None  # where the clock was asked
         self._record = CompileRecord()
+        self._compiled_before = graphs_compiled()  # by earlier trainings of this process
 
     def weigh(self, steps_left: int | None, began: Mapping[str, Any] | None = None) -> Weighed:
         """Whether to compile for so many steps; None is as many as it takes. A run that `began` on a CPU (what its checkpoint
@@ -35,7 +43,8 @@ class Choice:
         if self.deterministic:
             height, width = trainer.dataset.height, trainer.dataset.width
             flops = 6.0 * trainer.net.multiply_adds(height, width) * trainer.local_batch
-            return weigh_by_arithmetic(flops, steps_left)
+            # the first one's processor decides: the others may lie on machines of another kind
+            return group.from_first(lambda: weigh_by_arithmetic(flops, steps_left))
         with group.together():
             seconds = trainer.step_seconds()
         self._steps_left = steps_left
@@ -56,7 +65,8 @@ class Choice:
                 gain = self.trainer.compiled_gain(pairs)
             gain = group.gather(gain)[0]
         if group.first:
-            self._record.add(self._graph(), compile_seconds, warm=compiled_from_cache(), gain=gain)
+            warm = compiled_from_cache(self._compiled_before)
+            self._record.add(self._graph(), compile_seconds, warm=warm, gain=gain)
         if gain is None:
             return None
         return Weighed(gain >= 1, f"tried: a compiled step has {gain:.2f} times the speed of an eager one")

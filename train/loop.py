@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from train.config import checkpoint_interval, to_dict
-from train.disk.checkpoint import on_host, save_last
+from train.disk.checkpoint import CheckpointError, on_host, save_last
 from train.disk.folder import RunFolder
 from train.disk.snapshot import DataFacts, Position, Snapshot, load_snapshot
 from train.failpoints import failpoint
@@ -88,8 +88,8 @@ class Run:
             self.writer.close()
 
     def measure_test(self) -> dict[str, dict[Measure, Score]]:
-        """The test set by the weights of last.pt and, where there is a run folder, of best.pt: once, after the last epoch of a
-        training that a validation split has chosen. The trainer keeps its own weights."""
+        """The test set by the weights of last.pt and, where the run folder holds it, of best.pt: once, after the last epoch of
+        a training that a validation split has chosen. The trainer keeps its own weights."""
         trainer, position = self.trainer, self.position
         with self.times.on("evaluation", trainer.runtime.device):
             found = {"last.pt": trainer.evaluate_test()}
@@ -98,6 +98,8 @@ class Run:
             if position.best_epoch == position.epoch:
                 return found | {"best.pt": found["last.pt"]}
             best = self.session.group.from_first(self._best_weights)
+            if best is None:
+                return found
             own = on_host({"model": trainer.net.state_dict(), "ema": trainer.ema and trainer.ema.state_dict()})
             trainer.load_weights(best)
             try:
@@ -105,10 +107,21 @@ class Run:
             finally:
                 trainer.load_weights(own)
 
-    def _best_weights(self) -> dict[str, Any]:
+    def _best_weights(self) -> dict[str, Any] | None:
+        """None, with a warning, where best.pt went away or is not that of the best epoch: the training is over, and what
+        else there is to tell of it must not be lost."""
         assert self.folder is not None, "the first process has it"
-        state = load_snapshot(self.folder.path / "best.pt").trainer_state
-        return {name: state[name] for name in ("model", "ema")}
+        path = self.folder.path / "best.pt"
+        try:
+            snapshot = load_snapshot(path)
+        except CheckpointError as error:
+            self.log(f"WARNING: best.pt is not measured: {error}")
+            return None
+        found, expected = snapshot.position.epoch, self.position.best_epoch
+        if found != expected:  # a kill between best.pt and last.pt, and the repeated epoch came out differently
+            self.log(f"WARNING: {path}: is not measured: it is of epoch {found}, and the best epoch was {expected}")
+            return None
+        return {name: snapshot.trainer_state[name] for name in ("model", "ema")}
 
     def _epoch(self) -> None:
         trainer, position, config = self.trainer, self.position, self.config

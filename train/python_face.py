@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dali_pipeline.errors import at_home
 from train.config import Config, ConfigError, find_recipe, from_dict, load_config, own_keys, to_dict, with_overrides
 from train.disk.folder import default_run_dir, read_metrics
 from train.errors import UserError
@@ -34,13 +35,14 @@ class FinishedRun:
 
     folder: the run folder, absolute; `analysis.load(folder)` predicts, evaluates and draws from it.
     accuracy: of the test set after the last epoch (`last_accuracy` of summary.json), chosen by nothing.
-    best_accuracy, best_epoch: of best.pt. Without a validation split the test set itself has chosen it, which flatters.
+    best_accuracy, best_epoch: of best.pt. Without a validation split the test set itself has chosen it, which flatters;
+        with one the accuracy is None where best.pt could not be read at the end.
     metrics: metrics.jsonl, a dict an epoch; summary: summary.json.
     """
 
     folder: Path
     accuracy: float
-    best_accuracy: float
+    best_accuracy: float | None
     best_epoch: int
     metrics: list[dict[str, Any]] = field(repr=False)
     summary: dict[str, Any] = field(repr=False)
@@ -104,7 +106,7 @@ def _configuration(
         if not isinstance(word, str):
             raise ConfigError(f"{word!r} is no override; expected text, section.key=value, such as 'train.epochs=3'")
     if isinstance(recipe, (str, os.PathLike)):
-        path = Path(recipe).expanduser()
+        path = at_home(recipe, "recipe", ConfigError)
         found = find_recipe(path)
         if found != path:
             log(f"recipe: {found}, as no file {path} lies here")
@@ -112,7 +114,7 @@ def _configuration(
     if isinstance(recipe, Config):
         # with another data.name the keys of the one before go
         given = {word.partition("=")[0] for word in overrides}
-        return from_dict(own_keys(with_overrides(to_dict(recipe), overrides), given)[0]), NAME
+        return from_dict(own_keys(with_overrides(_plain_tree(to_dict(recipe)), overrides), given)[0]), NAME
     if not isinstance(recipe, Mapping):
         raise ConfigError(f"{recipe!r} is no recipe; expected the path of a YAML file, nested dicts or a train.Config")
     return from_dict(with_overrides(_plain_tree(recipe), overrides)), NAME
@@ -134,7 +136,7 @@ def _plain(value: Any) -> Any:
 
 def _folder(config: Config, name: str, resume: bool) -> Path:
     if config.run.dir is not None:
-        return Path(config.run.dir).expanduser().absolute()
+        return at_home(config.run.dir, "run.dir", ConfigError).absolute()
     if from_environment().world_size > 1:
         raise ConfigError("run.dir: several processes that train together need the run folder's name")
     return default_run_dir(name, resume).absolute()
@@ -147,9 +149,11 @@ def _alone() -> Iterator[None]:
         raise UserError("another training runs in this process; wait for it, or start this one in a process of its own")
     try:
         yield
-        _forget_compiled_steps()
     finally:
-        _one_at_a_time.release()
+        try:
+            _forget_compiled_steps()
+        finally:
+            _one_at_a_time.release()
 
 
 def _forget_compiled_steps() -> None:

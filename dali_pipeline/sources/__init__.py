@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dali_pipeline.dataset import DataError, Dataset
+from dali_pipeline.errors import at_home
 from dali_pipeline.hold_out import hold_out
 from dali_pipeline.options import DataOptions
 from dali_pipeline.sources.cifar import Cifar10, Cifar100
@@ -69,7 +70,7 @@ def load(
     `say` receives lines about a download's progress (`to_stderr` prints them); None is silent. `download` and `root`, where
     given, replace those of `options`.
     """
-    folder = Path(options.root if root is None else root).expanduser()
+    folder = at_home(options.root if root is None else root, "data.root", DataError)
     dataset = source_of(options).load(folder, download=options.download if download is None else download, say=say)
     if options.validation is None:
         return dataset

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,6 +106,7 @@ def test_the_cache_is_where_torchs_compiler_keeps_it(monkeypatch: pytest.MonkeyP
         b'{"MACHINE": 3}',
         b'{"MACHINE": {"cold": "54", "warm": [null, -1, 0, NaN, "x"], "graphs": [1]}}',
         b'{"MACHINE": {"cold": {}, "graphs": {"a": {"gain": 2, "cache": 4}, "b": 5}}}',
+        b'{"MACHINE": {"cold": [1' + b"0" * 400 + b"]}}",
         b"[" * 100_000,
     ],
 )
@@ -131,6 +133,32 @@ def test_a_record_that_cannot_be_written_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     CompileRecord(tmp_path / "file" / "compile.json").add("a", 30.0, warm=False)
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_user_without_a_home_has_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    record = CompileRecord()
+    record.add("a", 30.0, warm=False, gain=2.0)
+    assert record.compile_seconds("a").value == weighing.COLD_SECONDS
+
+
+def test_what_an_earlier_training_of_the_process_compiled_makes_a_later_one_no_less_warm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch._dynamo.utils import counters
+
+    for earlier in ({}, {"fxgraph_cache_miss": 3}, {"fxgraph_cache_hit": 3}):
+        monkeypatch.setitem(counters, "inductor", Counter(earlier))
+        before = weighing.graphs_compiled()
+        assert not weighing.compiled_from_cache(before), "nothing was compiled"
+        counters["inductor"]["fxgraph_cache_hit"] += 2
+        assert weighing.compiled_from_cache(before)
+        counters["inductor"]["fxgraph_cache_miss"] += 1
+        assert not weighing.compiled_from_cache(before)
 
 
 def test_a_record_does_not_grow_for_ever(record: CompileRecord) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from zygote import Job, Zygote
 
+import analysis
 from dali_pipeline.backend import BackendChoice
 from dali_pipeline.loader import EvalLoader
 from dali_pipeline.sources.synthetic import random_dataset
@@ -538,14 +540,16 @@ torch.nn.Module.compile = compile
     assert "WARNING: compile: off (torch.compile failed" in jobs[0].stdout
 
 
+@pytest.mark.parametrize("deterministic", ["false", "true"])
 @pytest.mark.parametrize(("first", "second", "compiles"), [(1e-9, 1e9, False), (1e9, 1e-9, True)])
 def test_all_processes_compile_or_none_as_the_first_one_weighs(
-    runs: Zygote, noise: Config, tmp_path: Path, first: float, second: float, compiles: bool
+    runs: Zygote, noise: Config, tmp_path: Path, first: float, second: float, compiles: bool, deterministic: str
 ) -> None:
     def seeing(seconds: float) -> str:
-        """Code for a process whose compiler does nothing but say so, and whose steps take so long."""
+        """Code for a process whose compiler does nothing but say so, and whose steps take so long, or would."""
         return f"""
-import torch, train.machine.runtime as r
+import torch, train.machine.runtime as r, train.machine.weighing as w
+w.FLOPS = {1e12 / seconds}
 from train.step.trainer import Trainer
 r.find_compiler = lambda device: (True, "g++ found")
 torch.nn.Module.compile = lambda self, **_: print("compiling", type(self).__name__, flush=True)
@@ -556,12 +560,40 @@ Trainer.step_seconds = lambda self: {seconds}
     jobs = together(
         runs,
         *("--config", written(noise, tmp_path), f"run.dir={tmp_path / 'run'}", "train.compile=auto"),
+        f"train.deterministic={deterministic}",
         before={0: seeing(first), 1: seeing(second)},
         XDG_CACHE_HOME=str(tmp_path),
     )
     assert ended(jobs) == [0, 0], jobs[0].stderr + jobs[1].stderr
     assert ["compiling TrainStep" in job.stdout for job in jobs] == [compiles, compiles]
     assert load_checkpoint(tmp_path / "run" / "last.pt")["machine"]["compile"] == ("default" if compiles else "off")
+
+
+def test_two_processes_measure_the_test_set_by_both_checkpoints_as_one_would(
+    runs: Zygote, noise: Config, tmp_path: Path
+) -> None:
+    falling = """
+from dataclasses import replace
+from train.step.trainer import Trainer
+evaluate, right = Trainer.evaluate, iter((2, 1))
+
+def falling(self, *rest):
+    correct = next(right)
+    return {measure: replace(score, correct=correct) for measure, score in evaluate(self, *rest).items()}
+
+Trainer.evaluate = falling
+"""
+    words = ("data.validation=100", "train.epochs=2", f"run.dir={tmp_path / 'run'}")
+    jobs = together(runs, "--config", written(noise, tmp_path), *words, before={0: falling, 1: falling})
+    assert ended(jobs) == [0, 0], jobs[0].stderr + jobs[1].stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["best_epoch"] == 1 and summary["chosen_on"] == "validation"
+    for name in ("best", "last"):
+        network = analysis.load(tmp_path / "run", checkpoint=name)
+        test = network.dataset.test
+        by_one = 100 * float(np.mean(network.predict(test.images).labels == test.labels))
+        one_image = 100 / len(test)
+        assert summary["test"][f"{name}.pt"]["accuracy"] == pytest.approx(by_one, abs=1.01 * one_image)
 
 
 # --- torchrun itself

@@ -32,9 +32,13 @@ def versions() -> dict[str, str | None]:
 
 
 def git_commit() -> str | None:
-    """The commit of this source tree, with "+changes" where files differ from it; None outside a checkout."""
-    here = Path(__file__).resolve().parent
+    """The commit of this source tree, with "+changes" where files differ from it; None outside a checkout, also where this is
+    installed below another project's."""
+    file = Path(__file__).resolve()
+    here = file.parent
     try:
+        tracked = ["git", "-C", str(here), "ls-files", "--error-unmatch", file.name]
+        subprocess.run(tracked, capture_output=True, check=True, timeout=5)
         commit = subprocess.run(
             ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=5
         ).stdout.strip()

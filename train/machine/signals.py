@@ -95,4 +95,5 @@ def _watched() -> list[int]:
     watched: list[int] = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
         watched.append(signal.SIGHUP)
-    return watched
+    # a handler that was not set from Python, as where Python is embedded, could not be given back
+    return [number for number in watched if signal.getsignal(number) is not None]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import statistics
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +80,10 @@ def record_path() -> Path:
     """compile.json in the user's folder for caches."""
     folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not folder.is_absolute():
-        folder = Path.home() / ".cache"
+        try:
+            folder = Path.home() / ".cache"
+        except RuntimeError:  # a container's user without a home
+            folder = Path(os.devnull)  # which is no folder: nothing is kept
     return folder / "cifar-throughput" / "compile.json"
 
 
@@ -98,12 +101,19 @@ def compiler_cache() -> Path:
     return Path(tempfile.gettempdir(), f"torchinductor_{user}")
 
 
-def compiled_from_cache() -> bool:
-    """Whether all that this process has compiled came out of the cache."""
-    from torch._dynamo.utils import counters
+def graphs_compiled() -> tuple[int, int]:
+    """How many graphs this process has taken out of the compiler's cache so far, and how many it has compiled anew."""
+    utils = sys.modules.get("torch._dynamo.utils")  # not imported for this: it takes seconds
+    if utils is None:
+        return 0, 0
+    seen = utils.counters["inductor"]
+    return seen["fxgraph_cache_hit"], seen["fxgraph_cache_miss"] + seen["fxgraph_cache_bypass"]
 
-    seen = counters["inductor"]
-    return bool(seen["fxgraph_cache_hit"]) and not (seen["fxgraph_cache_miss"] or seen["fxgraph_cache_bypass"])
+
+def compiled_from_cache(before: tuple[int, int]) -> bool:
+    """Whether all that was compiled since `graphs_compiled` gave `before` came out of the cache."""
+    cached, anew = graphs_compiled()
+    return cached > before[0] and anew == before[1]
 
 
 class CompileRecord:
@@ -178,7 +188,7 @@ def _numbers(content: dict[str, Any], name: str) -> list[float]:
     found = content.get(name)
     if not isinstance(found, list):
         return []
-    return [float(v) for v in found if isinstance(v, (int, float)) and math.isfinite(v) and v > 0]
+    return [float(v) for v in found if isinstance(v, (int, float)) and 0 < v <= sys.float_info.max]
 
 
 def _estimate(seen: float | None, default: float, about: str = "") -> Estimate:
