@@ -20,7 +20,7 @@ from analysis.run import AnalysisError
 from analysis.style import BLUE, GREY, ORANGE, new_figure, save
 from train.screen.log import Log
 
-FEW = 10  # images below which a bin says little
+FEW_IMAGES = 10  # images below which a bin says little
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +71,9 @@ def draw_calibration(found: Reliability, path: Path, *, caption: str = "") -> No
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     width = 100 / bins
     centres = edges[:-1] + width / 2
-    for some, strength in ((found.counts >= FEW, 1.0), ((found.counts > 0) & (found.counts < FEW), 0.3)):
+    for some, strength in ((found.counts >= FEW_IMAGES, 1.0), ((found.counts > 0) & (found.counts < FEW_IMAGES), 0.3)):
         accuracy, confidence = 100 * found.accuracy[some], 100 * found.confidence[some]
-        name = "accuracy of the bin" if strength == 1 else f"of fewer than {FEW} images"
+        name = "accuracy of the bin" if strength == 1 else f"of fewer than {FEW_IMAGES} images"
         upper.bar(
             centres[some], accuracy, width=width * 0.94, color=BLUE, alpha=strength, label=name if some.any() else None
         )

@@ -39,8 +39,8 @@ from train.screen.log import Log
 from train.screen.progress import duration
 from train.step.measures import recorded
 
-WORST = 50
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+MAX_WORST = 50
+CONTENT_SECURITY_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 # every picture's heading and how to read it, in the order of the report
 PICTURES = {
@@ -150,7 +150,7 @@ def analyse(
 def _is_report(path: Path) -> bool:
     """Whether a file is a report that `render` made."""
     try:
-        return POLICY in path.read_text(encoding="utf-8")
+        return CONTENT_SECURITY_POLICY in path.read_text(encoding="utf-8")
     except (OSError, ValueError):
         return False
 
@@ -292,7 +292,7 @@ def render(run: LoadedRun, results: Results, folder: Path) -> str:
         for section, keys in to_dict(run.config).items()
     }
     return _template().render(
-        policy=POLICY,
+        policy=CONTENT_SECURITY_POLICY,
         title=f"Run {run.name}",
         description=(
             f"{run.config.data.name}, {len(names)} classes, {len(run.dataset.train):,} training and {len(predictions):,} "
@@ -338,7 +338,7 @@ def _worst(run: LoadedRun, predictions: Predictions) -> list[_Answer]:
     """The images of the highest losses, whether the answer was wrong or barely right."""
     images, names = run.dataset.test.images, run.class_names
     answers = []
-    for index in worst_first(predictions, wrong_only=False)[:WORST]:
+    for index in worst_first(predictions, wrong_only=False)[:MAX_WORST]:
         said, true = int(predictions.predicted[index]), int(predictions.labels[index])
         answers.append(
             _Answer(

@@ -28,7 +28,7 @@ Item = TypeVar("Item")
 Say = Callable[[str], None]
 
 # what the curves and the report read of a line of metrics.jsonl
-MEASURED = {"epoch", "lr", "train_loss", "train_accuracy", "seconds", "images_per_second"}
+REQUIRED_METRICS = {"epoch", "lr", "train_loss", "train_accuracy", "seconds", "images_per_second"}
 
 
 class AnalysisError(UserError):
@@ -232,11 +232,11 @@ def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
 def _metrics(path: Path, snapshot: Snapshot, notes: list[str]) -> list[dict[str, Any]]:
     """metrics.jsonl, or what the checkpoint remembers of it."""
     try:
-        records = read_metrics(path / "metrics.jsonl")
-        for number, record in enumerate(records, 1):
-            if not isinstance(record, dict) or not set(record) >= MEASURED or not recorded(record):
+        entries = read_metrics(path / "metrics.jsonl")
+        for number, entry in enumerate(entries, 1):
+            if not isinstance(entry, dict) or not set(entry) >= REQUIRED_METRICS or not recorded(entry):
                 raise ValueError(f"line {number} is no epoch")
-        return records
+        return entries
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:

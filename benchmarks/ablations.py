@@ -39,10 +39,10 @@ def ablate(
     train = config.train
     device = prepare(device=train.device, compile="off").device
     say(f"\n{name:<32}" + "".join(f"{stage.replace('_', ' '):>14}" for stage in STAGES) + "  images/s")
-    if name in OF_DALI and choose_backend(config.data.backend, device).name != "dali":
+    if name in DALI_ABLATIONS and choose_backend(config.data.backend, device).name != "dali":
         say("left out: the pipeline is torch's")
         return
-    variants = OF_DALI.get(name, partial(_trainings, name))(config, dataset, device, repeats, seconds)
+    variants = DALI_ABLATIONS.get(name, partial(_trainings, name))(config, dataset, device, repeats, seconds)
     for setting, run in variants:
         row: dict[str, Any] = {"setting": setting}
         try:
@@ -52,7 +52,7 @@ def ablate(
             say(f"{setting:<32}{row['left_out']}")
         else:
             row |= {stage: rate.record() for stage, rate in rates.items()}
-            if device.type == "cuda" and name not in OF_DALI:
+            if device.type == "cuda" and name not in DALI_ABLATIONS:
                 row["device_peak_gib"] = device_peak_gib(device)
             cells = (f"{rates[stage].median:,.0f}" if stage in rates else "" for stage in STAGES)
             say(f"{setting:<32}" + "".join(f"{cell:>14}" for cell in cells))
@@ -140,7 +140,7 @@ def _dali(config: Config, dataset: Dataset, device: torch.device) -> Pipeline:
     return Pipeline(dataset, Kind("dali", device), batch_size=config.train.batch_size, augment=config.augment)
 
 
-OF_DALI = {"pipelines": _pipelines, "prefetch": _prefetch, "graph": _graphs}
+DALI_ABLATIONS = {"pipelines": _pipelines, "prefetch": _prefetch, "graph": _graphs}
 
 
 def _short(setting: str, ablation: str) -> str:

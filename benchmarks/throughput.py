@@ -132,7 +132,7 @@ def measure(
     options: argparse.Namespace, say: Callable[[str], None], save: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
     """All that is asked for, in an order in which each can use the whole machine."""
-    from benchmarks.machine import machine_record
+    from benchmarks.machine import machine_facts
     from benchmarks.stages import Training
     from dali_pipeline import sources
     from train.machine.environment import git_commit, versions
@@ -151,7 +151,7 @@ def measure(
     seconds = 0.15 if options.quick else 0.3
     report: dict[str, Any] = {
         "kind": KIND,
-        "machine": machine_record(runtime.device),
+        "machine": machine_facts(runtime.device),
         "versions": {**versions(), **_peer_versions()},
         "commit": git_commit(),
         "command": "",

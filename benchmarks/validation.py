@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
     from benchmarks.accuracy import append, comparable, read_environment, read_finished
-    from benchmarks.machine import command, machine_record
+    from benchmarks.machine import command, machine_facts
     from benchmarks.outcome import explained, write_report
     from train.config import ConfigError, load_config, to_dict
     from train.screen.log import Log
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with Session(config, Log(quiet=True)) as session:
                 session.build()
                 session.warm_up()
-                environment = session.environment() | {"machine": machine_record(session.runtime.device)}
+                environment = session.environment() | {"machine": machine_facts(session.runtime.device)}
                 append(finished, {"recipe": recipe, "environment": environment}, only_first=True)
                 for seed in missing:
                     done[seed] = {"seed": seed, "epochs": by_epoch(session, seed)}

@@ -35,6 +35,6 @@ class WeightAverage(AveragedModel):
 
     @torch.no_grad()
     def start_over(self, net: nn.Module) -> None:
-        """As a new one of this network, in the memory of the old one."""
+        """Reset to what a new average of this network would be, keeping the memory of the tensors."""
         self.module.load_state_dict(net.state_dict())
         self.n_averaged.zero_()
