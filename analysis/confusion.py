@@ -1,4 +1,4 @@
-"""confusion_matrix.png and .csv, per_class.png and .csv: which classes are taken for which, and how well each is known.
+"""confusion_matrix.png and .csv, per_class.png and .csv: which classes are confused, and each one's precision, recall and F1.
 
 python -m analysis.confusion runs/NAME
 """
@@ -20,7 +20,7 @@ from analysis.style import BLUE, GREEN, VERMILLION, new_figure, plain, pretty, s
 from train.disk.atomic import write_csv
 from train.screen.log import Log
 
-MAX_NUMBERED_CLASSES = 20  # classes up to which a cell has room for its number
+MAX_NUMBERED_CLASSES = 20  # with more, a cell of the matrix has no room for its number
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def draw_per_class(scores: list[ClassScore], path: Path, *, caption: str = "") -
 def draw_for(
     labels: Ints, predicted: Ints, class_names: tuple[str, ...], folder: Path, caption: str = ""
 ) -> tuple[Ints, list[ClassScore]]:
-    """All four files, and what they hold."""
+    """Write all four files, and return the counts and scores in them."""
     counts = confusion(labels, predicted, len(class_names))
     scores = per_class(labels, predicted, class_names)
     write_confusion(counts, class_names, folder / "confusion_matrix.csv")

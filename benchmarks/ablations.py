@@ -1,4 +1,4 @@
-"""One thing varied at a time, against the recipe; and the picture of it."""
+"""Ablations: one setting of the recipe is varied at a time; and a picture of the results."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Variants = Iterator[tuple[str, Callable[[], dict[str, Rate]]]]
 def ablate(
     name: str, config: Config, dataset: Dataset, repeats: int, seconds: float, say: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
-    """The rows of one table: the setting, and the rates of the stages or the reason why there are none."""
+    """The rows of one table: each has a setting, and the rates of the stages or the reason why it could not be measured."""
     train = config.train
     device = prepare(device=train.device, compile="off").device
     say(f"\n{name:<32}" + "".join(f"{stage.replace('_', ' '):>14}" for stage in STAGES) + "  images/s")
@@ -85,7 +85,7 @@ def _trainings(
 
 
 def _pipelines(config: Config, dataset: Dataset, device: torch.device, repeats: int, seconds: float) -> Variants:
-    """Several pipelines served in turn: while one is waited for, the others prefetch."""
+    """Several pipelines used in turn, so that the others prefetch while one is waited for."""
     for number in PIPELINES:
 
         def run(number: int = number) -> dict[str, Rate]:
@@ -119,8 +119,8 @@ def _prefetch(config: Config, dataset: Dataset, device: torch.device, repeats: i
 
 
 def _graphs(config: Config, dataset: Dataset, device: torch.device, repeats: int, seconds: float) -> Variants:
-    """The choices that the DALI graph leaves: what paints the cutout, and whether borders lie on the device. It pastes, and
-    has borders on a GPU, where nothing else is asked of it."""
+    """The options of the DALI graph: how it paints the cutout, and whether images are stored with borders. By default it pastes,
+    and stores borders on a GPU."""
     for cutout_by in ("paste", "erase"):
         for padded in (False, True):
 
@@ -144,13 +144,13 @@ DALI_ABLATIONS = {"pipelines": _pipelines, "prefetch": _prefetch, "graph": _grap
 
 
 def _short(setting: str, ablation: str) -> str:
-    """The setting without the name that the panel's title gives: "batch_size 512" in the panel batch is 512."""
+    """The setting without the name that its panel's title gives already: "batch_size 512" becomes "512" in the panel "batch"."""
     first, _, rest = setting.partition(" ")
     return rest if rest and first.startswith(ablation) else setting.removesuffix(f" {ablation}")
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Bars of every pipeline and peer, and a panel for each ablation."""
+    """Draw bars for every pipeline and peer, and a panel for each ablation."""
     import matplotlib
 
     matplotlib.use("Agg")

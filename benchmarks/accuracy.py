@@ -1,9 +1,9 @@
-"""A recipe over N seeds: accuracy with its interval, with and without flip TTA, and what the time went into.
+"""A recipe over N seeds: mean accuracy with a 95% interval, with and without flip TTA, and what the time went into.
 
 python benchmarks/accuracy.py configs/onecycle.yaml --runs 10 [--json FILE] [section.key=value ...]
 
-Compiles once; every run starts from the state of a fresh one with its seed. Each finished run is a line of a JSONL file:
-after an interruption the same command goes on with the seeds that are missing.
+The network is compiled once, and reset for every run to what a new one with its seed would be. Each finished run is a line of a
+JSONL file; after an interruption the same command continues with the seeds that are missing.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from train.step.steps import EvalStep
 
 KIND = "accuracy"
-FIRST_LINE_START = '{"recipe": '  # of the file of finished runs
-TARGET_ACCURACY = 94.0  # percent; what the field's times are given for
+FIRST_LINE_START = '{"recipe": '  # identifies a file of finished runs
+TARGET_ACCURACY = 94.0  # percent; published training times are commonly the times to it
 ACCURACY_LABELS = {"tta_accuracy": "with flip TTA", "ema_accuracy": "EMA", "ema_tta_accuracy": "EMA, flip TTA"}
 TIMES_COVER = {
     "lr_search": "the range test, where the recipe asks for one",
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(config: Config, runs: int, finished: Path, log: Callable[[str], None], on: str = "test") -> dict[str, Any]:
-    """Do the runs that are missing in `finished`, and give the report over all `runs`, measured `on` this split."""
+    """Do the runs that are missing in the file `finished`, and return the report over all `runs`, measured on the split `on`."""
     from train.config import ConfigError, to_dict
     from train.screen.log import Log
     from train.session import Session
@@ -117,8 +117,8 @@ def measure(config: Config, runs: int, finished: Path, log: Callable[[str], None
 
 
 def comparable(recipe: dict[str, Any], on: str = "test") -> dict[str, Any]:
-    """The recipe without the keys that change nothing, and without the seed, which is counted up; and what is measured,
-    where that is not the test set."""
+    """The part of a recipe that must be the same for all runs of a file: without the keys that change nothing and without the
+    seed, which differs from run to run. It includes the split that is measured where that is not the test set."""
     from train.config import changes
 
     def matters(name: str) -> bool:
@@ -132,8 +132,8 @@ def comparable(recipe: dict[str, Any], on: str = "test") -> dict[str, Any]:
 
 
 def read_finished(path: Path, recipe: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """The finished runs by seed; a last line that was cut off is removed. RecipeChanged where another recipe wrote them, or
-    another program."""
+    """The finished runs by seed. An incomplete last line is removed from the file. RecipeChanged where the file is of another
+    recipe, or is not a file of finished runs."""
     from train.config import own_keys
 
     if not path.exists():
@@ -148,7 +148,7 @@ def read_finished(path: Path, recipe: dict[str, Any]) -> dict[int, dict[str, Any
         return {}
     if torn:
         path.write_text(whole + "\n", encoding="utf-8")
-    # a key that only one of them knows counts as null there: earlier versions had fewer, and those of other data sets too
+    # a key that only one of them has counts as null in the other: earlier versions had fewer keys, and all data sets' keys
     then, now = flat(own_keys(entries[0]["recipe"])[0]), flat(recipe)
     names = [*now, *(name for name in then if name not in now)]
     changed = [f"{name}: {then.get(name)} -> {now.get(name)}" for name in names if then.get(name) != now.get(name)]
@@ -161,18 +161,18 @@ def read_finished(path: Path, recipe: dict[str, Any]) -> dict[int, dict[str, Any
 
 
 def flat(recipe: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """By section.key."""
+    """The recipe as one dict by section.key."""
     return {f"{section}.{key}": value for section, keys in recipe.items() for key, value in keys.items()}
 
 
 def read_environment(path: Path) -> dict[str, Any]:
-    """Of the session that began the file."""
+    """The environment in which the file's first run was done."""
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8").partition("\n")[0])["environment"]
     return found
 
 
 def check_same_machine(path: Path, now: dict[str, Any]) -> None:
-    """RecipeChanged where the file's runs had another device, precision or compiler: one mean is of one kind of runs."""
+    """RecipeChanged where the file's runs had another device, precision or compiler, as their mean would mix both."""
 
     def resolved(environment: dict[str, Any]) -> dict[str, str]:
         return {
@@ -191,7 +191,7 @@ def check_same_machine(path: Path, now: dict[str, Any]) -> None:
 
 
 def append(path: Path, entry: dict[str, Any], only_first: bool = False) -> None:
-    """One line, on the disk when this returns; `only_first` writes to an empty file alone."""
+    """Append one line; it is on the disk when this returns. With `only_first` it is written only if the file is empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         if only_first and file.tell() > 0:
@@ -217,7 +217,7 @@ class Campaign:
         self.trainer, runtime, dataset = session.trainer, session.runtime, session.dataset
         self.on = on
         self._each_epoch = on == self.trainer.measures[0].split
-        # measured once, after the training, where the recipe does not measure it itself
+        # flip TTA is measured once, after the training, where the recipe does not have it after every epoch
         self._tta = Measure(on, views="tta")
         self._tta_step: EvalStep | None = None
         if not session.config.train.tta:
@@ -255,7 +255,7 @@ class Campaign:
         }
 
     def run(self, seed: int) -> dict[str, Any]:
-        """The recipe with this seed, from scratch to its last evaluation, as a dict of plain numbers."""
+        """Train the recipe with this seed from scratch to its last evaluation; the results as a dict of plain numbers."""
         from benchmarks.measure import device_peak_gib
         from train.disk.snapshot import Position
         from train.loop import Run
@@ -333,7 +333,7 @@ def time_to(metrics: list[dict[str, Any]]) -> dict[str, Any]:
 def summarise(
     entries: list[dict[str, Any]], recipe: dict[str, Any], environment: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The report over finished runs: means, standard deviations, 95% intervals."""
+    """The report over finished runs: means, standard deviations and 95% intervals."""
     from benchmarks.measure import mean_and_interval
     from train.machine.environment import git_commit
 

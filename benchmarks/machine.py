@@ -1,4 +1,4 @@
-"""What a result was measured on and by which command, without naming the host or its folders."""
+"""The machine that a result was measured on, and the command, without the names of the host or its folders."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def command(script: str, arguments: Sequence[str]) -> str:
 
 
 def shareable(arguments: Sequence[str]) -> list[str]:
-    """The words without this machine's folders: what lies in this tree is named from its root, any other place is FILE or
-    DIR (data.root=DIR, --json FILE)."""
+    """The arguments without this machine's folders: paths inside the repository are relative to its root, any other path becomes
+    FILE or DIR (data.root=DIR, --json FILE)."""
     words, option = [], ""
     for word in arguments:
         name, equals, value = word.partition("=")

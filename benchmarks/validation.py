@@ -2,8 +2,8 @@
 
 python benchmarks/validation.py configs/cpu.yaml data.validation=5000 --runs 3 --json FILE [--picture FILE]
 
-The test set is measured after every epoch here, which a training with data.validation never does: this looks at the method, and
-chooses nothing. Each finished run is a line of a JSONL file; the same command goes on with the seeds that are missing.
+Here the test set is measured after every epoch, which a training with data.validation never does: this evaluates the method and
+chooses nothing by it. Each finished run is a line of a JSONL file; the same command continues with the seeds that are missing.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def by_epoch(session: Session, seed: int) -> list[dict[str, float]]:
 
 
 def sentence(epochs: list[dict[str, float]]) -> str:
-    """What choosing by validation reached, against the last epoch and against the best on the test set."""
+    """A sentence: the test accuracy of the epoch chosen by validation, that of the last epoch, and the highest."""
     chosen = max(range(len(epochs)), key=lambda i: epochs[i]["validation"])
     best = max(range(len(epochs)), key=lambda i: epochs[i]["test"])
     return (
@@ -146,7 +146,7 @@ def summarise(runs: list[dict[str, Any]], recipe: dict[str, Any], environment: d
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Both accuracies by epoch, a line a seed."""
+    """Draw both accuracies by epoch, with a line for each seed."""
     from matplotlib.ticker import MaxNLocator
 
     from analysis.style import BLUE, VERMILLION, new_figure, save

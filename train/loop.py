@@ -265,7 +265,7 @@ class Run:
             raise self._interrupted()
 
     def save(self, best: bool = False) -> None:
-        """Write last.pt (and best.pt) and metrics.jsonl. Where a weight is NaN or infinite, raises NonFiniteLoss and saves nothing."""
+        """Write last.pt (and best.pt) and metrics.jsonl. Raises NonFiniteLoss, and saves nothing, if a weight is not finite."""
         self.last_save = time.perf_counter()
         with self.times.on("saving"), self.trainer.group.together():
             if self.folder is not None:
