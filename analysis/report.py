@@ -51,7 +51,7 @@ PICTURES = {
     ),
     "learning_rate.png": (
         "Learning rate",
-        "The line is the schedule, computed; the dots are the rates that the run used at the end of each epoch. They must lie on it.",
+        "The line is the schedule, computed; the dots are the rates that the run used at the end of each epoch, and must lie on it.",
     ),
     "lr_finder.png": (
         "Learning rate range test",
@@ -66,8 +66,8 @@ PICTURES = {
     ),
     "misclassified.png": (
         "Misclassified test images",
-        "The mistakes with the highest loss. Look for images that are labelled wrongly, cut off or ambiguous, and for backgrounds "
-        "that are typical of another class.",
+        "The mistakes with the highest loss. Look for images that are labelled wrongly, cut off or ambiguous, and for "
+        "backgrounds that are typical of another class.",
     ),
     "grad_cam.png": (
         "Where the network looks: Grad-CAM",

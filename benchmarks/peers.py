@@ -245,7 +245,7 @@ def _kornia(task: Task) -> Callable[[], Batches]:
 
 
 def _airbench(task: Task) -> Callable[[], Batches]:
-    """airbench's loader with its normalised half-precision images. Its padding is reflected, its cutout paints the mean colour."""
+    """airbench's loader with its normalised half-precision images. Its padding is reflected; its cutout paints the mean."""
     loader_class = _import("airbench").CifarLoader
     with tempfile.TemporaryDirectory() as folder:
         content = {

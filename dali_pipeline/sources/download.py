@@ -245,7 +245,9 @@ def _open_locked(part: Path, done: Path, meter: _Meter) -> FileIO | None:
         try:
             locked = try_lock(file)
         except NoLocks as error:
-            meter.say(f"{part}: nothing can be locked on this file system ({error.strerror}); it goes on without")
+            meter.say(
+                f"{part}: nothing can be locked on this file system ({error.strerror}); the download goes on without a lock"
+            )
             return file
         except OSError:
             file.close()
