@@ -51,7 +51,7 @@ PICTURES = {
     ),
     "learning_rate.png": (
         "Learning rate",
-        "The line is the schedule, computed; the dots are the rates that the run used at the end of each epoch, and must lie on it.",
+        "The line is the computed schedule, the dots are rates that the run used at the end of each epoch. They must lie on it.",
     ),
     "lr_finder.png": (
         "Learning rate range test",
