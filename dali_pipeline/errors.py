@@ -1,4 +1,4 @@
-"""What a user can mend, as an exception of its own."""
+"""The exception for mistakes and conditions that a user can correct."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """Something that a user can mend: the message says what and how, and a command ends with `exit_code`."""
+    """Something that a user can correct. The message says what and how; a command prints it and ends with `exit_code`."""
 
     exit_code = 2
 

@@ -1,4 +1,4 @@
-"""What a trainer may ask of a network beside its logits."""
+"""What the trainer needs from a network besides its logits."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Network(nn.Module):
         """Initialise layers from training images (N, 3, H, W) float32, normalised, on the CPU: once, before training."""
 
     def role(self, name: str) -> Role:
-        """What the parameter of this name is for: an optimizer treats the filters of a convolution, the classifier's matrix,
-        and the scales and biases of a norm each in its own way."""
+        """What the parameter of this name is for. Optimizers have different rules for the filters of a convolution, the
+        classifier's matrix, and the scales and biases of a normalisation layer."""
         parent, _, leaf = name.rpartition(".")
         owner = self.get_submodule(parent)
         if isinstance(owner, _BatchNorm):

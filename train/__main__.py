@@ -126,7 +126,7 @@ def _run(options: argparse.Namespace, config: Config, recipe: Path) -> int:
 
 
 def _analyse(folder: Path, config: Config, log: Log) -> None:
-    """The pictures and the report of the finished run; the run stands whatever happens to them."""
+    """Draw the pictures and the report of the finished run. A failure is only logged: the run itself is complete."""
     from analysis.report import analyse
 
     log("drawing the pictures and the report ...")
@@ -155,13 +155,13 @@ def _note(message: str) -> None:
 
 
 def _tell(line: str) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes of this machine read the same
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes on this machine would print the same
         print(line, file=sys.stderr)
 
 
 def _open_standard_streams() -> None:
-    """Where a standard stream is closed (`>&-`), put the null device there: the next file opened would get its number,
-    and whatever a library prints would go into that file."""
+    """Open the null device in place of a standard stream that is closed (`>&-`). Otherwise the next file opened would get the
+    stream's number, and what a library prints would be written into that file."""
     for number in range(3):
         try:
             os.fstat(number)

@@ -64,8 +64,8 @@ def source_of(options: DataOptions) -> Source:
 def load(
     options: DataOptions, say: Say | None = None, *, download: bool | None = None, root: Path | None = None
 ) -> Dataset:
-    """The data set that the `data:` section asks for, with the validation split that it asks for; raises DataError where it
-    cannot be had.
+    """The data set of the `data:` section, with the validation split that the section asks for. Raises DataError where it
+    cannot be read or downloaded.
 
     `say` receives lines about a download's progress (`to_stderr` prints them); None is silent. `download` and `root`, where
     given, replace those of `options`.

@@ -1,4 +1,4 @@
-"""Facts of the machine and the software, for the record of a run."""
+"""Facts about the machine and the software, for environment.json."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what a result depends on, for environment.json."""
+    """Versions of the packages that a result depends on, for environment.json."""
     from importlib.metadata import PackageNotFoundError, version
 
     found: dict[str, str | None] = {
@@ -65,7 +65,7 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def system_record() -> dict[str, Any]:
+def system_facts() -> dict[str, Any]:
     """Machine facts for environment.json."""
     return {
         "platform": platform.platform(),

@@ -1,4 +1,4 @@
-"""Where and how the arithmetic runs: device, precision, compiler, determinism; each choice with its reason."""
+"""Chooses where and how the arithmetic runs (device, precision, compiler, determinism), each with a reason for the log."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from dali_pipeline.errors import UserError
 
 
 class RuntimeUnavailable(UserError):
-    """An explicit request that this machine cannot meet: one line with the cause and the remedy."""
+    """The recipe asks explicitly for something that this machine cannot do. The message is one line: cause and remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """The resolved choices of one process."""
+    """The choices for one process, after every `auto` is resolved."""
 
     device: torch.device
     precision: str  # fp32 | bf16 | fp16
@@ -37,7 +37,7 @@ class Runtime:
         return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
     def compiling(self, mode: str | None, why: str) -> Runtime:
-        """The same with another compile mode, and its note."""
+        """A copy with another compile mode, and the note that says why."""
         note = f"compile: {mode or 'off'} ({why})"
         return replace(self, compile_mode=mode, notes=tuple(note if n == self.compile_note else n for n in self.notes))
 
@@ -152,16 +152,17 @@ def prepare(
     channels_last: str = "auto",
     local_rank: int = 0,
 ) -> Runtime:
-    """Resolve the requests against this machine. Raises RuntimeUnavailable where an explicit one cannot be met.
+    """Resolve the recipe's requests on this machine. Raises RuntimeUnavailable where an explicit one cannot be met.
 
-    For compile=auto on a CPU the answer is the mode to compile with; whether that pays is weighed where the steps are known.
+    For compile=auto on a CPU this gives the mode to compile with; train/compiling.py decides later, when the number of steps
+    is known, whether compiling pays.
     """
-    # torch's compiler warns that a CUDA toolkit without a GPU is of no use: the device note says so already
+    # torch's compiler warns about a CUDA toolkit without a GPU; the note about the device says that already
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     chosen, device_why = _device(device, local_rank)
     arithmetic, precision_why = _precision(precision, chosen)
     mode, compile_why = _compile(compile, chosen, arithmetic)
-    # measured on a CPU with AVX-512: a step of width 16 takes 0.6 of its NCHW time; on MPS compiled code gets slower
+    # channels-last: on a CPU with AVX-512 a step at width 16 takes 0.6 of its time in NCHW; on MPS compiled code gets slower
     last = channels_last == "on" or (channels_last == "auto" and chosen.type in ("cuda", "cpu"))
     return Runtime(
         device=chosen,
@@ -178,7 +179,7 @@ def prepare(
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
-    """Seed the generators that weights are drawn from, and fix the algorithms with `deterministic`."""
+    """Seed the global random generators, which draw the weights; with `deterministic` also select deterministic algorithms."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - for third-party code; ours draws from Philox
     torch.manual_seed(seed)

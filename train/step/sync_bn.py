@@ -1,4 +1,4 @@
-"""Batch norm over all processes together, where train.sync_bn asks for it: torch's on CUDA, its equal elsewhere."""
+"""Batch norm over all processes together (train.sync_bn): torch's SyncBatchNorm on CUDA, an equivalent elsewhere."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class _SumOverProcesses(torch.autograd.Function):
 class HostSyncBatchNorm(BatchNorm):
     """Batch norm whose statistics in training are those of the batches of all processes together, on any device.
 
-    torch's SyncBatchNorm refuses the CPU. Mean first, then the variance around it: two sums over the processes, no
-    cancellation. All processes must hold batches of the same size.
+    torch's SyncBatchNorm does not run on the CPU. The mean is computed first, then the variance around it: two sums over the
+    processes, without cancellation. The batches of all processes must have the same size.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
