@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from float64 import train_in_float64
 from places import ROOT
 from torch import Tensor, nn
@@ -57,11 +57,22 @@ def _forked(rank: int, work: Any, store: str, world_size: int, out: str) -> None
         dist.destroy_process_group()
 
 
+_START = """
+import pickle, sys
+import torch.multiprocessing as mp
+forked, arguments, count = pickle.load(open(sys.argv[1], "rb"))
+mp.start_processes(forked, arguments, count, start_method="fork")
+"""
+
+
 def on_processes(work: Any, folder: Path, world_size: int = 2) -> list[Any]:
-    """What `work(group)` gives on each of the processes."""
-    mp.start_processes(
-        _forked, (work, str(folder / "store"), world_size, str(folder / "out")), world_size, start_method="fork"
-    )
+    """What `work(group)` gives on each of the processes. They are forked from a fresh one: torch refuses a backward pass in a
+    process forked from one that has started threads for its own."""
+    arguments = (work, str(folder / "store"), world_size, str(folder / "out"))
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    (folder / "work").write_bytes(cloudpickle.dumps((_forked, arguments, world_size)))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support")))}
+    subprocess.run([sys.executable, "-c", _START, str(folder / "work")], env=environment, check=True, timeout=120)
     return [torch.load(f"{folder / 'out'}.{rank}", weights_only=False) for rank in range(world_size)]
 
 
@@ -478,6 +489,7 @@ def test_what_one_process_cannot_do_is_one_error_and_no_wait(runs: Zygote, noise
     run = f"run.dir={tmp_path / 'run'}"
     no_backend = at("machine", "from dali_pipeline.backend import BackendError; raise BackendError('no pipeline here')")
     no_save = at("save", "from train.step.meter import NonFiniteLoss; raise NonFiniteLoss(0, 0, 1.0)")
+    recipe.with_name("cifar.yaml").write_text("train: {device: cpu}\n")  # no key of another data set stands in it
     faults: list[tuple[list[str], dict[int, str], list[int], str]] = [
         (["data.name=cifar10", "data.download=false", f"data.root={tmp_path / 'none'}"], {}, [2, 1], "data.root="),
         (["train.batch_size=63"], {}, [2, 1], "does not divide by the 2 processes"),
@@ -489,7 +501,8 @@ def test_what_one_process_cannot_do_is_one_error_and_no_wait(runs: Zygote, noise
     for words, before, codes, text in faults:
         if not any(word.startswith("run.dir=") for word in words):
             words = [*words, run]
-        jobs = together(runs, "--config", recipe, *words, before=before)
+        config = recipe.with_name("cifar.yaml") if "data.name=cifar10" in words else recipe
+        jobs = together(runs, "--config", config, *words, before=before)
         assert ended(jobs, timeout=30) == codes, [job.stderr for job in jobs]
         errors = [job.stderr.strip() for job in jobs]
         assert [bool(error) for error in errors] == [code != 1 for code in codes]

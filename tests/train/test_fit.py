@@ -410,8 +410,8 @@ def test_two_graphs_are_compiled_before_training_and_none_during_it(
     after_warm_up: list[int] = []
     original = Session.warm_up
 
-    def counted(self: Session) -> None:
-        original(self)
+    def counted(self: Session, *rest: Any) -> None:
+        original(self, *rest)
         after_warm_up.append(counters["stats"]["unique_graphs"])
 
     monkeypatch.setattr(Session, "warm_up", counted)

@@ -324,14 +324,14 @@ def test_many_shapes_in_one_process_are_all_compiled(small: Config, monkeypatch:
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda module, **how: compile_in_place(module, backend="eager", dynamic=False)
     )
+    torch._dynamo.reset()  # what earlier tests have compiled counts too
     # in place of nine trainings: torch counts the shapes of a function, and here two are too many
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    for width in (1, 2):
-        train.fit(small, f"net.width={width}", "train.compile=default", quiet=True)
-    with pytest.raises(train.UserError):  # one that diverges counts as little
-        train.fit(small, "net.width=3", "schedule.lr_max=1e20", "train.compile=default", quiet=True)
-    train.fit(small, "net.width=4", "train.compile=default", quiet=True)
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for width in (1, 2):
+            train.fit(small, f"net.width={width}", "train.compile=default", quiet=True)
+        with pytest.raises(train.UserError):  # one that diverges counts as little
+            train.fit(small, "net.width=3", "schedule.lr_max=1e20", "train.compile=default", quiet=True)
+        train.fit(small, "net.width=4", "train.compile=default", quiet=True)
 
 
 def test_importing_the_packages_and_asking_for_a_config_imports_no_torch() -> None:
