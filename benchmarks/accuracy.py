@@ -35,7 +35,7 @@ ACCURACY_LABELS = {"tta_accuracy": "with flip TTA", "ema_accuracy": "EMA", "ema_
 TIMES_COVER = {
     "lr_search": "the range test, where the recipe asks for one",
     "training": "the epochs: input, augmentation, steps, and whatever the host did meanwhile",
-    "evaluation": "the test set after each epoch, without TTA unless the recipe has it",
+    "evaluation": "the test set (or validation split) after each epoch, without TTA unless the recipe has it",
     "tta": "flip TTA once, at the end",
     "once": "loading the data, building, compiling: once for all runs, in no run's time",
 }

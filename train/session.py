@@ -119,7 +119,8 @@ class Session:
             if check is not None:
                 check(dataset)
             failpoint("build")
-            self._trainer = self._build(dataset)
+            trainer, problem = self._attempt(dataset)
+        self._trainer = self._settle_backend(dataset, trainer, problem)
         self.at_end(self.trainer.close)
         self.times.set_up += time.perf_counter() - self._begun
 
@@ -161,15 +162,27 @@ class Session:
                 f"data.name: the network halves images three times, {dataset.height} x {dataset.width} are no multiples of 8"
             )
 
-    def _build(self, dataset: Dataset) -> Trainer:
+    def _attempt(self, dataset: Dataset) -> tuple[Trainer | None, str | None]:
+        """The trainer, or under data.backend=auto the reason why the backend that runs on this machine cannot take the data."""
         try:
-            trainer = self._make_trainer(dataset)
-        except BackendError as error:  # the backend runs on this machine, but not on these data
+            return self._make_trainer(dataset), None
+        except BackendError as error:
             if self.config.data.backend != "auto":
                 raise
-            self.backend = BackendChoice("torch", f"torch on {self.runtime.device}: {error}")
+            return None, str(error)
+
+    def _settle_backend(self, dataset: Dataset, trainer: Trainer | None, problem: str | None) -> Trainer:
+        """`trainer`, or where the backend of any process cannot take the data, one on torch's pipeline on all of them: making
+        a trainer is something that all processes do together."""
+        problems = [found for found in self.group.gather(problem) if found is not None]
+        if problems:
+            if trainer is not None:
+                trainer.close()
+            self.backend = BackendChoice("torch", f"torch on {self.runtime.device}: {problems[0]}")
             self.log(f"WARNING: pipeline: torch ({self.backend.reason})")
-            trainer = self._make_trainer(dataset)
+            with self.group.together():
+                trainer = self._make_trainer(dataset)
+        assert trainer is not None
         tail = len(dataset.train) % self.config.train.batch_size
         if tail:
             what = (

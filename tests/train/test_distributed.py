@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from zygote import Job, Zygote
 
 import analysis
-from dali_pipeline.backend import BackendChoice
+from dali_pipeline.backend import BackendChoice, choose_backend
 from dali_pipeline.loader import EvalLoader
 from dali_pipeline.sources.synthetic import random_dataset
 from train.config import Config, changed, to_yaml
@@ -482,6 +482,24 @@ def test_a_loss_that_is_no_number_on_one_process_is_told_once_and_ends_all(
     assert "epoch 1, step 4" in jobs[0].stderr and "training images" in jobs[0].stderr
     assert jobs[1].stderr == ""
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 3
+
+
+def test_data_that_dali_cannot_take_on_one_process_go_through_torch_on_all(
+    runs: Zygote, noise: Config, tmp_path: Path
+) -> None:
+    if choose_backend("auto", torch.device("cpu")).name != "dali":
+        pytest.skip("needs DALI")
+    recipe = written(changed(noise, {"data.backend": "auto"}), tmp_path)
+    refuse = (
+        "import dali_pipeline.loader as l\nfrom dali_pipeline.dali_graph import Unsupported\n"
+        "def no(*a, **k): raise Unsupported('too large here')\nl.GRAPHS['dali'] = no"
+    )
+    for rank in (0, 1):
+        run = tmp_path / f"run-{rank}"
+        jobs = together(runs, "--config", recipe, f"run.dir={run}", before={rank: refuse})
+        assert ended(jobs, timeout=60) == [0, 0], jobs[0].stderr
+        assert "WARNING: pipeline: torch (torch on cpu: too large here)" in jobs[0].stdout
+        assert json.loads((run / "environment.json").read_text())["backend"] == "torch"
 
 
 def test_what_one_process_cannot_do_is_one_error_and_no_wait(runs: Zygote, noise: Config, tmp_path: Path) -> None:

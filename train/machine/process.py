@@ -54,7 +54,7 @@ def _as_found() -> list[GiveBack]:
         partial(np.random.set_state, np.random.get_state()),  # noqa: NPY002
         partial(torch.set_rng_state, torch.get_rng_state()),
     ]
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # asking an untouched GPU for its generators would make a context on it
         found.append(partial(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
         found.append(partial(torch.cuda.set_device, torch.cuda.current_device()))
     if torch.backends.mps.is_available():
