@@ -580,7 +580,7 @@ def test_all_processes_compile_or_none_as_the_first_one_weighs(
         """Code for a process whose compiler does nothing but say so, and whose steps take so long, or would."""
         return f"""
 import torch, train.machine.runtime as r, train.machine.weighing as w
-w.FLOPS = {1e12 / seconds}
+w.EAGER_FLOPS_PER_SECOND = {1e12 / seconds}
 from train.step.trainer import Trainer
 r.find_compiler = lambda device: (True, "g++ found")
 torch.nn.Module.compile = lambda self, **_: print("compiling", type(self).__name__, flush=True)
