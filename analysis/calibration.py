@@ -20,13 +20,13 @@ from analysis.run import AnalysisError
 from analysis.style import BLUE, GREY, ORANGE, new_figure, save
 from train.screen.log import Log
 
-FEW = 10  # images below which a bin says little
+FEW_IMAGES = 10  # a bin with fewer images says little, and is drawn pale
 
 
 @dataclass(frozen=True, eq=False)
 class Reliability:
-    """By equally wide bins of confidence, (lower, upper] and the first from 0: number of images, their mean confidence and
-    accuracy (0..1, NaN in an empty bin)."""
+    """For bins of confidence of equal width: the number of images, and their mean confidence and accuracy (0..1, NaN in an empty
+    bin). A bin contains its upper edge but not its lower one; the first contains 0 as well."""
 
     counts: Ints
     confidence: Floats
@@ -50,7 +50,7 @@ def reliability(confidence: Floats, hits: npt.NDArray[np.bool_], bins: int = 15)
     """Sort (N,) confidences 0..1 and whether each answer was right into `bins` bins."""
     if len(confidence) == 0 or bins < 1:
         raise ValueError(f"{len(confidence)} confidences in {bins} bins, expected at least one of each")
-    # the edges as linspace rounds them, so that a confidence of exactly 0.2 falls where a reader expects it
+    # edges rounded as by linspace, so that a confidence of exactly 0.2 falls into the bin that ends at 0.2
     place = np.clip(np.searchsorted(np.linspace(0, 1, bins + 1), confidence, side="left") - 1, 0, bins - 1)
     counts = np.bincount(place, minlength=bins)
     with np.errstate(invalid="ignore"):
@@ -71,9 +71,9 @@ def draw_calibration(found: Reliability, path: Path, *, caption: str = "") -> No
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     width = 100 / bins
     centres = edges[:-1] + width / 2
-    for some, strength in ((found.counts >= FEW, 1.0), ((found.counts > 0) & (found.counts < FEW), 0.3)):
+    for some, strength in ((found.counts >= FEW_IMAGES, 1.0), ((found.counts > 0) & (found.counts < FEW_IMAGES), 0.3)):
         accuracy, confidence = 100 * found.accuracy[some], 100 * found.confidence[some]
-        name = "accuracy of the bin" if strength == 1 else f"of fewer than {FEW} images"
+        name = "accuracy of the bin" if strength == 1 else f"of fewer than {FEW_IMAGES} images"
         upper.bar(
             centres[some], accuracy, width=width * 0.94, color=BLUE, alpha=strength, label=name if some.any() else None
         )

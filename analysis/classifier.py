@@ -27,8 +27,8 @@ from analysis.predictions import Floats, Ints, Predictions, checked_predictions
 from analysis.report import analyse
 from analysis.run import AnalysisError, LoadedRun, averaged_network, load_run, loader_of, with_data
 from analysis.style import Pixels
-from dali_pipeline.dataset import Dataset
-from dali_pipeline.errors import UserError
+from dali_pipeline.dataset import DataError, Dataset
+from dali_pipeline.errors import UserError, at_home
 from dali_pipeline.loader import EvalLoader
 from train.machine.process import process_as_found
 from train.screen.log import Log
@@ -70,9 +70,9 @@ def load(
     """The network of a run folder, by its checkpoint "best" or "last", on `device`: auto (a GPU where there is one), cpu,
     cuda or mps; it computes in the run's own precision where the device is of the run's kind, else in fp32.
 
-    The data are read when something first asks for them: from `data_root` where given, else from the run's data.root, with
-    `download` fetched where they are missing. What a user of the results must know is a warning.
-    Raises UserError (AnalysisError, CheckpointError, ConfigError): one line for what a user can mend.
+    The data are read when they are first needed: from `data_root` where given, else from the run's data.root; with `download`
+    they are downloaded if missing. What a user of the results must know is given as a Python warning.
+    Raises UserError (AnalysisError, CheckpointError, ConfigError) with a one-line message for what a user can correct.
     """
     if device not in DEVICES:
         raise AnalysisError(f"device={device!r}: expected one of {', '.join(DEVICES)}")
@@ -94,7 +94,7 @@ class Classifier:
     ) -> None:
         self._run = run
         self._device, self._download = device, download
-        self._data_root = None if data_root is None else Path(data_root).expanduser()
+        self._data_root = None if data_root is None else at_home(data_root, "data_root", DataError)
         self._log = Log(owns_process=False)
 
     def __repr__(self) -> str:
@@ -117,8 +117,8 @@ class Classifier:
         """What the network says of images: one or several paths, Pillow images, or uint8 arrays (H, W, 3); or one array
         (N, H, W, 3).
 
-        An image of another size than the network's is brought to it: its middle in the wanted proportions, or with `fit`
-        "squash" the whole. The arithmetic is that of the run's evaluation. Raises ImageError, naming the file.
+        An image of another size is resized to the network's: by default its middle in the right proportions, with `fit` "squash"
+        the whole image, stretched. The arithmetic is that of the run's evaluation. Raises ImageError, naming the file.
         """
         if fit not in ("crop", "squash"):
             raise AnalysisError(f"fit={fit!r}: expected crop or squash")
@@ -138,10 +138,10 @@ class Classifier:
         )
 
     def evaluate(self) -> dict[str, float]:
-        """Accuracy in percent by what was measured: "test"; with a validation split "validation" too; and of each, where
-        the recipe has them, "test_tta" (flip test-time augmentation) and "ema_test" (the average of the weights).
+        """Accuracy in percent on each split: "test" and, where there is one, "validation". Where the recipe has them, also with
+        flip test-time augmentation ("test_tta") and with the average of the weights ("ema_test").
 
-        By the evaluation of the training, each image once. Raises DataError or AnalysisError.
+        It is the same evaluation as in training, each image once. Raises DataError or AnalysisError.
         """
         run = self._with_data
         found: dict[str, float] = {}
@@ -184,7 +184,7 @@ class Classifier:
         return path
 
     def report(self) -> Path:
-        """Draw everything, as `python -m analysis` does, and give the path of report.html."""
+        """Draw all pictures and the report, as `python -m analysis` does, and return the path of report.html."""
         with _in_words_of_python(), process_as_found():
             return analyse(
                 self._run.path,
@@ -210,7 +210,7 @@ class Classifier:
             return checked_predictions(self._with_data, self._log)[0]
 
     def _step(self, net: nn.Module, views: Iterable[Views] = (VIEWS["plain"],)) -> EvalStep:
-        """What the training evaluates by, uncompiled and in eval mode."""
+        """The evaluation step of the training, uncompiled and in eval mode."""
         data, runtime = self._run.snapshot.data, self._run.runtime
         step = EvalStep(
             net,
@@ -239,10 +239,10 @@ class Classifier:
             loader.close()
 
     def _fitted(self, image: Any, fit: str) -> Pixels:
-        """(H, W, 3) uint8 of the network's size."""
+        """The image as (H, W, 3) uint8 in the network's size."""
         height, width = self.image_size
         if isinstance(image, (str, os.PathLike)):
-            return read_image(Path(image).expanduser(), height, width, fit)
+            return read_image(at_home(image, "image", ImageError), height, width, fit)
         if not isinstance(image, Image.Image):
             array = np.asarray(image)
             if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
@@ -252,12 +252,18 @@ class Classifier:
             image = Image.fromarray(array)
         try:
             return fit_image(image, height, width, fit)
-        except (OSError, SyntaxError, ValueError, EOFError, OverflowError) as error:  # as of a file that is cut off
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            EOFError,
+            OverflowError,
+        ) as error:  # such as Pillow's for a truncated file
             raise ImageError(f"a Pillow image of {image.size} cannot be read: {error}") from None
 
 
 def _one_by_one(images: Images) -> Iterator[Any]:
-    """The images of what `Classifier.predict` takes."""
+    """Yields the single images of an argument of `Classifier.predict`."""
     if isinstance(images, (str, os.PathLike, Image.Image)):
         return iter((images,))
     array = np.asarray(images) if hasattr(images, "__array__") else None
@@ -277,7 +283,7 @@ def _not_an_image(image: object, array: np.ndarray[Any, Any]) -> str:
 
 @contextmanager
 def _in_words_of_python() -> Iterator[None]:
-    """Errors name options as a command spells them: here they are arguments."""
+    """Inside the block, error messages name Python's arguments in place of the command's options."""
     try:
         yield
     except UserError as error:

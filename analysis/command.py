@@ -1,4 +1,4 @@
-"""The command line that all modules of the analysis share."""
+"""The command-line options and error handling that all modules of the analysis share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Item = TypeVar("Item")
 
 
 def progress(items: Iterable[Item], total: int, title: str, say: Say, every: float = 5.0) -> Iterator[Item]:
-    """The items, with a bar on a terminal; elsewhere a line every `every` seconds, none where it is over sooner."""
+    """Yields the items with a progress bar on a terminal, elsewhere with a line every `every` seconds."""
     if getattr(say, "terminal", False) or (say is print and sys.stdout is not None and sys.stdout.isatty()):
         yield from tqdm(items, total=total, desc=title, leave=False, dynamic_ncols=True)
         return
@@ -81,7 +81,7 @@ def command(
     arguments: list[str] | None,
     body: Callable[[argparse.Namespace, Log], int | None],
 ) -> int:
-    """Parse, run, and end what a user can mend as one line on stderr with exit code 2."""
+    """Parse the arguments and call `run`. An error that a user can correct becomes one line on stderr and exit code 2."""
     options = arguments_parser.parse_args(arguments)
     log = Log()
     with explained(log, out_of_memory="; try --device cpu", reads_files=True) as outcome:

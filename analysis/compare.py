@@ -1,4 +1,4 @@
-"""compare.png and a table: several runs over the same test images, with the uncertainty of their differences.
+"""compare.png and a table: several runs on the same test images, and their differences with 95% intervals.
 
 python -m analysis.compare runs/A runs/B [runs/C ...]
 """
@@ -32,9 +32,10 @@ Hits = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Difference:
-    """Accuracy of one network minus that of another over the same images, in points, with its 95% interval.
+    """Accuracy of one network minus that of another on the same images, in percentage points, with its 95% interval.
 
-    `gained` images are right by the first alone, `lost` by the other alone; `p_value` is McNemar's, exact.
+    `gained` counts the images that only the first answers correctly, `lost` those that only the other does; `p_value` is that of
+    McNemar's exact test.
     """
 
     points: float
@@ -46,11 +47,11 @@ class Difference:
 
 
 def paired_difference(ours: Hits, theirs: Hits, level: float = 0.95) -> Difference:
-    """Compare (N,) answers right or wrong image by image.
+    """Compare two networks image by image, from whether each answer is correct (N,).
 
     The interval is Agresti and Min's (2005, Statistics in Medicine 24): Wald's with half an image added to each cell of
-    the 2 x 2 table, which keeps its level when few images differ. McNemar's test is the exact binomial one. Both speak of
-    these two networks; that another seed gives another network is not in them.
+    the 2 x 2 table, which keeps its level when few images differ. McNemar's test is the exact binomial one. Both are about
+    these two networks only; the variation between seeds is not included.
     """
     if ours.shape != theirs.shape or ours.ndim != 1 or len(ours) == 0:
         raise ValueError(f"answers of shapes {ours.shape} and {theirs.shape}, expected the same (N,)")
@@ -72,7 +73,7 @@ def paired_difference(ours: Hits, theirs: Hits, level: float = 0.95) -> Differen
 
 @dataclass(frozen=True, eq=False)
 class Contender:
-    """What is kept of a run once its predictions are made."""
+    """One of the runs compared: what is kept of it once its predictions are made."""
 
     name: str
     file: str
@@ -102,7 +103,7 @@ class Contender:
 
 
 def contender(run: LoadedRun, name: str, hits: Hits) -> Contender:
-    """Keep what a comparison needs of a run."""
+    """The parts of a run that the comparison needs."""
     environment = run.environment
     return Contender(
         name=name,
@@ -123,7 +124,7 @@ def _validation(run: LoadedRun) -> str | None:
 
 
 def check_same_splits(first: Contender, other: LoadedRun, name: str) -> None:
-    """AnalysisError where the two were not tested on the same images, or did not hold out the same ones."""
+    """AnalysisError where two runs have different test images, or different validation splits."""
     if first.test_set == other.dataset.test.fingerprint:
         if first.validation != _validation(other):
             ours, theirs = (
@@ -142,8 +143,8 @@ def check_same_splits(first: Contender, other: LoadedRun, name: str) -> None:
 
 
 def differing_keys(configs: Sequence[dict[str, dict[str, Any]]]) -> list[tuple[str, list[Any]]]:
-    """(section.key, its value in each) of every key in which the recipes differ, but for those that change nothing."""
-    # a key that not all have counts as null where it is missing
+    """(section.key, its value in each recipe) for every key in which the recipes differ, except keys that change nothing."""
+    # a key that only some recipes have counts as null in the others
     names = dict.fromkeys(f"{section}.{key}" for config in configs for section, keys in config.items() for key in keys)
     found = []
     for name in names:
@@ -155,7 +156,7 @@ def differing_keys(configs: Sequence[dict[str, dict[str, Any]]]) -> list[tuple[s
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """The folders' names, with as much of their parents as tells them apart."""
+    """The folders' names, with as many of their parent folders as it takes to tell them apart."""
     parts = [path.resolve().parts for path in paths]
     for depth in range(1, max(len(p) for p in parts) + 1):
         names = ["/".join(p[-depth:]) for p in parts]
@@ -177,7 +178,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def describe(runs: Sequence[Contender]) -> list[str]:
-    """The comparison as lines of text: each run, each difference from the first, the keys in which they differ."""
+    """The comparison as lines of text: each run, its difference from the first, and the keys in which the recipes differ."""
     rows = [["run", "weights", "test accuracy", "training", "images/s", "on"]]
     for run in runs:
         rate = f"{run.images_per_second:,.0f}" if run.seconds else "-"

@@ -1,4 +1,4 @@
-"""confusion_matrix.png and .csv, per_class.png and .csv: which classes are taken for which, and how well each is known.
+"""confusion_matrix.png and .csv, per_class.png and .csv: which classes are confused, and each one's precision, recall and F1.
 
 python -m analysis.confusion runs/NAME
 """
@@ -20,7 +20,7 @@ from analysis.style import BLUE, GREEN, VERMILLION, new_figure, plain, pretty, s
 from train.disk.atomic import write_csv
 from train.screen.log import Log
 
-NUMBERED = 20  # classes up to which a cell has room for its number
+MAX_NUMBERED_CLASSES = 20  # with more, a cell of the matrix has no room for its number
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def write_per_class(scores: list[ClassScore], path: Path) -> None:
 def draw_confusion(counts: Ints, class_names: tuple[str, ...], path: Path, *, caption: str = "") -> None:
     """The matrix with its mistakes coloured; the diagonal is grey, so that the few mistakes are not lost beside it."""
     n = len(class_names)
-    few = n <= NUMBERED
+    few = n <= MAX_NUMBERED_CLASSES
     size = 3.2 + 0.52 * n if few else 3.0 + 0.105 * n
     figure = new_figure(size + 0.6, size, "Which classes are taken for which", caption)
     axes = figure.subplots()
@@ -116,14 +116,14 @@ def draw_confusion(counts: Ints, class_names: tuple[str, ...], path: Path, *, ca
 def draw_per_class(scores: list[ClassScore], path: Path, *, caption: str = "") -> None:
     """Precision, recall and F1 of every class in percent, best F1 on top."""
     ordered = sorted(scores, key=lambda s: s.f1)
-    step = 0.34 if len(ordered) <= NUMBERED else 0.145
+    step = 0.34 if len(ordered) <= MAX_NUMBERED_CLASSES else 0.145
     figure = new_figure(7.6, 1.7 + step * len(ordered), "How well each class is known", caption)
     axes = figure.subplots()
     places = np.arange(len(ordered))
     low = [100 * min(s.precision, s.recall) for s in ordered]
     high = [100 * max(s.precision, s.recall) for s in ordered]
     axes.hlines(places, low, high, color="0.7", linewidth=1.5, zorder=1)
-    size = 55 if len(ordered) <= NUMBERED else 16
+    size = 55 if len(ordered) <= MAX_NUMBERED_CLASSES else 16
     for name, marker, colour, values in (
         ("precision: of those called so, how many are", "<", BLUE, [s.precision for s in ordered]),
         ("recall: of those that are, how many are called so", ">", VERMILLION, [s.recall for s in ordered]),
@@ -131,7 +131,7 @@ def draw_per_class(scores: list[ClassScore], path: Path, *, caption: str = "") -
     ):
         axes.scatter([100 * v for v in values], places, s=size, marker=marker, color=colour, label=name, zorder=2)
     with_support = [f"{pretty(s.name)}  ({s.support:,})" for s in ordered]
-    axes.set_yticks(places, with_support, fontsize=9 if len(ordered) <= NUMBERED else 5.5)
+    axes.set_yticks(places, with_support, fontsize=9 if len(ordered) <= MAX_NUMBERED_CLASSES else 5.5)
     axes.set_ylim(-0.7, len(ordered) - 0.3)
     axes.set_xlabel("percent; in brackets the number of test images")
     axes.grid(alpha=0.3, linewidth=0.5)
@@ -142,7 +142,7 @@ def draw_per_class(scores: list[ClassScore], path: Path, *, caption: str = "") -
 def draw_for(
     labels: Ints, predicted: Ints, class_names: tuple[str, ...], folder: Path, caption: str = ""
 ) -> tuple[Ints, list[ClassScore]]:
-    """All four files, and what they hold."""
+    """Write all four files, and return the counts and scores in them."""
     counts = confusion(labels, predicted, len(class_names))
     scores = per_class(labels, predicted, class_names)
     write_confusion(counts, class_names, folder / "confusion_matrix.csv")

@@ -1,4 +1,4 @@
-"""Pictures of how a run went: curves.png, learning_rate.png, lr_finder.png.
+"""Pictures of the course of a run: curves.png, learning_rate.png, lr_finder.png.
 
 python -m analysis.curves runs/NAME
 """
@@ -25,14 +25,14 @@ from train.step.measures import recorded
 from train.step.range_test import RangeTest, RangeTestError, Suggestion, suggest
 from train.step.schedule import OneCycle, one_cycle
 
-Records = Sequence[dict[str, Any]]
-# of the measures beside the plain test accuracy, in the order in which they are reported
+Metrics = Sequence[dict[str, Any]]
+# colours and line styles of the measures after the first, in the order in which they are reported
 STYLES = ((GREEN, ":"), (PURPLE, "--"), (ORANGE, "-."))
 
 
-def draw_curves(metrics: Records, path: Path, *, title: str = "Loss and accuracy", caption: str = "") -> None:
-    """Loss (logarithmic) and accuracy by epoch, of the training and of what the run measured after each epoch, with the epoch
-    of best.pt marked. `metrics` as in metrics.jsonl."""
+def draw_curves(metrics: Metrics, path: Path, *, title: str = "Loss and accuracy", caption: str = "") -> None:
+    """Draw loss (logarithmic) and accuracy by epoch, on the training images and for every measure that the run evaluated; the
+    epoch of best.pt is marked. `metrics`: the lines of metrics.jsonl."""
     if not metrics:
         raise ValueError("no epoch to draw")
     leading, *others = recorded(metrics[-1])
@@ -81,7 +81,7 @@ def draw_curves(metrics: Records, path: Path, *, title: str = "Loss and accuracy
 
 
 def _plain_log_ticks(axes: Axes) -> None:
-    """0.02, 0.5, 3 rather than powers; the in-between ones where the axis spans less than two decades."""
+    """Label the axis 0.02, 0.5, 3 and not with powers of ten; minor ticks are labelled where it spans less than two decades."""
     low, high = axes.get_ylim()
     few = math.log10(high / low) < 2
     axes.yaxis.set_major_formatter("{x:g}")
@@ -102,11 +102,11 @@ def draw_learning_rate(
     steps_per_epoch: int,
     path: Path,
     *,
-    metrics: Records = (),
+    metrics: Metrics = (),
     title: str = "Learning rate, step by step",
     caption: str = "",
 ) -> None:
-    """The schedule with its peak and end, and as dots the rates that the finished epochs recorded for their last step."""
+    """Draw the schedule with its peak and end; dots are the rates in metrics.jsonl, those of each epoch's last step."""
     steps, rates = learning_rates(schedule)
     figure = new_figure(7.4, 4.0, title, caption)
     axes = figure.subplots()
@@ -141,8 +141,8 @@ def draw_learning_rate(
 def draw_lr_finder(
     csv_path: Path, png_path: Path, *, used: tuple[float, float] | None = None, caption: str = ""
 ) -> None:
-    """The range test's curve with the rates `used` (lr_max, lr_min), by default those that it suggests, marked; the curve
-    alone where there are none."""
+    """Draw the range test's curve and mark the rates `used` (lr_max, lr_min), by default those that it suggests. If it suggests
+    none, only the curve is drawn."""
     test = RangeTest.read_csv(csv_path)
     found: Suggestion | None = None
     try:
@@ -176,15 +176,15 @@ def draw_lr_finder(
 
 
 def schedule_of(run: LoadedRun) -> OneCycle:
-    """The schedule as the run stepped it."""
+    """The schedule that the run used."""
     config, snapshot = run.config, run.snapshot
     return one_cycle(snapshot.rates, config.schedule.peak_epoch, config.train.epochs, snapshot.steps_per_epoch)
 
 
 def draw_all(run: LoadedRun, folder: Path, say: Say = print) -> list[Path]:
-    """curves.png, learning_rate.png and lr_finder.png, each where the run holds what it takes."""
+    """Draw curves.png, learning_rate.png and lr_finder.png, each if the run has the data for it. Returns their paths."""
     drawn = []
-    # the curves are of the whole run, whichever checkpoint was loaded
+    # the curves show the whole run, whichever checkpoint was loaded
     caption = f"run {run.name} · {len(run.metrics)} of {run.config.train.epochs} epochs"
     if run.metrics:
         leading = recorded(run.metrics[-1])[0]

@@ -1,22 +1,8 @@
-"""grad_cam.png: where the network looks for the class that it answers and for the one that it should have.
+"""grad_cam.png: which parts of an image speak for the class that the network predicts, and which for the true class.
 
 python -m analysis.grad_cam runs/NAME --layer layer3.0 --method gradcam++ --class cat --count 16
 
-The default layers come from looking at all of them, and from a measurement: the 510 correct ones of CIFAR-10's first 600 test
-images, a network of width 16 and 84.2%; the answer's confidence, 0.918 on the whole images, after painting the map's top 15%
-of pixels in the mean colour (the lower the better the map), and with all but its top 30% painted (the higher the better):
-
-    map                       side   without its 15%   with its 30% alone
-    Grad-CAM at layer3           4   0.630             0.594
-    Grad-CAM at layer2           8   0.650             0.493
-    Grad-CAM at layer1          16   0.671             0.368
-    LayerCAM at layer2           8   0.531             0.685
-    LayerCAM at layer3           4   0.635             0.549
-    a disc in the centre             0.653             0.440
-
-Grad-CAM weighs a channel by its gradient's mean over all positions. That suits layer3, coarse as it is: the maps lie on the
-object. Before it the mean mixes what counts here with what counts there: maps scatter over the background, and 1 to 3% are
-empty. Methods that weigh every position by its own gradient (LayerCAM, HiResCAM, element-wise) are sharpest at layer2.
+Yellow marks the parts of the image that raise the score of the class.
 """
 
 from __future__ import annotations
@@ -41,9 +27,23 @@ from analysis.run import AnalysisError, class_index, nearest
 from analysis.style import BLUE, GREY, VERMILLION, Pixels, Tile, draw_sheet, percent, pretty
 from train.screen.log import Log
 
+# The default layers of CustomResNet. Grad-CAM weighs each channel by the mean of its gradient over all positions. That works at
+# layer3, whose maps are coarse (4 x 4) but lie on the object; in earlier layers the mean mixes positions of different meaning,
+# maps scatter over the background and 1 to 3% are empty. Methods that weigh each position by its own gradient are best at layer2.
+# Measured on the 510 correctly classified ones of CIFAR-10's first 600 test images, with a network of width 16 (84.2%): the mean
+# confidence, 0.918 on the unchanged images, after painting the map's top 15% of pixels in the mean colour (a better map lowers it
+# more), and after painting all but its top 30% (a better map keeps it higher):
+#
+#     map                    side of the map   top 15% painted   only top 30% left
+#     Grad-CAM at layer3                   4             0.630               0.594
+#     Grad-CAM at layer2                   8             0.650               0.493
+#     Grad-CAM at layer1                  16             0.671               0.368
+#     LayerCAM at layer2                   8             0.531               0.685
+#     LayerCAM at layer3                   4             0.635               0.549
+#     a disc in the centre                               0.653               0.440
 DEFAULT_LAYER = "layer3"
-DEFAULT_LAYERS = {"layercam": "layer2", "hirescam": "layer2", "elementwise": "layer2"}  # where another one is sharper
-# the classes of pytorch_grad_cam that take a network and a layer, and answer for a class
+DEFAULT_LAYERS = {"layercam": "layer2", "hirescam": "layer2", "elementwise": "layer2"}
+# the classes of pytorch_grad_cam that take a network and a layer, and give a map for a class
 METHODS = {
     "gradcam": "GradCAM",
     "gradcam++": "GradCAMPlusPlus",
@@ -104,13 +104,14 @@ def normalise(images: Pixels, mean: Sequence[float], std: Sequence[float]) -> Te
 def heat_maps(
     net: nn.Module, inputs: Tensor, targets: Sequence[int], *, layer: str | None = None, method: str = "gradcam"
 ) -> Maps:
-    """A map (N, H, W) in 0..1 for normalised inputs (N, 3, H, W) and a class each; all zero where nothing speaks for it.
+    """Maps (N, H, W) in 0..1 for normalised inputs (N, 3, H, W) and one class for each. A map is all zero where nothing in the
+    image speaks for the class.
 
-    `layer` is a module's name in `net`; None takes the method's default of CustomResNet.
+    `layer` is a module's name in `net`; None takes the method's default layer of CustomResNet.
 
-    Each map is scaled to its own largest value. The network stays as it is, whatever its precision, mode, hooks or
-    compilation: the maps come from an fp32 copy. Raises AnalysisError for an unknown layer or method, or a layer that has
-    no map of its own.
+    Each map is scaled to its own largest value. The maps are computed with an fp32 copy of the network, so the network keeps its
+    precision, mode, hooks and compilation. Raises AnalysisError for an unknown layer or method, or a layer whose output is
+    not a map.
     """
     cam_class = method_class(method)
     layer = layer or default_layer(method)
@@ -122,7 +123,7 @@ def heat_maps(
         check_layer(plain, layer, inputs[:1])
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-        # ScoreCAM and AblationCAM print a progress bar an image
+        # ScoreCAM and AblationCAM print a progress bar for each image
         with contextlib.redirect_stderr(io.StringIO()):
             cam = cam_class(plain, [chosen])
             try:
@@ -144,7 +145,7 @@ def _plain_copy(net: nn.Module) -> nn.Module:
 
 
 def check_layer(net: nn.Module, name: str, inputs: Tensor) -> None:
-    """AnalysisError unless `net` has the layer, and it gives a map (N, C, H, W) of more than one place."""
+    """AnalysisError unless `net` has the layer and its output is (N, C, H, W) with more than one position."""
     layer = find_layer(net, name)
     shapes: list[tuple[int, ...]] = []
     handle = layer.register_forward_hook(lambda _module, _inputs, output: shapes.append(tuple(output.shape)))
@@ -161,7 +162,7 @@ def check_layer(net: nn.Module, name: str, inputs: Tensor) -> None:
 
 
 def default_layer(method: str) -> str:
-    """The layer of CustomResNet at which the method's maps are best; see the head of this file."""
+    """The layer of CustomResNet at which the method's maps are best; DEFAULT_LAYERS says why."""
     return DEFAULT_LAYERS.get(method.lower(), DEFAULT_LAYER)
 
 
@@ -205,10 +206,10 @@ def draw_grad_cam(
     seed: int = 0,
     caption: str = "",
 ) -> Ints:
-    """Half correct, half misclassified test images (N, H, W, 3) uint8, three tiles each, and their indices.
+    """Draw correctly classified and misclassified test images (N, H, W, 3) uint8, half each, and return their indices.
 
-    The image, the map of the class that the network answers, and the map of the true class (of the second choice where the
-    answer is right).
+    Each has three tiles: the image, the map of the predicted class, and the map of the true class (of the second most likely
+    class where the prediction is right).
     """
     layer = layer or default_layer(method)
     wrong = worst_first(predictions)
@@ -245,7 +246,7 @@ def draw_grad_cam(
 
     blank: list[Tile | None] = [None, None, None]
     tiles: list[Tile | None] = []
-    if len(wrong) < len(right) - 1:  # hardly a mistake to show: fill both columns with what there is
+    if len(wrong) < len(right) - 1:  # too few mistakes for a column: fill both columns with what there is
         order = list(range(len(chosen)))
         tiles = [tile for place in order for tile in triple(place)]
     else:

@@ -1,4 +1,4 @@
-"""misclassified.png: test images that the network gets wrong, with what it says, how surely, and the truth.
+"""misclassified.png: test images that the network gets wrong, with its prediction and confidence, and the true class.
 
 python -m analysis.misclassified runs/NAME --order confidence --class cat --count 24
 """

@@ -1,4 +1,4 @@
-"""The network's answers for image files of one's own: the five likeliest classes, and with --explain where it looked.
+"""The network's answers for your own image files: the five likeliest classes, and with --explain what speaks for them.
 
 python -m analysis.predict runs/NAME cat.jpg holiday/*.png --explain
 """
@@ -27,7 +27,7 @@ from train.screen.log import Log
 
 
 class ImageError(UserError):
-    """What cannot be read as an image: one line naming the file, or what was given."""
+    """A file or object that cannot be read as an image. The message is one line that names it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +45,8 @@ class Answer:
 
 
 def read_image(path: Path, height: int, width: int, fit: str = "crop") -> Pixels:
-    """A file as (height, width, 3) uint8: turned upright by its EXIF note, transparent parts white, the middle cut out in
-    the wanted proportions (or, with `fit` "squash", the whole stretched), and shrunk or grown with antialiasing.
+    """A file as (height, width, 3) uint8: rotated according to its EXIF orientation, transparent parts white, cropped to the
+    middle in the wanted proportions (or, with `fit` "squash", stretched to them), and resized with antialiasing.
 
     Raises ImageError.
     """
@@ -69,7 +69,7 @@ def read_image(path: Path, height: int, width: int, fit: str = "crop") -> Pixels
 
 
 def fit_image(image: Image.Image, height: int, width: int, fit: str = "crop") -> Pixels:
-    """An image as `read_image` gives a file's; raises what Pillow raises."""
+    """An image converted as by `read_image`. Raises Pillow's errors."""
     rgb = _to_rgb(ImageOps.exif_transpose(image))
     if fit == "crop":
         resized = ImageOps.fit(rgb, (width, height), Image.Resampling.BICUBIC)
@@ -91,7 +91,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def predict_images(net: nn.Module, images: Pixels, mean: Sequence[float], std: Sequence[float]) -> Floats:
-    """(N, C) probabilities for images (N, H, W, 3) uint8; the network is put into eval mode and given back as it was."""
+    """(N, C) probabilities for images (N, H, W, 3) uint8. The network is in eval mode meanwhile, and afterwards as before."""
     was_training = net.training
     net.eval()
     device = next(net.parameters()).device
@@ -115,7 +115,7 @@ def draw_explanation(
     method: str = "gradcam",
     caption: str = "",
 ) -> None:
-    """A row a file: the image as the network saw it, and what speaks for its first and its second answer."""
+    """Draw one row for each file: the image as the network saw it, and what speaks for its likeliest and its second class."""
     layer = layer or default_layer(method)
     inputs = normalise(np.stack([answer.image for answer in answers]), mean, std)
     ranked = [answer.top(2) for answer in answers]

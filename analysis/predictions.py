@@ -1,4 +1,4 @@
-"""What the network answers for every test image, through the evaluation of the training; predictions.csv.
+"""predictions.csv: the network's prediction for every test image, computed by the same evaluation as in training.
 
 python -m analysis.predictions runs/NAME
 """
@@ -78,7 +78,7 @@ class Predictions:
         return ordered[:, -2].astype(np.int64)
 
     def close_calls(self, tolerance: float) -> int:
-        """How many images have their two largest logits within `tolerance`: rounding alone can turn these over."""
+        """How many images have their two largest logits within `tolerance`: rounding alone can change these predictions."""
         top = np.partition(self.logits, -2, axis=1)[:, -2:]
         return int((top[:, 1] - top[:, 0] <= tolerance).sum())
 
@@ -104,9 +104,9 @@ def predict_test(run: LoadedRun, say: Say = print) -> Predictions:
 
 
 def agreement(run: LoadedRun, predictions: Predictions) -> str:
-    """A sentence on how the accuracy compares with the one that the run recorded for these weights.
+    """A sentence that compares the accuracy with the one that the run measured with these weights.
 
-    Raises AnalysisError where they differ by more images than rounding can turn over: the data, or the code, are others.
+    Raises AnalysisError where they differ by more images than rounding can explain: then the data or the code have changed.
     """
     recorded = run.recorded_accuracy
     count, correct = len(predictions), int(predictions.hits.sum())
@@ -116,7 +116,7 @@ def agreement(run: LoadedRun, predictions: Predictions) -> str:
     expected = round(recorded / 100 * count)
     if correct == expected:
         return f"test accuracy {here}, to the last image what the run recorded"
-    # 32 roundings of the largest logit: more than the layers of the network pile up
+    # 32 roundings of the largest logit, more than the layers of the network accumulate
     bits = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
     trained_in = run.environment.get("precision", run.runtime.precision)
     coarse = max(bits[run.runtime.precision], bits.get(trained_in, 0.0))
@@ -136,7 +136,8 @@ def agreement(run: LoadedRun, predictions: Predictions) -> str:
 
 
 def checked_predictions(run: LoadedRun, say: Say = print, accept_difference: bool = False) -> tuple[Predictions, str]:
-    """`predict_test`, and `agreement` said aloud; with `accept_difference` a real difference is a warning only."""
+    """`predict_test` and the sentence of `agreement`, which is also printed. With `accept_difference` a difference that rounding
+    cannot explain is only a warning."""
     predictions = predict_test(run, say)
     try:
         sentence = agreement(run, predictions)

@@ -1,4 +1,4 @@
-"""Everything that a person wants to look at of a run: all pictures and tables, and report.html over them.
+"""The analysis of a run: all pictures and tables, and report.html, which shows them. A picture is a figure for a person, a PNG.
 
 python -m analysis runs/NAME
 """
@@ -39,10 +39,10 @@ from train.screen.log import Log
 from train.screen.progress import duration
 from train.step.measures import recorded
 
-WORST = 50
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+MAX_WORST = 50  # images in the report's gallery of the highest losses
+CONTENT_SECURITY_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
-# every picture's heading and how to read it, in the order of the report
+# for each picture its heading and how to read it, in the order of the report
 PICTURES = {
     "curves.png": (
         "Loss and accuracy",
@@ -51,7 +51,7 @@ PICTURES = {
     ),
     "learning_rate.png": (
         "Learning rate",
-        "The line is the schedule, computed; the dots are what the finished epochs recorded. They must lie on it.",
+        "The line is the computed schedule, the dots are rates that the run used at the end of each epoch. They must lie on it.",
     ),
     "lr_finder.png": (
         "Learning rate range test",
@@ -66,8 +66,8 @@ PICTURES = {
     ),
     "misclassified.png": (
         "Misclassified test images",
-        "Where the network was most wrong. Look for images that are labelled badly, cut off or ambiguous, and for backgrounds "
-        "that led it astray.",
+        "The mistakes with the highest loss. Look for images that are labelled wrongly, cut off or ambiguous, and for "
+        "backgrounds that are typical of another class.",
     ),
     "grad_cam.png": (
         "Where the network looks: Grad-CAM",
@@ -97,14 +97,14 @@ PICTURES = {
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """What the report tells beside the pictures."""
+    """What the report contains besides the pictures."""
 
     predictions: Predictions
     agreement: str
     scores: list[ClassScore]
     counts: Ints
     calibration: Reliability
-    missing: dict[str, str]  # picture to why it is not there
+    missing: dict[str, str]  # by picture, why it could not be drawn
     drawn: frozenset[str] = frozenset(PICTURES)
 
 
@@ -120,7 +120,7 @@ def analyse(
     accept_difference: bool = False,
     log: Say = print,
 ) -> Path:
-    """Draw and write everything into `output` (the run's analysis/), and give the path of report.html.
+    """Draw and write everything into `output` (by default the run's analysis/) and return the path of report.html.
 
     Arguments as in `analysis.run.load_run`. Raises AnalysisError, CheckpointError, ConfigError, DataError,
     RunFolderError or WriteError, one line each.
@@ -137,7 +137,9 @@ def analyse(
     )
     folder = run.output_dir(output)
     if output is None or _is_report(folder / "report.html"):
-        for stale in PICTURES:  # of an earlier analysis: what cannot be drawn now must not lie beside the new report
+        for (
+            stale
+        ) in PICTURES:  # an earlier analysis's picture must not stay beside the new report if it cannot be drawn now
             (folder / stale).unlink(missing_ok=True)
     predictions, agreement = checked_predictions(run, log, accept_difference)
     results = draw_everything(run, predictions, agreement, folder, log)
@@ -150,13 +152,13 @@ def analyse(
 def _is_report(path: Path) -> bool:
     """Whether a file is a report that `render` made."""
     try:
-        return POLICY in path.read_text(encoding="utf-8")
+        return CONTENT_SECURITY_POLICY in path.read_text(encoding="utf-8")
     except (OSError, ValueError):
         return False
 
 
 def draw_everything(run: LoadedRun, predictions: Predictions, agreement: str, folder: Path, say: Say) -> Results:
-    """All pictures and tables of a run but report.html."""
+    """Draw and write all pictures and tables of a run, without report.html."""
     missing: dict[str, str] = {}
     images, caption = run.dataset.test.images, run.caption(predictions.accuracy)
     write_predictions(predictions, run.class_names, folder / "predictions.csv")
@@ -200,8 +202,8 @@ def _tiny_png(image: Pixels) -> str:
 
 
 def _accuracies(run: LoadedRun, predictions: Predictions) -> list[tuple[str, str, str]]:
-    """The tiles of what the run reached. Where the test set itself chose best.pt, the last epoch comes first, as it was
-    chosen by nothing."""
+    """The tiles with the run's accuracies. Where best.pt was chosen by its test accuracy, that of the last epoch comes first, as
+    no choice depends on it."""
     answers = f"{int(predictions.hits.sum()):,} of {len(predictions):,} images, {run.file}, epoch {run.epoch}"
     ours = (f"{predictions.accuracy:.2f}%", "test accuracy", answers)
     if not run.metrics or run.file != "best.pt":
@@ -218,7 +220,7 @@ def _accuracies(run: LoadedRun, predictions: Predictions) -> list[tuple[str, str
 
 
 def headline(run: LoadedRun, results: Results) -> list[tuple[str, str, str]]:
-    """(figure, what it is, a note) of the tiles on top."""
+    """The tiles at the top of the report: (number, what it is, a note)."""
     predictions, metrics = results.predictions, run.metrics
     tiles = _accuracies(run, predictions)
     if metrics:
@@ -262,7 +264,8 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, object]]
 
 @dataclass(frozen=True)
 class _Picture:
-    """A place in the report: `image` is a data URI; without one, `missing` says why, or the place stays out."""
+    """A picture's place in the report. `image` is a data URI; without one `missing` says why, and without either the place is
+    left out."""
 
     name: str
     heading: str
@@ -273,7 +276,7 @@ class _Picture:
 
 @dataclass(frozen=True)
 class _Answer:
-    """A test image as the report shows it."""
+    """A test image and the network's answer, as the report shows them."""
 
     image: str  # data URI
     index: int
@@ -285,14 +288,14 @@ class _Answer:
 
 
 def render(run: LoadedRun, results: Results, folder: Path) -> str:
-    """report.html: one file that needs nothing else. The template escapes every text that is put into it."""
+    """The content of report.html, which refers to no other file. The template escapes every text that is put into it."""
     predictions, names = results.predictions, run.class_names
     recipe = {
         section: [(key, "null" if value is None else value) for key, value in keys.items()]
         for section, keys in to_dict(run.config).items()
     }
     return _template().render(
-        policy=POLICY,
+        policy=CONTENT_SECURITY_POLICY,
         title=f"Run {run.name}",
         description=(
             f"{run.config.data.name}, {len(names)} classes, {len(run.dataset.train):,} training and {len(predictions):,} "
@@ -335,10 +338,10 @@ def _picture(name: str, results: Results, folder: Path) -> _Picture:
 
 
 def _worst(run: LoadedRun, predictions: Predictions) -> list[_Answer]:
-    """The images of the highest losses, whether the answer was wrong or barely right."""
+    """The test images with the highest losses: mistakes, and right answers of low confidence."""
     images, names = run.dataset.test.images, run.class_names
     answers = []
-    for index in worst_first(predictions, wrong_only=False)[:WORST]:
+    for index in worst_first(predictions, wrong_only=False)[:MAX_WORST]:
         said, true = int(predictions.predicted[index]), int(predictions.labels[index])
         answers.append(
             _Answer(

@@ -1,4 +1,4 @@
-"""A finished or interrupted run, loaded once for everything that looks at it."""
+"""Loads a finished or interrupted run for the analysis."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import net as networks
 from dali_pipeline import sources
 from dali_pipeline.backend import BackendChoice, BackendError, choose_backend
 from dali_pipeline.dataset import DataError, Dataset
-from dali_pipeline.errors import UserError
+from dali_pipeline.errors import UserError, at_home
 from net.interface import Network
 from net.options import NetOptions
 from train.config import Config, ConfigError, from_record, load_config
@@ -27,21 +27,21 @@ from train.step.measures import recorded
 Item = TypeVar("Item")
 Say = Callable[[str], None]
 
-# what the curves and the report read of a line of metrics.jsonl
-MEASURED = {"epoch", "lr", "train_loss", "train_accuracy", "seconds", "images_per_second"}
+# the keys that the curves and the report need in every line of metrics.jsonl
+REQUIRED_METRICS = {"epoch", "lr", "train_loss", "train_accuracy", "seconds", "images_per_second"}
 
 
 class AnalysisError(UserError):
-    """What was asked for cannot be drawn: one line with the cause and the remedy."""
+    """What was asked for cannot be drawn or computed. The message is one line: cause and remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedRun:
-    """A run folder's content. `net` is the plain network in fp32 and eval mode, uncompiled, on `runtime.device`.
+    """The content of a run folder. `net` is the network in fp32 and eval mode, uncompiled, on `runtime.device`.
 
-    `epoch` counts finished epochs and `step` the steps done in the next one; `recorded_accuracy` is what the run measured
-    with exactly these weights, in percent, None where it did not (a checkpoint from inside an epoch). `test_accuracy` is
-    filled by what evaluates them again.
+    `epoch` counts finished epochs and `step` the steps done in the next one. `recorded_accuracy` is the test accuracy, in
+    percent, that the run itself measured with exactly these weights; None where it did not, as for a checkpoint from within an
+    epoch. `test_accuracy` is set when they are evaluated again.
     """
 
     path: Path
@@ -54,7 +54,9 @@ class LoadedRun:
     metrics: list[dict[str, Any]]
     environment: dict[str, Any]
     summary: dict[str, Any]
-    notes: list[str] = field(default_factory=list)  # what a reader of the results must know
+    notes: list[str] = field(
+        default_factory=list
+    )  # what a reader of the results must know: lines for the log and the report
     data: Dataset | None = None
 
     @property
@@ -73,7 +75,7 @@ class LoadedRun:
     def recorded_accuracy(self) -> float | None:
         if self.step:
             return None
-        if self.snapshot.test_accuracy is None:  # chosen on a validation split: measured once, at the end
+        if self.snapshot.test_accuracy is None:  # with a validation split the test set is measured once, at the end
             at_end = self.summary.get("test", {}).get(self.file, {})
             return float(at_end["accuracy"]) if at_end.get("epoch") == self.epoch else None
         return self.snapshot.test_accuracy
@@ -85,7 +87,7 @@ class LoadedRun:
         return self.data
 
     def caption(self, accuracy: float | None = None) -> str:
-        """For under a picture: run NAME · best.pt · epoch 6 of 8 · test accuracy 99.44%."""
+        """The caption of a picture, such as: run NAME · best.pt · epoch 6 of 8 · test accuracy 99.44%."""
         where = f"epoch {self.epoch} of {self.config.train.epochs}"
         if self.step:
             where += f" and {self.step} steps"
@@ -94,7 +96,7 @@ class LoadedRun:
         return f"run {self.name} · {self.file} · {where}{tail}"
 
     def output_dir(self, given: Path | None = None) -> Path:
-        """`given`, or the run's analysis/, made where it does not exist. RunFolderError where that is a symbolic link."""
+        """`given`, or the run's analysis/; created where it does not exist. RunFolderError where analysis/ is a symbolic link."""
         folder = given or own_folder(self.path, "analysis")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -130,12 +132,12 @@ def load_run(
     need_data: bool = True,
     say: Say = print,
 ) -> LoadedRun:
-    """Load a run folder, its checkpoint `best` or `last` (None: best, else last, saying so) and its data.
+    """Load a run folder, its checkpoint `best` or `last` (None: best, or last with a note where there is no best) and its data.
 
     `precision` is that of evaluation: auto takes the run's own where the device is of the run's kind, else fp32.
     `data_root` replaces the run's data.root. Raises AnalysisError, CheckpointError, ConfigError or DataError.
     """
-    path = _check_folder(Path(path).expanduser())
+    path = _check_folder(at_home(path, "run folder", AnalysisError))
     notes: list[str] = []
     file = _choose_checkpoint(path, checkpoint, notes)
     where = f"{path / file}"
@@ -202,7 +204,7 @@ def _choose_checkpoint(path: Path, asked: str | None, notes: list[str]) -> str:
 
 
 def _check_recipe(path: Path, file: str, config: Config) -> None:
-    """A checkpoint that was copied into another run's folder is noticed by what its network is."""
+    """Notices a checkpoint that was copied into another run's folder: its network differs from that of config.yaml."""
     if not (path / "config.yaml").exists():
         return
     beside = load_config(path / "config.yaml")
@@ -230,18 +232,18 @@ def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _metrics(path: Path, snapshot: Snapshot, notes: list[str]) -> list[dict[str, Any]]:
-    """metrics.jsonl, or what the checkpoint remembers of it."""
+    """The lines of metrics.jsonl or, where that is missing or damaged, the copy of them in the checkpoint."""
     try:
-        records = read_metrics(path / "metrics.jsonl")
-        for number, record in enumerate(records, 1):
-            if not isinstance(record, dict) or not set(record) >= MEASURED or not recorded(record):
+        entries = read_metrics(path / "metrics.jsonl")
+        for number, entry in enumerate(entries, 1):
+            if not isinstance(entry, dict) or not set(entry) >= REQUIRED_METRICS or not recorded(entry):
                 raise ValueError(f"line {number} is no epoch")
-        return records
+        return entries
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
         notes.append(
-            f"metrics.jsonl is damaged ({error}): the curves are those that {path.name}'s checkpoint remembers"
+            f"metrics.jsonl is damaged ({error}): the curves are drawn from the copy in {path.name}'s checkpoint"
         )
     return list(snapshot.position.metrics)
 
@@ -310,7 +312,7 @@ def _load_data(
 
 
 def with_data(run: LoadedRun, data_root: str | Path | None = None, download: bool = False) -> LoadedRun:
-    """A run that was loaded without its data, with them. Raises AnalysisError or DataError."""
+    """Add the data to a run that was loaded without them. Raises AnalysisError or DataError."""
     if run.data is not None:
         return run
     data = _load_data(run.config, run.snapshot, f"{run.path / run.file}", data_root, download, run.notes)
@@ -318,9 +320,9 @@ def with_data(run: LoadedRun, data_root: str | Path | None = None, download: boo
 
 
 def averaged_network(run: LoadedRun) -> Network:
-    """The average of the weights (train.ema_decay), as `run.net` is: in fp32 and eval mode, on the run's device."""
+    """The network with the average of the weights (train.ema_decay); like `run.net` in fp32 and eval mode and on its device."""
     assert run.snapshot.ema is not None, "the run kept no average"
-    prefix = "module."  # of WeightAverage, beside which only its counter lies
+    prefix = "module."  # the names of WeightAverage's tensors begin with it, except that of its counter
     state = {name.removeprefix(prefix): value for name, value in run.snapshot.ema.items() if name.startswith(prefix)}
     net = _build_net(state, len(run.class_names), run.config.net, f"{run.path / run.file}")
     if run.runtime.channels_last:
@@ -353,13 +355,13 @@ def fit_data(dataset: Dataset, snapshot: Snapshot, where: str) -> None:
 
 
 def pipeline(run: LoadedRun) -> BackendChoice:
-    """The run's pipeline, or the one that works here: they give the same pixels."""
+    """The backend of the run's input pipeline, or the one that works on this machine. Both give the same pixels."""
     requested = run.config.data.backend
     return choose_backend("auto" if requested == "dali" else requested, run.runtime.device)
 
 
 def loader_of(run: LoadedRun, make: Callable[[BackendChoice | str], Item]) -> Item:
-    """`make` with the run's pipeline, or with torch's where DALI cannot take these images."""
+    """What `make` returns for the run's backend, or for torch where DALI cannot process these images."""
     try:
         return make(pipeline(run))
     except BackendError:

@@ -1,4 +1,4 @@
-"""samples.png: training images as the pipeline augments them, the first that the network saw.
+"""samples.png: training images as the pipeline augments them, the first ones of an epoch.
 
 python -m analysis.samples runs/NAME --count 40 --epoch 3
 """
@@ -44,7 +44,7 @@ def augmented_images(run: LoadedRun, count: int, epoch: int = 0) -> tuple[Pixels
 
 
 def describe(augment: Augment) -> str:
-    """In words: crop from 4 pixels of black padding, flip, cutout 8 x 8."""
+    """The augmentation in words, such as: crop from 4 pixels of black padding, flip, cutout 8 x 8."""
     parts = []
     if augment.crop and augment.pad:
         parts.append(
@@ -80,7 +80,7 @@ def draw_samples(
 
 
 def draw_for(run: LoadedRun, path: Path, *, count: int = 40, epoch: int = 0) -> None:
-    """samples.png of a run; `epoch` counts from 0."""
+    """Draw samples.png of a run; `epoch` counts from 0."""
     images, labels = augmented_images(run, count, epoch)
     draw_samples(
         images,

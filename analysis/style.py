@@ -1,4 +1,5 @@
-"""How every picture looks: palette, captions, sheets of pixel-true tiles; all through matplotlib's Figure, no pyplot."""
+"""What all pictures share: palette, captions, and sheets of images whose pixels are drawn as squares. Uses matplotlib's Figure
+and not pyplot, which keeps global state."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def plain(text: object, limit: int = 90) -> str:
-    """Text as matplotlib shall print it: no mathematics between dollars, no control characters, cut at `limit`."""
+    """Text for matplotlib: dollar signs start no formula, control characters are removed, and it is cut at `limit`."""
     shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
     if len(shown) > limit:
         shown = shown[: limit - 1] + "…"
@@ -33,19 +34,19 @@ def plain(text: object, limit: int = 90) -> str:
 
 
 def pretty(class_name: str) -> str:
-    """A class name for a picture: blanks for underscores, at most 18 characters."""
+    """A class name as pictures show it: blanks for underscores, at most 18 characters."""
     return plain(class_name.replace("_", " "), 18)
 
 
 def percent(share: float) -> str:
-    """A probability 0..1 in percent; 100% and 0% only for what is."""
+    """A probability 0..1 in percent; 100% and 0% only where it is exactly that."""
     if share >= 0.995:
         return f"{min(100 * share, 99.9):.1f}%" if share < 1 else "100%"
     return f"{100 * share:.0f}%" if share >= 0.01 else "<1%"
 
 
 def new_figure(width: float, height: float, title: str, caption: str) -> Figure:
-    """A figure of inches, its title on top and the caption in grey below."""
+    """A figure of width x height inches, with a title on top and the caption in grey below."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(plain(title), fontsize=12, fontweight="bold")
     figure.supxlabel(plain(caption, 160), fontsize=8, color=GREY)
@@ -81,9 +82,9 @@ def draw_sheet(
     scale: int | None = None,
     empty: str = "nothing to show",
 ) -> None:
-    """Tiles in rows of `columns`, every image pixel a square of `scale` screen pixels, `notes` under the title.
+    """Draw tiles in rows of `columns`; each pixel of an image is a square of `scale` screen pixels. `notes` are below the title.
 
-    `group` > 0 sets every `group` columns apart; None leaves a place free.
+    With `group` > 0 there is a gap after every `group` columns. A tile None leaves its place empty.
     """
     present = [tile for tile in tiles if tile is not None]
     height, width = present[0].image.shape[:2] if present else (32, 32)

@@ -1,4 +1,4 @@
-"""One thing varied at a time, against the recipe; and the picture of it."""
+"""Ablations: one setting of the recipe is varied at a time; and a picture of the results."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ Variants = Iterator[tuple[str, Callable[[], dict[str, Rate]]]]
 def ablate(
     name: str, config: Config, dataset: Dataset, repeats: int, seconds: float, say: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
-    """The rows of one table: the setting, and the rates of the stages or the reason why there are none."""
+    """The rows of one table: each has a setting, and the rates of the stages or the reason why it could not be measured."""
     train = config.train
     device = prepare(device=train.device, compile="off").device
     say(f"\n{name:<32}" + "".join(f"{stage.replace('_', ' '):>14}" for stage in STAGES) + "  images/s")
-    if name in OF_DALI and choose_backend(config.data.backend, device).name != "dali":
+    if name in DALI_ABLATIONS and choose_backend(config.data.backend, device).name != "dali":
         say("left out: the pipeline is torch's")
         return
-    variants = OF_DALI.get(name, partial(_trainings, name))(config, dataset, device, repeats, seconds)
+    variants = DALI_ABLATIONS.get(name, partial(_trainings, name))(config, dataset, device, repeats, seconds)
     for setting, run in variants:
         row: dict[str, Any] = {"setting": setting}
         try:
@@ -52,7 +52,7 @@ def ablate(
             say(f"{setting:<32}{row['left_out']}")
         else:
             row |= {stage: rate.record() for stage, rate in rates.items()}
-            if device.type == "cuda" and name not in OF_DALI:
+            if device.type == "cuda" and name not in DALI_ABLATIONS:
                 row["device_peak_gib"] = device_peak_gib(device)
             cells = (f"{rates[stage].median:,.0f}" if stage in rates else "" for stage in STAGES)
             say(f"{setting:<32}" + "".join(f"{cell:>14}" for cell in cells))
@@ -85,7 +85,7 @@ def _trainings(
 
 
 def _pipelines(config: Config, dataset: Dataset, device: torch.device, repeats: int, seconds: float) -> Variants:
-    """Several pipelines served in turn: while one is waited for, the others prefetch."""
+    """Several pipelines used in turn, so that the others prefetch while one is waited for."""
     for number in PIPELINES:
 
         def run(number: int = number) -> dict[str, Rate]:
@@ -119,8 +119,8 @@ def _prefetch(config: Config, dataset: Dataset, device: torch.device, repeats: i
 
 
 def _graphs(config: Config, dataset: Dataset, device: torch.device, repeats: int, seconds: float) -> Variants:
-    """The choices that the DALI graph leaves: what paints the cutout, and whether borders lie on the device. It pastes, and
-    has borders on a GPU, where nothing else is asked of it."""
+    """The options of the DALI graph: how it paints the cutout, and whether images are stored with borders. By default it pastes,
+    and stores borders on a GPU."""
     for cutout_by in ("paste", "erase"):
         for padded in (False, True):
 
@@ -140,17 +140,17 @@ def _dali(config: Config, dataset: Dataset, device: torch.device) -> Pipeline:
     return Pipeline(dataset, Kind("dali", device), batch_size=config.train.batch_size, augment=config.augment)
 
 
-OF_DALI = {"pipelines": _pipelines, "prefetch": _prefetch, "graph": _graphs}
+DALI_ABLATIONS = {"pipelines": _pipelines, "prefetch": _prefetch, "graph": _graphs}
 
 
 def _short(setting: str, ablation: str) -> str:
-    """The setting without the name that the panel's title gives: "batch_size 512" in the panel batch is 512."""
+    """The setting without the name that its panel's title gives already: "batch_size 512" becomes "512" in the panel "batch"."""
     first, _, rest = setting.partition(" ")
     return rest if rest and first.startswith(ablation) else setting.removesuffix(f" {ablation}")
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Bars of every pipeline and peer, and a panel for each ablation."""
+    """Draw bars for every pipeline and peer, and a panel for each ablation."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,9 +1,9 @@
-"""A recipe over N seeds: accuracy with its interval, with and without flip TTA, and what the time went into.
+"""A recipe over N seeds: mean accuracy with a 95% interval, with and without flip TTA, and what the time went into.
 
 python benchmarks/accuracy.py configs/onecycle.yaml --runs 10 [--json FILE] [section.key=value ...]
 
-Compiles once; every run starts from the state of a fresh one with its seed. Each finished run is a line of a JSONL file:
-after an interruption the same command goes on with the seeds that are missing.
+The network is compiled once, and reset for every run to what a new one with its seed would be. Each finished run is a line of a
+JSONL file; after an interruption the same command continues with the seeds that are missing.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from train.step.steps import EvalStep
 
 KIND = "accuracy"
-BEGIN = '{"recipe": '  # of the file of finished runs
-TARGET = 94.0  # percent; what the field's times are given for
-CALLED = {"tta_accuracy": "with flip TTA", "ema_accuracy": "EMA", "ema_tta_accuracy": "EMA, flip TTA"}
-COVERS = {
+FIRST_LINE_START = '{"recipe": '  # identifies a file of finished runs
+TARGET_ACCURACY = 94.0  # percent; published training times are commonly the times to it
+ACCURACY_LABELS = {"tta_accuracy": "with flip TTA", "ema_accuracy": "EMA", "ema_tta_accuracy": "EMA, flip TTA"}
+TIMES_COVER = {
     "lr_search": "the range test, where the recipe asks for one",
     "training": "the epochs: input, augmentation, steps, and whatever the host did meanwhile",
-    "evaluation": "the test set after each epoch, without TTA unless the recipe has it",
+    "evaluation": "the test set (or validation split) after each epoch, without TTA unless the recipe has it",
     "tta": "flip TTA once, at the end",
     "once": "loading the data, building, compiling: once for all runs, in no run's time",
 }
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(config: Config, runs: int, finished: Path, log: Callable[[str], None], on: str = "test") -> dict[str, Any]:
-    """Do the runs that are missing in `finished`, and give the report over all `runs`, measured `on` this split."""
+    """Do the runs that are missing in the file `finished`, and return the report over all `runs`, measured on the split `on`."""
     from train.config import ConfigError, to_dict
     from train.screen.log import Log
     from train.session import Session
@@ -108,17 +108,17 @@ def measure(config: Config, runs: int, finished: Path, log: Callable[[str], None
             for seed in missing:
                 done[seed] = campaign.run(seed)
                 append(finished, done[seed])
-                record = done[seed]
+                entry = done[seed]
                 log(
-                    f"seed {seed}: {record['accuracy']:.2f}%, flip TTA {record['tta_accuracy']:.2f}%, "
-                    f"training {record['seconds']['training']:.1f} s"
+                    f"seed {seed}: {entry['accuracy']:.2f}%, flip TTA {entry['tta_accuracy']:.2f}%, "
+                    f"training {entry['seconds']['training']:.1f} s"
                 )
     return summarise([done[seed] for seed in range(first, first + runs)], recipe, read_environment(finished))
 
 
 def comparable(recipe: dict[str, Any], on: str = "test") -> dict[str, Any]:
-    """The recipe without the keys that change nothing, and without the seed, which is counted up; and what is measured,
-    where that is not the test set."""
+    """The part of a recipe that must be the same for all runs of a file: without the keys that change nothing and without the
+    seed, which differs from run to run. It includes the split that is measured where that is not the test set."""
     from train.config import changes
 
     def matters(name: str) -> bool:
@@ -132,24 +132,24 @@ def comparable(recipe: dict[str, Any], on: str = "test") -> dict[str, Any]:
 
 
 def read_finished(path: Path, recipe: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """The finished runs by seed; a last line that was cut off is removed. RecipeChanged where another recipe wrote them, or
-    another program."""
+    """The finished runs by seed. An incomplete last line is removed from the file. RecipeChanged where the file is of another
+    recipe, or is not a file of finished runs."""
     from train.config import own_keys
 
     if not path.exists():
         return {}
     text = path.read_text(encoding="utf-8")
     whole, _, torn = text.rpartition("\n")
-    if not (text.startswith(BEGIN) or BEGIN.startswith(text)):
-        raise RecipeChanged(f"{path} is no record of finished runs; name another file with --finished")
-    records = [json.loads(line) for line in whole.splitlines()]
-    if not records:
+    if not (text.startswith(FIRST_LINE_START) or FIRST_LINE_START.startswith(text)):
+        raise RecipeChanged(f"{path} is not a file of finished runs; name another file with --finished")
+    entries = [json.loads(line) for line in whole.splitlines()]
+    if not entries:
         path.unlink()
         return {}
     if torn:
         path.write_text(whole + "\n", encoding="utf-8")
-    # a key that only one of them knows counts as null there: earlier versions had fewer, and those of other data sets too
-    then, now = flat(own_keys(records[0]["recipe"])[0]), flat(recipe)
+    # a key that only one of them has counts as null in the other: earlier versions had fewer keys, and all data sets' keys
+    then, now = flat(own_keys(entries[0]["recipe"])[0]), flat(recipe)
     names = [*now, *(name for name in then if name not in now)]
     changed = [f"{name}: {then.get(name)} -> {now.get(name)}" for name in names if then.get(name) != now.get(name)]
     if changed:
@@ -157,22 +157,22 @@ def read_finished(path: Path, recipe: dict[str, Any]) -> dict[int, dict[str, Any
             f"{path} holds runs of another recipe ({'; '.join(changed)}); go on with that one, or name "
             "another file with --finished"
         )
-    return {record["seed"]: record for record in records[1:]}
+    return {entry["seed"]: entry for entry in entries[1:]}
 
 
 def flat(recipe: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """By section.key."""
+    """The recipe as one dict by section.key."""
     return {f"{section}.{key}": value for section, keys in recipe.items() for key, value in keys.items()}
 
 
 def read_environment(path: Path) -> dict[str, Any]:
-    """Of the session that began the file."""
+    """The environment in which the file's first run was done."""
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8").partition("\n")[0])["environment"]
     return found
 
 
 def check_same_machine(path: Path, now: dict[str, Any]) -> None:
-    """RecipeChanged where the file's runs had another device, precision or compiler: one mean is of one kind of runs."""
+    """RecipeChanged where the file's runs had another device, precision or compiler, as their mean would mix both."""
 
     def resolved(environment: dict[str, Any]) -> dict[str, str]:
         return {
@@ -190,13 +190,13 @@ def check_same_machine(path: Path, now: dict[str, Any]) -> None:
         )
 
 
-def append(path: Path, record: dict[str, Any], only_first: bool = False) -> None:
-    """One line, on the disk when this returns; `only_first` writes to an empty file alone."""
+def append(path: Path, entry: dict[str, Any], only_first: bool = False) -> None:
+    """Append one line; it is on the disk when this returns. With `only_first` it is written only if the file is empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         if only_first and file.tell() > 0:
             return
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps(entry) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -217,7 +217,7 @@ class Campaign:
         self.trainer, runtime, dataset = session.trainer, session.runtime, session.dataset
         self.on = on
         self._each_epoch = on == self.trainer.measures[0].split
-        # measured once, after the training, where the recipe does not measure it itself
+        # flip TTA is measured once, after the training, where the recipe does not have it after every epoch
         self._tta = Measure(on, views="tta")
         self._tta_step: EvalStep | None = None
         if not session.config.train.tta:
@@ -247,15 +247,15 @@ class Campaign:
         return score.accuracy
 
     def environment(self) -> dict[str, Any]:
-        from benchmarks.machine import machine_record
+        from benchmarks.machine import machine_facts
 
         return self.session.environment() | {
-            "machine": machine_record(self.session.runtime.device),
+            "machine": machine_facts(self.session.runtime.device),
             "once_seconds": {"set_up": self._once.set_up, "compile": self._once.compile},
         }
 
     def run(self, seed: int) -> dict[str, Any]:
-        """The recipe with this seed, from scratch to its last evaluation, as a record of plain numbers."""
+        """Train the recipe with this seed from scratch to its last evaluation; the results as a dict of plain numbers."""
         from benchmarks.measure import device_peak_gib
         from train.disk.snapshot import Position
         from train.loop import Run
@@ -306,21 +306,22 @@ class Campaign:
 
 
 def accuracy_name(measure: Measure) -> str:
-    """What a record calls it: accuracy, tta_accuracy, ema_accuracy. As in metrics.jsonl, without the name of the split."""
+    """The key of a measure's accuracy in a run's line: accuracy, tta_accuracy, ema_accuracy. As in metrics.jsonl, but without the
+    name of the split."""
     key = replace(measure, split="").key
     return f"{key}_accuracy" if key else "accuracy"
 
 
 def time_to(metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    """When the accuracy after an epoch (of the validation split, where there is one) first was TARGET: the epoch, the training
-    seconds until its end, and with all evaluations until then; None where it never was."""
+    """When the accuracy after an epoch (on the validation split, where there is one) first reached TARGET_ACCURACY: the epoch,
+    the training seconds up to its end, and the same with all evaluations up to then. None where it was never reached."""
     from train.step.measures import recorded
 
     training = evaluation = 0.0
     for epoch in metrics:
         training += epoch["seconds"]
         evaluation += epoch["eval_seconds"]
-        if epoch[f"{recorded(epoch)[0].key}_accuracy"] >= TARGET:
+        if epoch[f"{recorded(epoch)[0].key}_accuracy"] >= TARGET_ACCURACY:
             return {
                 "epoch_of_94": epoch["epoch"],
                 "training_seconds_to_94": training,
@@ -330,9 +331,9 @@ def time_to(metrics: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def summarise(
-    records: list[dict[str, Any]], recipe: dict[str, Any], environment: dict[str, Any] | None = None
+    entries: list[dict[str, Any]], recipe: dict[str, Any], environment: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The report over finished runs: means, standard deviations, 95% intervals."""
+    """The report over finished runs: means, standard deviations and 95% intervals."""
     from benchmarks.measure import mean_and_interval
     from train.machine.environment import git_commit
 
@@ -340,10 +341,10 @@ def summarise(
         mean, deviation, half_width = mean_and_interval(values)
         return {"mean": mean, "std": deviation, "interval95": half_width, "n": len(values)}
 
-    reached = [r["seconds_to_94"] for r in records if r["seconds_to_94"] is not None]
-    trained = [r["training_seconds_to_94"] for r in records if r["training_seconds_to_94"] is not None]
+    reached = [r["seconds_to_94"] for r in entries if r["seconds_to_94"] is not None]
+    trained = [r["training_seconds_to_94"] for r in entries if r["training_seconds_to_94"] is not None]
     environment = environment or {}
-    accuracies = [name for name in records[0] if name.endswith("accuracy") and all(name in r for r in records)]
+    accuracies = [name for name in entries[0] if name.endswith("accuracy") and all(name in r for r in entries)]
     return {
         "kind": KIND,
         "command": "",
@@ -351,18 +352,18 @@ def summarise(
         "machine": environment.get("machine"),
         "versions": environment.get("versions"),
         "commit": environment.get("commit") or git_commit(),
-        "runs": len(records),
+        "runs": len(entries),
         "on": recipe.get("measured", {}).get("on", "test"),
-        **{name: statistic([r[name] for r in records]) for name in accuracies},
-        "seconds": {name: statistic([r["seconds"][name] for r in records]) for name in records[0]["seconds"]},
-        "covers": COVERS,
+        **{name: statistic([r[name] for r in entries]) for name in accuracies},
+        "seconds": {name: statistic([r["seconds"][name] for r in entries]) for name in entries[0]["seconds"]},
+        "covers": TIMES_COVER,
         "once_seconds": environment.get("once_seconds"),
-        "images_per_second": statistic([r["images_per_second"] for r in records]),
-        "device_peak_gib": max((r["device_peak_gib"] for r in records if r.get("device_peak_gib")), default=None),
+        "images_per_second": statistic([r["images_per_second"] for r in entries]),
+        "device_peak_gib": max((r["device_peak_gib"] for r in entries if r.get("device_peak_gib")), default=None),
         "reached_94": len(reached),
         "seconds_to_94": statistic(reached) if reached else None,
         "training_seconds_to_94": statistic(trained) if trained else None,
-        "finished": records,
+        "finished": entries,
     }
 
 
@@ -380,21 +381,21 @@ def lines(report: dict[str, Any]) -> list[str]:
     result = [
         "",
         f"{f'{what} accuracy':<19} {accuracy('accuracy')}",
-        *(f"{CALLED.get(name, name):<19} {accuracy(name)}" for name in report if name.endswith("_accuracy")),
+        *(f"{ACCURACY_LABELS.get(name, name):<19} {accuracy(name)}" for name in report if name.endswith("_accuracy")),
         f"time of a run       {sum(seconds[name]['mean'] for name in seconds):.1f} s: "
         + ", ".join(f"{name.replace('_', ' ')} {seconds[name]['mean']:.1f} s" for name in seconds),
-        f"                    not in it: {COVERS['once']}",
+        f"                    not in it: {TIMES_COVER['once']}",
         f"throughput          {report['images_per_second']['mean']:,.0f} images/s in training",
     ]
     if report["device_peak_gib"] is not None:
         result.append(f"GPU memory          {report['device_peak_gib']:.2f} GiB at the peak")
     if report["reached_94"]:
         result.append(
-            f"time to {TARGET:.0f}%         {report['seconds_to_94']['mean']:.1f} s with the evaluations, "
+            f"time to {TARGET_ACCURACY:.0f}%         {report['seconds_to_94']['mean']:.1f} s with the evaluations, "
             f"{report['training_seconds_to_94']['mean']:.1f} s without ({report['reached_94']} of {report['runs']} runs)"
         )
     else:
-        result.append(f"time to {TARGET:.0f}%         not reached")
+        result.append(f"time to {TARGET_ACCURACY:.0f}%         not reached")
     return result
 
 

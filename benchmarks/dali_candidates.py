@@ -1,7 +1,9 @@
-"""Ways to apply one plan, on the CPU or a GPU, in images a second: python benchmarks/dali_candidates.py --device cuda
+"""Different graphs that apply the same plans, on the CPU or a GPU, in images per second:
 
-Every way runs once a round and is checked against the torch graph first; medians and ranges are over the rounds. On the
-CPU, images per second of processor time are given too: on a shared machine they are the steadier figure.
+python benchmarks/dali_candidates.py --device cuda
+
+Each graph is first checked against the torch graph, then timed once in every round; medians and ranges are over the rounds. On
+the CPU, images per second of processor time are given too: on a shared machine they vary less.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from dali_pipeline.resident import resident_images, to_device
 from dali_pipeline.torch_graph import TorchGraph
 
 FILL = (125, 123, 114)
-Run = Callable[[], Tensor]
+NextBatch = Callable[[], Tensor]
 
 
 def plans(split: Split, order: FeedOrder) -> Callable[[], Plan]:
@@ -51,7 +53,7 @@ def plans(split: Split, order: FeedOrder) -> Callable[[], Plan]:
     return forever().__next__
 
 
-def sliced(split: Split, order: FeedOrder) -> Run:
+def sliced(split: Split, order: FeedOrder) -> NextBatch:
     """One DALI sample an image: gather in torch, then slice and erase."""
     dali, fn = import_dali()
     batch_size, augment, device = order.batch_size, order.augment, order.device
@@ -106,8 +108,8 @@ class PilImages(torch.utils.data.Dataset[tuple[Any, int]]):
         return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
 
 
-def torchvision_pil(split: Split, batch_size: int) -> Run:
-    """The usual rival: a DataLoader with two workers, crop and flip on PIL images (no cutout)."""
+def torchvision_pil(split: Split, batch_size: int) -> NextBatch:
+    """The usual way: a DataLoader with two workers, crop and flip on PIL images (no cutout)."""
     loader = torch.utils.data.DataLoader(PilImages(split), batch_size, shuffle=True, num_workers=2, drop_last=True)
 
     def forever() -> Iterator[Tensor]:
@@ -119,7 +121,7 @@ def torchvision_pil(split: Split, batch_size: int) -> Run:
     return lambda: next(batches)
 
 
-def rate(run: Run, batch_size: int, seconds: float, device: torch.device) -> tuple[float, float]:
+def rate(run: NextBatch, batch_size: int, seconds: float, device: torch.device) -> tuple[float, float]:
     """Images a second of wall clock, and of this process's processor time, over at least `seconds`."""
     done, start, cpu = 0, time.perf_counter(), time.process_time()
     while time.perf_counter() - start < seconds:
@@ -149,12 +151,12 @@ def main() -> int:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Check every way, measure them in turn, and print a line for each."""
+    """Check every graph, measure them in turn, and print a line for each."""
     device, batch_size = torch.device(options.device), options.batch_size
     augment = Augment(padding_mode=options.padding_mode)
     order = FeedOrder(batch_size=batch_size, augment=augment, fill=FILL, device=device)
     split = sources.load(DataOptions(name="synthetic")).train
-    ways: dict[str, Run] = {"torch eager": TorchGraph(split, order, plans(split, order)).run}
+    ways: dict[str, NextBatch] = {"torch eager": TorchGraph(split, order, plans(split, order)).run}
     reference = ways["torch eager"]()
     ways["torch compiled"] = TorchGraph(split, replace(order, compiled=True), plans(split, order)).run
     for cutout_by in ("paste", "erase"):

@@ -1,5 +1,5 @@
-"""What a run costs its machine, seen from a process of its own: time to the first step, memory and what it consists of,
-growth over 50 epochs of the pipeline.
+"""What a training needs of its machine, measured in a new process: time to the first step, memory by stage, and the growth of
+memory over 50 epochs of the pipeline.
 
 python benchmarks/footprint.py [section.key=value ...]
 """
@@ -30,7 +30,7 @@ PIPELINE_EPOCHS = 50
 
 
 def memory_mib(name: str) -> float:
-    """VmRSS or VmHWM (its peak) of this process; 0 where there is no /proc. getrusage's peak would be the parent's too."""
+    """VmRSS or VmHWM (its peak) of this process; 0 where there is no /proc. getrusage's peak would include the parent's."""
     try:
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
             if line.startswith(name + ":"):
@@ -41,7 +41,7 @@ def memory_mib(name: str) -> float:
 
 
 def children_mib() -> float:
-    """Proportional memory of the processes that this one started (the compiler's workers), and that they started."""
+    """Proportional memory (PSS) of this process's descendants, such as the compiler's workers."""
     total = 0.0
     waiting = [Path("/proc/self")]
     while waiting:
@@ -62,7 +62,8 @@ def children_mib() -> float:
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """As `python -m train` goes: data, network, compilation, a few steps, evaluation, a checkpoint; then the pipeline."""
+    """Measure the stages of `python -m train`: data, network, compilation, a few steps, evaluation, a checkpoint; then the
+    pipeline alone."""
     resident: dict[str, float] = {"interpreter": memory_mib("VmRSS")}
     from train.config import changed
     from train.screen.log import Log
@@ -110,7 +111,7 @@ def _measure(session: Session, resident: dict[str, float]) -> dict[str, Any]:
     peak = memory_mib("VmHWM")
     grown = 0.0
     for epoch in range(PIPELINE_EPOCHS + 3):
-        if epoch == 3:  # the first ones fill the caches of allocators
+        if epoch == 3:  # the first epochs fill the allocators' caches
             gc.collect()
             grown = -memory_mib("VmRSS")
         for _ in trainer.train_loader.epoch(epoch):

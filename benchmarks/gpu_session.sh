@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# All that only a GPU can show, in under 8 minutes: the tests marked gpu, throughput, the whole recipe, a profile.
+# All that only a GPU can show, the most valuable first: two minutes of smoke, the tests marked gpu, throughput with a profile,
+# the whole recipe, ablations. Meant to take ten minutes where no compilation is slow, at most 29.
 #   bash benchmarks/gpu_session.sh RESULTS DATA [PYTHON]
-# RESULTS receives JSON, traces and logs, in place of an earlier session's; DATA is what data.root takes, or - to train on
-# random images. Needs torch, torchvision, matplotlib, pytest, and DALI for the pipeline, importable by PYTHON; the project
-# need not be installed.
-# A part that fails or takes too long is noted, and the next one starts; what it had finished by then is written.
+# RESULTS receives JSON, traces and logs; DATA is what data.root takes, or - to train on random images. Needs torch,
+# torchvision, matplotlib, pytest, and DALI for the pipeline, importable by PYTHON; the project need not be installed.
+# A part that fails or takes too long is noted, and the next one starts; what it had finished by then is written. Started
+# again with the same RESULTS, it passes over the parts that are done, and goes on with the others: remove NAME.state to
+# repeat one. Results of another commit, GPU or command line are replaced.
 set -uo pipefail
 results=${1:?usage: gpu_session.sh RESULTS DATA [PYTHON]}
 data=${2:?usage: gpu_session.sh RESULTS DATA [PYTHON]}
@@ -17,38 +19,48 @@ else
 fi
 cd "$(dirname "$0")/.." || exit 1
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-for old in gpu.csv {tests,throughput,recipe}.log throughput.{json,png} trace.json{,.gz} recipe.json{,l}; do
-  rm -f -- "$results/$old"
-done
+nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv >"$results/gpu.csv" 2>&1
+machine="$(git rev-parse HEAD 2>/dev/null) $(sed -n 2p "$results/gpu.csv")"
 begun=$SECONDS
 summary=()
 
-part() { # NAME SECONDS COMMAND...
-  local name=$1 limit=$2 start=$SECONDS code
-  shift 2
+part() { # NAME SECONDS "ITS FILES" COMMAND...
+  local name=$1 limit=$2 files=$3 start=$SECONDS code key file
+  shift 3
+  key="$machine $*"
+  if [ "$(head -n 1 "$results/$name.state" 2>/dev/null)" != "$key" ]; then
+    for file in $files; do rm -f -- "$results/$file"; done
+    printf '%s\n' "$key" >"$results/$name.state"
+  elif [ "$(sed -n 2p "$results/$name.state")" = done ]; then
+    summary+=("$name: done before")
+    return
+  fi
   echo "== $name: $*"
   # an interrupt, as from the keyboard: pytest then still lists what failed
   timeout --signal=INT --kill-after=5 "$limit" "$@" >"$results/$name.log" 2>&1
   code=$?
   tail -n 25 "$results/$name.log" | cut -c1-300
   case $code in
-    0) code=done ;;
+    0) code=done && echo done >>"$results/$name.state" ;;
     124 | 137) code="stopped after $limit s" ;;
     *) code="exit code $code" ;;
   esac
   summary+=("$name: $code, $((SECONDS - start)) s")
 }
 
-nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv >"$results/gpu.csv" 2>&1
-part tests 150 "$python" -m pytest -m gpu -v --tb=short --durations=10 -p no:cacheprovider \
+part smoke 240 "smoke.json" "$python" benchmarks/smoke.py --json "$results/smoke.json" train.device=cuda
+part tests 420 "" "$python" -m pytest -m gpu -v --tb=short --durations=10 -p no:cacheprovider \
   --continue-on-collection-errors
+part throughput 360 "throughput.json trace.json trace.json.gz" "$python" benchmarks/throughput.py \
+  --json "$results/throughput.json" --repeats 5 --no-footprint --profile "$results/trace.json"
+# its finished runs stay in recipe.jsonl, and are not repeated
+part recipe 300 "recipe.json recipe.jsonl" "$python" benchmarks/accuracy.py configs/onecycle.yaml --runs 2 \
+  "${data_words[@]}" --finished "$results/recipe.jsonl" --json "$results/recipe.json"
 # compile last: max-autotune, its last setting, can take minutes
-part throughput 210 "$python" benchmarks/throughput.py --json "$results/throughput.json" --repeats 5 --no-footprint \
-  --profile "$results/trace.json" --picture "$results/throughput.png" \
+part ablations 360 "ablations.json ablations.png" "$python" benchmarks/throughput.py --quick --no-peers \
+  --json "$results/ablations.json" --picture "$results/ablations.png" \
   --ablate graph --ablate prefetch --ablate pipelines --ablate batch --ablate compile
-part recipe 90 "$python" benchmarks/accuracy.py configs/onecycle.yaml --runs 2 "${data_words[@]}" \
-  --finished "$results/recipe.jsonl" --json "$results/recipe.json"
-gzip -f "$results/trace.json" 2>/dev/null
+if [ -f "$results/trace.json" ]; then gzip -f "$results/trace.json"; fi
 
 echo
 echo "== summary ($((SECONDS - begun)) s)"
@@ -56,6 +68,10 @@ printf '%s\n' "${summary[@]}"
 "$python" - "$results" <<'PYTHON'
 import json, pathlib, sys
 folder = pathlib.Path(sys.argv[1])
+path = folder / "smoke.json"
+if path.exists():
+    for check in json.loads(path.read_text())["checks"]:
+        print("ok:" if check["ok"] else "FAILED:", check["name"], "-", check["said"])
 path = folder / "throughput.json"
 if path.exists():
     report = json.loads(path.read_text())
@@ -70,3 +86,9 @@ if path.exists():
     report = json.loads(path.read_text())
     print("recipe:", json.dumps({k: report[k] for k in ("accuracy", "tta_accuracy", "seconds", "seconds_to_94")}))
 PYTHON
+echo
+echo "== predicted (benchmarks/roofline.py), and measured where throughput.json has the step"
+measured=()
+if grep -qs '"step"' "$results/throughput.json"; then measured=(--measured "$results/throughput.json"); fi
+plans=(tests/rehearsal/plans/*.json)
+"$python" benchmarks/roofline.py --plan "${plans[-1]}" "${measured[@]}" --json "$results/roofline.json"

@@ -1,4 +1,4 @@
-"""Does the range test pay? Its suggestions over seeds, and training with them against a hand-made grid of peak rates.
+"""The range test against a grid: its suggestions over seeds, and the accuracy with them against that with fixed peak rates.
 
 python benchmarks/lr_finder.py data.root=DIR --json benchmarks/results/lr_finder.json
 """
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # instead of this folder, whose files could hide packages of the same name
 
-GRID = (0.4, 0.8, 1.6)
+GRID = (0.4, 0.8, 1.6)  # the fixed peak rates
 RECIPE = ["net.width=16", "train.epochs=4", "schedule.peak_epoch=1.5", "train.compile=off", "run.analyse=false"]
 
 
@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The range tests and the trainings that are missing in --work, and what all of them say together."""
+    """Do the range tests and trainings that are missing in --work, and return the results of all of them."""
     from benchmarks.machine import command, shareable
     from train.config import load_config, to_dict
     from train.machine.environment import cpu_name, git_commit
@@ -54,7 +54,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     given = {word.partition("=")[0] for word in options.overrides}
     words = [word for word in RECIPE if word.partition("=")[0] not in given] + options.overrides
     quiet = Log(quiet=True)
-    # what was measured with another recipe is no result of this one
+    # run folders of another recipe are not results of this one
     recipe: dict[str, Any] = {**to_dict(load_config(options.config, words)), "run": None}
     recipe["data"]["root"] = recipe["train"]["seed"] = None
     work = options.work / hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]

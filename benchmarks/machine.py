@@ -1,4 +1,4 @@
-"""What a result was measured on and by which command, without naming the host or its folders."""
+"""The machine that a result was measured on, and the command, without the names of the host or its folders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from train.machine.environment import system_record
+from train.machine.environment import system_facts
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("data.root", "run.dir", "--data-root", "--work")
@@ -23,8 +23,8 @@ def command(script: str, arguments: Sequence[str]) -> str:
 
 
 def shareable(arguments: Sequence[str]) -> list[str]:
-    """The words without this machine's folders: what lies in this tree is named from its root, any other place is FILE or
-    DIR (data.root=DIR, --json FILE)."""
+    """The arguments without this machine's folders: paths inside the repository are relative to its root, any other path becomes
+    FILE or DIR (data.root=DIR, --json FILE)."""
     words, option = [], ""
     for word in arguments:
         name, equals, value = word.partition("=")
@@ -43,15 +43,15 @@ def _place(name: str, value: str) -> str:
     return "DIR" if name in FOLDERS else "FILE"
 
 
-def machine_record(device: torch.device) -> dict[str, Any]:
-    record = system_record() | {"platform": f"{platform.system()} {platform.machine()}"}
-    record["memory_gib"] = _memory_gib()
-    record["load_average_before"] = [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None
-    record["torch_threads"] = torch.get_num_threads()
+def machine_facts(device: torch.device) -> dict[str, Any]:
+    facts = system_facts() | {"platform": f"{platform.system()} {platform.machine()}"}
+    facts["memory_gib"] = _memory_gib()
+    facts["load_average_before"] = [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None
+    facts["torch_threads"] = torch.get_num_threads()
     if device.type == "cuda":
-        record["gpu"] = torch.cuda.get_device_name(device)
-        record["gpu_memory_gib"] = round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1)
-    return record
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["gpu_memory_gib"] = round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1)
+    return facts
 
 
 def _memory_gib() -> float | None:

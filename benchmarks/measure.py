@@ -1,4 +1,4 @@
-"""Timing and statistics: work is measured in chunks, what will be compared takes turns, and ratios are medians of pairs."""
+"""Timing and statistics: work is timed in chunks, stages that will be compared take turns, and ratios are medians over rounds."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from scipy import stats
 
 
 class CannotMeasure(Exception):
-    """A stage that gives no figure, or no more of them: one line with the reason."""
+    """A stage cannot be measured, or not any longer. The message is one line with the reason."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """What one stage gave, a sample a repeat, in units a second (images, or floating-point operations)."""
+    """The speed of a stage: one sample for each round, in units per second (images, or floating-point operations)."""
 
     samples: tuple[float, ...]
 
@@ -59,10 +59,11 @@ class Sampled(Protocol):
 
 @dataclass
 class Stage:
-    """`run(n)` does n steps and returns how many units (images) they were; a chunk is as many steps as take `seconds`,
-    in whole epochs of `epoch` steps where that is not much more: each then pays its share of what an epoch costs once.
+    """`run(n)` does n repetitions of the work and returns how many units (images) they were. A chunk is as many repetitions as
+    take `seconds`; where that is not much more, a whole number of epochs (of `epoch` repetitions each), so that it has its share
+    of the costs that an epoch has once.
 
-    The clock is the host's, between two synchronisations: on a GPU too, a stage that the host holds up is that slow.
+    The time is the host's, between two synchronisations, so on a GPU it includes waiting for the host.
     """
 
     name: str
@@ -106,13 +107,12 @@ def synchronize(device: torch.device) -> None:
 def reset_device_peak(device: torch.device) -> None:
     """Let `device_peak_gib` count from here on."""
     if device.type == "cuda":
-        gc.collect()  # networks that are used no more hold each other
+        gc.collect()  # networks that are no longer used are in reference cycles
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def device_peak_gib(device: torch.device) -> float | None:
-    """GPU memory that torch's tensors took at most, in GiB; None where there is no CUDA. DALI's own and the CUDA context's
-    are not in it."""
+    """The peak GPU memory of torch's tensors in GiB; None without CUDA. DALI's memory and the CUDA context are not included."""
     if device.type != "cuda":
         return None
     return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
@@ -121,9 +121,9 @@ def device_peak_gib(device: torch.device) -> float | None:
 def interleave(
     stages: Sequence[Sampled], repeats: int, left_out: Callable[[str, str], None] | None = None
 ) -> dict[str, Rate]:
-    """Warm all stages up, then sample them in turn, every other round backwards (A B B A), so that a machine that gets
-    slower meanwhile slows all alike. With `left_out`, a stage that raises CannotMeasure is gone from then on, and
-    `left_out(name, reason)` hears of it; the others' samples still pair."""
+    """Warm all stages up, then sample them in turn, every other round in reverse (A B B A), so that a machine that gets slower
+    meanwhile affects all alike. With `left_out`, a stage that raises CannotMeasure is left out from then on, and
+    `left_out(name, reason)` is called; the samples of the others still belong to the same rounds."""
     samples: dict[str, list[float]] = {stage.name: [] for stage in stages}
     if len(samples) != len(stages):
         raise ValueError(f"stages need different names: {[stage.name for stage in stages]}")
@@ -148,7 +148,7 @@ def interleave(
 
 
 def matrix_stage(device: torch.device, precision: str, seconds: float) -> Stage:
-    """Multiplication of large square matrices in the given precision; its unit is the floating-point operation."""
+    """A stage that multiplies large square matrices in the given precision; its unit is the floating-point operation."""
     n = 8192 if device.type == "cuda" else 2048
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))

@@ -1,4 +1,4 @@
-"""How a benchmark ends: what a user can mend as one line and an exit code, what was measured in a file."""
+"""How a benchmark ends: an error that a user can correct is one line and an exit code, the results are a file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def explained(log: Log | None = None) -> AbstractContextManager[errors.Outcome]:
 
 
 def write_report(path: Path, report: dict[str, Any], indent: int = 1) -> None:
-    """The file of --json, whole at every moment. Raises UserError where it cannot be written."""
+    """Write the file of --json atomically. Raises UserError where it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, (json.dumps(report, indent=indent) + "\n").encode())

@@ -1,7 +1,8 @@
-"""Other input pipelines on the same work: shuffled batches, pad-crop, flip, cutout, uint8 or float images on the device.
+"""Peers: input pipelines of other projects on the same task (shuffled batches, padding and crop, flip, cutout, on the device).
 
-They live in a process of their own, which never loads DALI: DataLoader workers are forked, and DALI's threads do not
-survive that. Each must first reproduce the images it was given, then show legal augmentations of them.
+They run in a process of their own that never loads DALI, because DataLoader's workers are forked and DALI's threads do not
+survive a fork. Before it is timed each peer is checked: without augmentation it must reproduce the images that it was given,
+and with augmentation deliver possible augmentations of them.
 """
 
 from __future__ import annotations
@@ -34,23 +35,23 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 
 CROP_PAD = 4
 CUTOUT = 8
-PEERS_AUGMENT = Augment(pad=CROP_PAD, cutout=CUTOUT)  # what all of them are set up to do
+PEERS_AUGMENT = Augment(pad=CROP_PAD, cutout=CUTOUT)  # the augmentation that all peers are set up for
 CHECKED_IMAGES = 256
 CHECK_FILL = (125, 123, 114)
 ANSWER_SECONDS = 60.0  # a cold import of a peer's packages takes half of it at most
 
 
 class PeerError(CannotMeasure):
-    """A peer cannot be measured: one line with the reason."""
+    """A peer cannot be measured. The message is one line with the reason."""
 
 
 class WrongImages(PeerError):
-    """What is delivered is not the images, or not augmented as asked."""
+    """A peer delivers images other than the given ones, or augments them otherwise than asked."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """The work: images (N, H, W, 3) uint8, labels (N,), how to batch and where to deliver."""
+    """What a peer has to do: images (N, H, W, 3) uint8 and labels (N,) to deliver in batches on a device."""
 
     images: Images
     labels: npt.NDArray[np.int64]
@@ -62,8 +63,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Peer:
-    """`open(task)` gives a function that starts one epoch; `pixels` undoes what its batches are, to (n, H, W, 3) floats
-    in 0..255. `padding` and `fill` are what it paints, where it cannot paint as it is told."""
+    """`open(task)` returns a function that starts one epoch. `pixels` converts the peer's batches back to (n, H, W, 3) floats in
+    0..255. `padding` and `fill` are the colours that it paints where it cannot use those of the task."""
 
     packages: tuple[str, ...]
     open: Callable[[Task], Callable[[], Batches]]
@@ -72,7 +73,7 @@ class Peer:
     workers: int = 0
     padding: str = "zero"
     fill: tuple[float, float, float] | None = None
-    whole_epochs: bool = False  # all the work of an epoch lies before its first batch
+    whole_epochs: bool = False  # it does all the work of an epoch before the first batch
     cuda_only: bool = False
 
 
@@ -81,7 +82,7 @@ def usable_cpus() -> int:
 
 
 def peers() -> dict[str, Peer]:
-    """All that are known, by name; DataLoader peers at 0, 2 and as many workers as there are CPUs."""
+    """All peers by name. Those with a DataLoader have 0, 2, and as many workers as there are CPUs."""
     found: dict[str, Peer] = {}
     loaders = [
         ("torchvision_pil", ("torchvision",), _pil, "DataLoader, torchvision PIL transforms"),
@@ -110,7 +111,7 @@ def peers() -> dict[str, Peer]:
 
 
 def _import(package: str) -> Any:
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else it asks the network for its newest version
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # otherwise it looks for a newer version on the internet
     return importlib.import_module(package)
 
 
@@ -123,7 +124,7 @@ def _unit_floats(images: Tensor) -> npt.NDArray[np.float32]:
 
 
 class _Transformed(torch.utils.data.Dataset[tuple[Tensor, int]]):
-    """As torchvision.datasets.CIFAR10: an image of an array, through a transform."""
+    """Like torchvision.datasets.CIFAR10: takes an image from an array and applies a transform."""
 
     def __init__(self, task: Task, transform: Callable[[Images], Tensor]) -> None:
         self.images, self.labels, self.transform = task.images, task.labels.tolist(), transform
@@ -187,7 +188,7 @@ def _v2(task: Task) -> Callable[[Images], Tensor]:
 
 
 class _Albumented:
-    """albumentations takes and gives keywords."""
+    """Adapts albumentations, which takes and returns images by keyword, to a plain function."""
 
     def __init__(self, compose: Any) -> None:
         self.compose = compose
@@ -218,8 +219,8 @@ def _albumentations(task: Task) -> Callable[[Images], Tensor]:
 
 
 def _kornia(task: Task) -> Callable[[], Batches]:
-    """Resident uint8 images, gathered, and augmented batch by batch as floats in 0..1, kornia's domain. Its erasing takes
-    one number for all channels."""
+    """Images resident as uint8; each batch is gathered and augmented as floats in 0..1, as kornia expects. Its erasing takes one
+    number for all channels."""
     K = _import("kornia.augmentation")
     images = torch.from_numpy(task.images).permute(0, 3, 1, 2).contiguous().to(task.device)
     labels = torch.from_numpy(task.labels).to(task.device)
@@ -244,7 +245,7 @@ def _kornia(task: Task) -> Callable[[], Batches]:
 
 
 def _airbench(task: Task) -> Callable[[], Batches]:
-    """Its normalised half-precision images; the padding is reflected, and cutout paints the mean, as it has no other."""
+    """airbench's loader with its normalised half-precision images. Its padding is reflected; its cutout paints the mean."""
     loader_class = _import("airbench").CifarLoader
     with tempfile.TemporaryDirectory() as folder:
         content = {
@@ -264,7 +265,8 @@ def _airbench_pixels(images: Tensor) -> npt.NDArray[np.float32]:
     return _unit_floats(images.cpu().float() * std + mean)
 
 
-# Correctness: what is delivered must be the images, and under augmentation one of the 162 windows with a square painted.
+# Correctness: without augmentation the images themselves must be delivered; with it, for each image one of the 162 possible
+# windows (9 x 9 offsets, mirrored or not) with a square painted over.
 
 
 def check(peer: Peer, task: Task) -> None:
@@ -283,10 +285,10 @@ def check(peer: Peer, task: Task) -> None:
 
 
 def check_loader(make: Callable[[Split, Augment], Batches]) -> None:
-    """The same for a loader of this project; `make` gives one epoch in batches that divide 256."""
+    """The same check for a loader of this project; `make` returns one epoch, whose batch size divides CHECKED_IMAGES."""
     generator = np.random.default_rng(0)
-    records = generator.integers(0, 256, (CHECKED_IMAGES, 1 + 3 * 32 * 32), np.uint8)
-    pixels = records[:, 1:].reshape(CHECKED_IMAGES, 3, 32, 32)  # a view of records, as of CIFAR's files
+    records = generator.integers(0, 256, (CHECKED_IMAGES, 1 + 3 * 32 * 32), np.uint8)  # like those of CIFAR's files
+    pixels = records[:, 1:].reshape(CHECKED_IMAGES, 3, 32, 32)
     split = Split(pixels, np.arange(CHECKED_IMAGES), planar=True)
     images = pixels.transpose(0, 2, 3, 1)
     check_plain(*_collect(make(split, NO_AUGMENT), _planar), images)
@@ -352,8 +354,8 @@ def check_augmented(
 
 
 def _is_square(differs: npt.NDArray[np.bool_], painted: npt.NDArray[np.bool_]) -> bool:
-    """Whether what differs from the original spans a square of CUTOUT, or what the image's border leaves of one, and all
-    of it is painted. Some of its pixels may have had the fill's colour before."""
+    """Whether the pixels that differ from the original span a square of side CUTOUT (or the part of one inside the image) that
+    is painted completely. Some pixels of the square may have had the fill's colour before."""
     box = []
     for axis in (0, 1):
         lines = np.flatnonzero(differs.any(1 - axis))
@@ -367,11 +369,11 @@ def _is_square(differs: npt.NDArray[np.bool_], painted: npt.NDArray[np.bool_]) -
     return bool(painted[box[0], box[1]].all())
 
 
-# The process that the peers live in
+# The process that the peers run in
 
 
 class PeerHost:
-    """Times one peer at a time in a process of its own; a process that dies or hangs is replaced for the next question."""
+    """Times one peer at a time in another process. A process that dies or hangs is replaced for the next request."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
@@ -386,7 +388,7 @@ class PeerHost:
         theirs.close()
 
     def ask(self, *request: Any) -> Any:
-        """The answer; PeerError where the peer cannot, or the process is gone."""
+        """Send a request and return the answer. PeerError where the peer fails, or the process died or hangs."""
         if self._closed:
             raise PeerError("the process of the peers has ended")
         if self._connection.closed:
@@ -410,7 +412,7 @@ class PeerHost:
         return RemoteStage(name, self, seconds)
 
     def close(self) -> None:
-        """End the process; asked nicely first, so that it ends its workers."""
+        """End the process. It is asked to exit first, so that it can end its workers."""
         self._closed = True
         if self._process.is_alive():
             try:
@@ -430,7 +432,7 @@ class PeerHost:
 
 @dataclass
 class RemoteStage:
-    """A peer as `measure.interleave` wants it. Between samples its workers do not run."""
+    """A peer as a stage for `measure.interleave`. Between samples its workers do not run."""
 
     name: str
     host: PeerHost
@@ -459,7 +461,9 @@ def _serve(connection: Connection, task: Task) -> None:
                 answer = _open(peer, task) if request[0] == "open" else _sample(peer, task, request[2])
             except PeerError as error:
                 answer = error
-            except Exception as error:  # a peer's fault is a result: it is reported, the others go on
+            except (
+                Exception
+            ) as error:  # an error of a peer is reported as its result, and the other peers are measured all the same
                 answer = PeerError(f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}")
             connection.send(answer)
     finally:
@@ -480,7 +484,7 @@ def _open(peer: Peer, task: Task) -> str:
 
 
 def _sample(peer: Peer, task: Task, seconds: float) -> float:
-    """Images a second, once the first batches are past: those pay for starting workers and filling queues."""
+    """Images per second, without the first batches, which include starting workers and filling queues."""
     start = peer.open(task)
     batches = chain.from_iterable(start() for _ in count())
     steps_per_epoch = len(task.images) // task.batch_size

@@ -40,7 +40,8 @@ def profile(training: Training, path: Path) -> list[str]:
 
 
 def costliest(events: Any, on_gpu: bool) -> list[tuple[str, float, int]]:
-    """(name, microseconds, calls), by time: what ran on the GPU, or on a CPU the operators without what they call."""
+    """(name, microseconds, calls), longest first: of the GPU's kernels, or on a CPU of operators without the time of those that
+    they call."""
     from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
     time: defaultdict[str, float] = defaultdict(float)

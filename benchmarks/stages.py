@@ -1,4 +1,4 @@
-"""What is measured of this project: its pipelines alone, the training step alone, both together, evaluation."""
+"""The stages of this project that are measured: its pipelines alone, the training step alone, both together, the evaluation."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from train.session import Session
 from train.step.meter import StepMeter
 from train.step.schedule import OneCycle
 
-RATE = 1e-3  # of learning; speed does not depend on it, and random labels do not diverge with it
+LEARNING_RATE = 1e-3  # speed does not depend on it, and training on random labels does not diverge with it
 
 
 class _Enough(Exception):
-    """Ends Trainer.train_epoch after the steps that were asked for."""
+    """Raised to end Trainer.train_epoch after the wanted number of steps."""
 
 
 class TimedLoader:
-    """A loader whose batches are the given one's, and which knows how long its user waited for them."""
+    """Passes on the batches of a loader, and measures how long its user waited for them."""
 
     def __init__(self, loader: TrainLoader) -> None:
         self._loader = loader
@@ -53,8 +53,8 @@ class TimedLoader:
 
 
 class Training:
-    """The trainer of an open session, built, compiled and warm, as stages. All of them go on where the last one stopped in
-    the plan. `dataset` is what the recipe asks for, where it has been read already."""
+    """The stages of a training, from a session's trainer that is built, compiled and warmed up. Each stage continues in the
+    augmentation plan where the one before stopped. `dataset` is the recipe's data set, where it has been read already."""
 
     def __init__(self, session: Session, dataset: Dataset | None = None) -> None:
         reset_device_peak(session.runtime.device)
@@ -66,8 +66,10 @@ class Training:
         self.loader = TimedLoader(self.trainer.train_loader)
         self.trainer.train_loader = self.loader  # type: ignore[assignment]
         self.batch_size = session.config.train.batch_size
-        self.schedule = OneCycle(RATE, RATE, 1.0, 10**12)
-        self.waited = self.spent = 0.0  # by the training thread, end to end: for the pipeline, and in all
+        self.schedule = OneCycle(LEARNING_RATE, LEARNING_RATE, 1.0, 10**12)
+        self.waited = self.spent = (
+            0.0  # seconds of the training thread end to end: waiting for the pipeline, and in all
+        )
         self._epoch = self._step = 0
         self._new_meter()
         dataset = session.dataset
@@ -100,11 +102,11 @@ class Training:
     def run_step(self, steps: int) -> float:
         self.trainer.step.train()
         for _ in range(steps):
-            self.trainer.train_one(self._images, self._labels, RATE)
+            self.trainer.train_one(self._images, self._labels, LEARNING_RATE)
         return steps * self.batch_size
 
     def run_end_to_end(self, steps: int) -> float:
-        """Trainer.train_epoch, with what a run does on the host after each step."""
+        """Trainer.train_epoch, including what a run does on the host after each step."""
         begun, waited = time.perf_counter(), self.loader.waited
         for epoch, first, stop in self._spans(steps):
             meter = self._meter
@@ -129,28 +131,28 @@ class Training:
         return steps * len(self.trainer.dataset.test)
 
     def device_peak_gib(self) -> float | None:
-        """GPU memory that training and evaluation took at most, compilation included; ask before others use the GPU."""
+        """The peak GPU memory of training and evaluation, compilation included. To be called before other stages use the GPU."""
         if self.device.type == "cuda":
             self.run_end_to_end(2)
             self.trainer.evaluate()
         return device_peak_gib(self.device)
 
     def stage(self, name: str, seconds: float) -> Stage:
-        """pipeline, step, end_to_end or evaluation."""
+        """The stage `name`: pipeline, step, end_to_end or evaluation."""
         epoch = 1 if name == "evaluation" else self.trainer.steps_per_epoch
         return Stage(name, getattr(self, f"run_{name}"), self.device, seconds, epoch)
 
 
 def training_flops(net: Network, height: int, width: int) -> int:
-    """Floating-point operations of one image's training: forward, and as much again for the gradients of activations and
-    of weights, two for a multiply-add; the images themselves, which the first layer sees in full size, need no gradient."""
+    """Floating-point operations of training on one image, two for each multiply-add: the forward pass, as many for the gradients
+    of the activations and as many for those of the weights. The first layer's input, the image, needs no gradient."""
     first_layer = next(weights for name, weights in net.named_parameters() if net.role(name) == "filter")
     return 6 * net.multiply_adds(height, width) - 2 * first_layer.numel() * height * width
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to apply plans: by which backend, on which device, fused by torch.compile or not."""
+    """A way to apply plans: the backend, the device, and whether torch.compile fuses the operations."""
 
     backend: Backend
     device: torch.device
@@ -159,13 +161,13 @@ class Kind:
     def loader(
         self, split: Split, *, batch_size: int, augment: Augment, fill: tuple[int, int, int], seed: int = 0
     ) -> TrainLoader:
-        """The batches of a split, made in this way."""
+        """A loader of the split's batches that works in this way."""
         order = FeedOrder(batch_size=batch_size, augment=augment, fill=fill, device=self.device, compiled=self.compiled)
         return TrainLoader(split, order, seed=seed, backend=self.backend)
 
 
 class Pipeline:
-    """One loader, endlessly."""
+    """A stage that takes batches from one loader, epoch after epoch."""
 
     def __init__(self, dataset: Dataset, kind: Kind, *, batch_size: int, augment: Augment) -> None:
         self.device, self.batch_size = kind.device, batch_size
@@ -190,7 +192,7 @@ def endless(loader: TrainLoader) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def pipeline_kinds(devices: Sequence[torch.device]) -> tuple[dict[str, Kind], dict[str, str]]:
-    """Every way that runs here, by name; and those that do not, with the reason."""
+    """Every kind of pipeline that runs on this machine, by name; and for the others the reason why not."""
     kinds: dict[str, Kind] = {}
     left_out: dict[str, str] = {}
     for device in devices:
@@ -210,7 +212,7 @@ def pipeline_kinds(devices: Sequence[torch.device]) -> tuple[dict[str, Kind], di
 
 
 def each_alone(augment: Augment) -> dict[str, Augment]:
-    """None of the augmentations, each that is on by itself, and all of them."""
+    """Variants by name: no augmentation, each one that is switched on by itself, and all of them."""
     found = {"none": NO_AUGMENT}
     if augment.crop:
         found["crop"] = replace(NO_AUGMENT, crop=True, pad=augment.pad, padding_mode=augment.padding_mode)

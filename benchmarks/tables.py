@@ -33,12 +33,12 @@ def throughput_block(folder: Path) -> str:
 
 
 def accuracy_block(folder: Path) -> str:
-    """The same of the README."""
+    """What the README has between the two markers, markers included."""
     _, reports = load_results(folder)
     return _block(accuracy_table(reports) if reports else [])
 
 
-# by document, what makes its block
+# by document, the function that makes its block
 BLOCKS = {"docs/throughput.md": throughput_block, "README.md": accuracy_block}
 
 
@@ -47,7 +47,7 @@ def _block(rows: list[str]) -> str:
 
 
 def throughput_table(reports: list[dict[str, Any]]) -> list[str]:
-    """A column a machine, a row a stage or peer; under it how each is to be read and repeated."""
+    """A table with a column for each machine and a row for each stage or peer; below it the commands, and how to read it."""
     columns = [_machine(report) for report in reports]
     label = "images/s, median; ratios: median of paired ratios"
     rows = [f"| {label} | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
@@ -77,7 +77,7 @@ def throughput_table(reports: list[dict[str, Any]]) -> list[str]:
 
 
 def ratios(report: dict[str, Any]) -> dict[str, str]:
-    """What is quoted of a report of throughput.py, in words and figures; no figure where there is none."""
+    """The ratios of a report of throughput.py that documents quote, by their name in words; those not measured are left out."""
     fastest = fastest_reference(report)
     if fastest == REFERENCE_PEER:
         fastest = None  # it has a line already
@@ -99,7 +99,7 @@ def ratios(report: dict[str, Any]) -> dict[str, str]:
 
 
 def fastest_reference(report: dict[str, Any]) -> str | None:
-    """The quickest of the DataLoaders over torchvision's PIL transforms that were measured, whatever their workers."""
+    """The fastest measured DataLoader with torchvision's PIL transforms, with any number of workers."""
     rates = {name: rate["median"] for name, rate in report["peers"].items() if name.startswith("torchvision_pil_")}
     return max(rates, key=lambda name: rates[name], default=None)
 
@@ -130,7 +130,7 @@ def accuracy_table(reports: list[dict[str, Any]]) -> list[str]:
 
 
 def _to_94(report: dict[str, Any]) -> str:
-    """The mean over the runs that got there, and how many of all did."""
+    """The mean time to 94% over the runs that reached it, and how many of all runs did."""
     found = report["seconds_to_94"]
     return "not reached" if found is None else f"{found['mean']:.1f} s ({report['reached_94']} of {report['runs']})"
 

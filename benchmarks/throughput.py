@@ -1,4 +1,4 @@
-"""How many images a second the pipeline delivers, the network takes, training does; what holds it back; how others fare.
+"""Images per second of the input pipeline, the training step and training as a whole; what limits it; other pipelines' speed.
 
 python benchmarks/throughput.py [--quick] [--json FILE] [--ablations] [--profile FILE] [section.key=value ...]
 """
@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from dali_pipeline.plan import Augment
     from train.config import Config
 
-KIND = "throughput"  # of the JSON, for whoever reads the folder of results
+KIND = "throughput"  # of a report, in its JSON file
 REFERENCE_PEER = "torchvision_pil_2_workers"
-WRONG_PIXELS = "its pixels are wrong"  # of dali_pipeline/backend.py, where DALI's probe finds other pixels
+WRONG_PIXELS = (
+    "its pixels are wrong"  # in the message of dali_pipeline/backend.py where DALI's probe finds other pixels
+)
 CPU_WIDTH, GPU_WIDTH = 16, 64
 ABLATIONS = ("channels_last", "compile", "precision", "batch", "pipelines", "prefetch", "graph")
 
@@ -77,13 +79,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
-    from benchmarks.machine import command  # torch from here on: --help answers without it
+    from benchmarks.machine import command  # imports torch, for which --help need not wait
     from benchmarks.outcome import explained, write_report
 
     words = command("throughput", sys.argv[1:] if arguments is None else arguments)
 
     def save(report: dict[str, Any]) -> None:
-        """What is there so far: ablations can take longer than anybody waits."""
+        """Write the results so far, as ablations can take very long and may be interrupted."""
         report["command"] = words
         if options.json:
             write_report(options.json, report)
@@ -99,8 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def recipe(options: argparse.Namespace) -> Config:
-    """The recipe with what a benchmark needs: data without a download, no range test, a width for the machine. ConfigError
-    where it asks the peers for augmentations that they do not do."""
+    """The recipe with the settings of a benchmark: data without a download, no range test, a width that suits the machine.
+    ConfigError where it has an augmentation that the peers are not set up for."""
     import torch
 
     from benchmarks.peers import PEERS_AUGMENT
@@ -131,8 +133,8 @@ def recipe(options: argparse.Namespace) -> Config:
 def measure(
     options: argparse.Namespace, say: Callable[[str], None], save: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """All that is asked for, in an order in which each can use the whole machine."""
-    from benchmarks.machine import machine_record
+    """Do all measurements that were asked for, one after the other, so that each has the whole machine."""
+    from benchmarks.machine import machine_facts
     from benchmarks.stages import Training
     from dali_pipeline import sources
     from train.machine.environment import git_commit, versions
@@ -151,7 +153,7 @@ def measure(
     seconds = 0.15 if options.quick else 0.3
     report: dict[str, Any] = {
         "kind": KIND,
-        "machine": machine_record(runtime.device),
+        "machine": machine_facts(runtime.device),
         "versions": {**versions(), **_peer_versions()},
         "commit": git_commit(),
         "command": "",
@@ -203,7 +205,9 @@ def measure(
 
             for line in profile(training, options.profile):
                 say(line)
-    if options.peers is not False:  # after what is ours: one that hangs takes a while to be given up
+    if (
+        options.peers is not False
+    ):  # after this project's own stages, as a peer that hangs is given up only after a while
         measurement.peers(kinds, [REFERENCE_PEER] if options.quick and not options.peers else None)
         save(report)
     if options.footprint if options.footprint is not None else not options.quick:
@@ -239,7 +243,7 @@ def measure(
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What is measured, how often and how long; results go into `report`, lines for a person to `say`."""
+    """The measurements, with how often and how long to measure. Results go into `report`, lines for a person to `say`."""
 
     config: Config
     dataset: Dataset
@@ -250,7 +254,7 @@ class Measurement:
     say: Callable[[str], None]
 
     def pipelines(self) -> dict[str, Kind]:
-        """Every pipeline of this project that runs here and gives the right pixels; their kinds by name."""
+        """Measure every pipeline of this project that runs here and gives the right pixels. Returns their kinds by name."""
         import torch
 
         from benchmarks.measure import interleave
@@ -288,7 +292,7 @@ class Measurement:
         return sound
 
     def peers(self, kinds: dict[str, Kind], names: Sequence[str] | None) -> None:
-        """The pipelines of others (`names`, or all), in turn with ours on the same device, measured anew for the ratios."""
+        """Measure the peers (`names`, or all) in turn with this project's pipelines on the same device, for their ratios."""
         from benchmarks.measure import Sampled, interleave
         from benchmarks.peers import PeerError, PeerHost, Task, peers
 
@@ -316,7 +320,7 @@ class Measurement:
         self._compare(rates)
 
     def augmentations(self, kinds: dict[str, Kind]) -> None:
-        """Each alone on top of none, by the backend that training takes; and what that costs an image."""
+        """Measure each augmentation by itself and none, with the backend that training uses, and what each costs per image."""
         from benchmarks.measure import interleave
         from benchmarks.stages import Kind, each_alone
 
@@ -342,12 +346,12 @@ class Measurement:
         self.say("cost an image: " + ", ".join(f"{name} {cost:,.0f} ns" for name, cost in costs.items()))
 
     def training(self, training: Training) -> None:
-        """Its pipeline, its step, both together and the evaluation, in turn with a matrix product."""
+        """Measure the training's pipeline, its step, both together and the evaluation, in turn with a matrix product."""
         from benchmarks.measure import interleave, matrix_stage
 
-        # chunks as short as one step and many of them: bursts of other work on the machine hit both sides of a ratio alike
+        # many chunks as short as one step, so that bursts of other work on the machine affect both sides of a ratio alike
         stages = [training.stage(name, self.seconds) for name in ("pipeline", "step", "end_to_end")]
-        self.report["device_peak_gib"] = training.device_peak_gib()  # before the matrices lie there too
+        self.report["device_peak_gib"] = training.device_peak_gib()  # before the matrices take GPU memory too
         matrix = matrix_stage(training.device, training.runtime.precision, self.seconds)
         training_repeats = 3 * self.repeats if training.device.type == "cpu" else self.repeats
         rates = interleave([*stages, matrix], training_repeats)
@@ -367,14 +371,14 @@ class Measurement:
         self.report["verdict"] = verdict(self.report["ratios"])
 
     def _pipeline(self, kind: Kind, augment: Augment | None = None) -> Pipeline:
-        """Of the recipe's batches, with its augmentations or others."""
+        """A pipeline of the recipe's batches, with its augmentations or with others."""
         from benchmarks.stages import Pipeline
 
         augment = augment or self.config.augment
         return Pipeline(self.dataset, kind, batch_size=self.config.train.batch_size, augment=augment)
 
     def _compare(self, rates: dict[str, Rate]) -> None:
-        """Ratios of each of ours over every peer, and of DALI over torch."""
+        """Add the ratios of each of this project's pipelines to every peer, and of DALI to torch."""
         ours = _ours(self.device)
         for name, stage in ours.items():
             others = {key: key for key in rates if not key.startswith("pipeline_")} | (ours if name == "dali" else {})
@@ -393,7 +397,7 @@ class Measurement:
 
 
 def _ours(device: Any) -> dict[str, str]:
-    """Our pipelines on the device: what a ratio calls each, and its stage."""
+    """This project's pipelines on the device: the name of each in a ratio, and its stage."""
     return {name: f"pipeline_{name}_{device.type}" for name in ("dali", "torch_eager", "torch_compiled")}
 
 
@@ -406,7 +410,7 @@ def _small_epoch(kind: Kind, split: Split, augment: Augment) -> Iterator[tuple[T
 def training_ratios(
     rates: dict[str, Rate], matrix: Rate, flops_per_image: int, pipeline_share: float
 ) -> dict[str, float]:
-    """What the stages of training say together. `matrix` is in floating-point operations a second."""
+    """Ratios between the stages of training. `matrix` is in floating-point operations per second."""
     pipeline, step, both = rates["pipeline"], rates["step"], rates["end_to_end"]
     slower = pipeline if pipeline.median < step.median else step
     return {

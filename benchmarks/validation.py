@@ -2,8 +2,8 @@
 
 python benchmarks/validation.py configs/cpu.yaml data.validation=5000 --runs 3 --json FILE [--picture FILE]
 
-The test set is measured after every epoch here, which a training with data.validation never does: this looks at the method, and
-chooses nothing. Each finished run is a line of a JSONL file; the same command goes on with the seeds that are missing.
+Here the test set is measured after every epoch, which a training with data.validation never does: this evaluates the method and
+chooses nothing by it. Each finished run is a line of a JSONL file; the same command continues with the seeds that are missing.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
-    from benchmarks.accuracy import append, comparable, read_environment, read_finished
-    from benchmarks.machine import command, machine_record
+    from benchmarks.accuracy import append, check_same_machine, comparable, read_environment, read_finished
+    from benchmarks.machine import command, machine_facts
     from benchmarks.outcome import explained, write_report
     from train.config import ConfigError, load_config, to_dict
     from train.screen.log import Log
@@ -63,8 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with Session(config, Log(quiet=True)) as session:
                 session.build()
                 session.warm_up()
-                environment = session.environment() | {"machine": machine_record(session.runtime.device)}
+                environment = session.environment() | {"machine": machine_facts(session.runtime.device)}
                 append(finished, {"recipe": recipe, "environment": environment}, only_first=True)
+                check_same_machine(finished, environment)
                 for seed in missing:
                     done[seed] = {"seed": seed, "epochs": by_epoch(session, seed)}
                     append(finished, done[seed])
@@ -111,7 +112,7 @@ def by_epoch(session: Session, seed: int) -> list[dict[str, float]]:
 
 
 def sentence(epochs: list[dict[str, float]]) -> str:
-    """What choosing by validation reached, against the last epoch and against the best on the test set."""
+    """A sentence: the test accuracy of the epoch chosen by validation, that of the last epoch, and the highest."""
     chosen = max(range(len(epochs)), key=lambda i: epochs[i]["validation"])
     best = max(range(len(epochs)), key=lambda i: epochs[i]["test"])
     return (
@@ -146,7 +147,7 @@ def summarise(runs: list[dict[str, Any]], recipe: dict[str, Any], environment: d
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Both accuracies by epoch, a line a seed."""
+    """Draw both accuracies by epoch, with a line for each seed."""
     from matplotlib.ticker import MaxNLocator
 
     from analysis.style import BLUE, VERMILLION, new_figure, save

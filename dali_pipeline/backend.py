@@ -1,4 +1,4 @@
-"""Which backend feeds the training, DALI or torch: tried on the device before it is used, and said with the reason."""
+"""Chooses the backend that feeds the training, DALI or torch. DALI is tried on the device before it is used."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class WrongPixels(Exception):
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """The backend that will run, and why it was taken; `reason` is for the log and the run's record."""
+    """The backend that will be used; `reason` says why, for the log and a run's environment.json."""
 
     name: Backend
     reason: str
@@ -52,7 +52,7 @@ def choose_backend(requested: str, device: torch.device) -> BackendChoice:
     else:
         try:
             version = probe(device)
-        except Exception as error:  # ImportError, RuntimeError, AttributeError: all answer one question
+        except Exception as error:  # ImportError, RuntimeError, AttributeError: in each case DALI cannot be used
             problem = _explain(error)
         else:
             if device.type == "cpu":
@@ -69,7 +69,7 @@ def probe(device: torch.device) -> str:
     """DALI's version, once its graphs have given on the device, image by image, the pixels that torch gives on the CPU.
 
     The small random images come in planes, so that DALI decodes them too, with a black border and with a reflected one; then
-    three batches of them, several to a picture, every augmentation on: as many as are prefetched and one more. Raises
+    three batches of them, several images to a strip, every augmentation on: as many as are prefetched and one more. Raises
     WrongPixels where they differ; whatever else fails raises as it is.
     """
     dali, _ = import_dali()

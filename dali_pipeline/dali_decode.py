@@ -1,8 +1,8 @@
-"""The images of a split decoded by NVIDIA DALI: once, at the start, on the device, not per batch.
+"""The images of a split decoded by NVIDIA DALI on the device, once before the training instead of for every batch.
 
-Decoding turns the planes of CIFAR's records into pixels (HWC); the border and the mirrored copies are made on the way. DALI's
-cost is bookkeeping for each sample, so an image is no sample here either: some 10,000 of them are one, a stack of frames, and
-50,000 images are five samples, however many files they came from. dali_pipeline/resident.py does the same in torch, bit for bit.
+Decoding turns the colour planes of CIFAR's records into pixels (height, width, channel) and adds the border and the mirrored
+copies. DALI's bookkeeping for each sample takes longer than the work on an image of this size, so one sample holds up to
+10,000 images as the frames of a sequence. dali_pipeline/resident.py does the same in torch, bit for bit.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dali_pipeline.dali import backend_of, device_id, import_dali
 from dali_pipeline.dataset import Pixels, Split
 from dali_pipeline.resident import empty_slots, upload
 
-# A sample is as many images as both allow: 10,000 of CIFAR's, fewer of larger ones. DALI's GPU flip starts a layer of blocks for
-# each frame, CUDA has 65,535 such layers at most, and DALI does not ask whether they started.
+# A sample holds as many images as both limits allow: 10,000 of CIFAR's, fewer of larger ones. DALI's GPU flip launches a grid
+# with one layer for each frame. CUDA allows 65,535 layers, and DALI does not check whether the launch succeeded.
 SAMPLE_IMAGES, SAMPLE_BYTES = 10_000, 64 << 20
 
 
@@ -34,10 +34,10 @@ def decode_images(
 ) -> Tensor:
     """The images as (slots, H + 2*border, W + 2*border, 3) uint8 on the device: what `resident_images` gives, by DALI.
 
-    The pixels go to the device chunk by chunk, each of them once. A chunk is a sample, on the CPU one for each thread. The result
-    is complete when this returns, for any stream, and the pipeline that made it is gone.
+    The pixels go to the device in chunks: one sample on a GPU, one for each thread on the CPU. When this returns the result is
+    complete for every stream, and DALI's pipeline is freed.
 
-    Peak memory of the device: the result and one chunk, which is its pixels as they came, decoded, padded and mirrored. For
+    Peak memory of the device: the result and one chunk (its pixels as they came, decoded, padded and mirrored). For
     the 50,000 training images of CIFAR-10 with a border of 4 and mirrored copies, that is 480 MB of result (100,016 slots of
     40 x 40 x 3 bytes) and at most 157 MB of chunk (10,000 times 2 * 32 * 32 * 3 + 2 * 40 * 40 * 3 bytes), which DALI's memory
     pool may keep for the batches to come.
@@ -53,8 +53,10 @@ def decode_images(
 
 
 def _run(pipe: Any, chunk: Pixels, targets: list[Tensor]) -> None:
-    """Decodes a chunk into `targets`, the slots of its images and with mirrored copies those of the copies; when it returns
-    they are written, and the chunk's own memory is free for the next one (new pages cost the CPU half as much as the work)."""
+    """Decodes a chunk into `targets`: the slots of its images and, with mirrored copies, the slots of the copies.
+
+    When it returns they are written, and the chunk's memory can be reused for the next one. On the CPU fresh pages would cost
+    half as much time again as the decoding."""
     device = targets[0].device
     threads = _threads(device)
     batch = (threads if len(chunk) % threads == 0 else 1, -1)  # samples, images in each
@@ -74,7 +76,7 @@ def _run(pipe: Any, chunk: Pixels, targets: list[Tensor]) -> None:
 
 
 def _build(split: Split, device: torch.device, *, border: int, reflect: bool, mirrored: bool) -> Any:
-    """The pipeline: a chunk of pixels in; the images out, and with `mirrored` the mirrored images too."""
+    """DALI's pipeline: its input is a chunk of pixels, its outputs are the images and, with `mirrored`, the mirrored images."""
     dali, fn = import_dali()
     threads = _threads(device)
     pipe = dali.Pipeline(
@@ -102,5 +104,5 @@ def _build(split: Split, device: torch.device, *, border: int, reflect: bool, mi
 
 
 def _threads(device: torch.device) -> int:
-    """DALI's threads, each of which works on a sample of its own: on a GPU there is nothing for a second one to do."""
+    """How many threads DALI gets. Each works on one sample, and on a GPU there is only one at a time."""
     return 1 if device.type == "cuda" else 2

@@ -1,4 +1,4 @@
-"""Labelled images in host memory, and what is known of a data set: class names, mean, standard deviation. NumPy alone."""
+"""Labelled images in host memory, and a data set's class names, mean and standard deviation. Needs only NumPy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ Labels = npt.NDArray[np.int64]
 
 
 class DataError(UserError):
-    """The data set cannot be had: the message names the file or address, what was expected, found, and to do."""
+    """The data set cannot be read or downloaded. The message names the file or address, what was expected, what was found
+    and what to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +79,7 @@ def _hwc(split: Split) -> Pixels:
 
 
 def pieces(split: Split, size: int) -> Iterator[Pixels]:
-    """The images of a split in order, (n, H, W, 3) views of at most `size` bytes or one image."""
+    """The images of a split in order, as views (n, H, W, 3) of at most `size` bytes (but at least one image)."""
     count = max(1, size // max(1, 3 * split.height * split.width))
     for start in range(0, len(split), count):
         yield _hwc(split)[start : start + count]
@@ -88,7 +89,7 @@ def pieces(split: Split, size: int) -> Iterator[Pixels]:
 class Dataset:
     """mean, std: per channel over all training pixels, in units of 0..255, so that x_norm = (x - mean) / std.
 
-    fill: the mean colour, rounded: what cutout paints. source: where the data came from, for the record of a run.
+    fill: the mean colour, rounded, which cutout paints. source: where the data came from, for a run's environment.json.
     """
 
     name: str
@@ -99,8 +100,8 @@ class Dataset:
     std: tuple[float, float, float]
     fill: tuple[int, int, int]
     source: str
-    validation: Split | None = None  # what a training may be chosen by
-    notes: tuple[str, ...] = ()  # what a user should know of these data
+    validation: Split | None = None  # held-out training images, which choose best.pt
+    notes: tuple[str, ...] = ()  # what a user should know about these data
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -132,7 +133,8 @@ def with_statistics(
 ) -> Dataset:
     """The data set with mean, standard deviation and fill colour of its training pixels.
 
-    Computed in integers up to the last root, so that nothing cancels. Raises DataError where a channel has one value only.
+    Everything before the square root is computed in integers, so that no digits cancel. Raises DataError where a channel has
+    the same value everywhere.
     """
     values = range(256)
     mean, std = [], []
@@ -160,7 +162,7 @@ def with_statistics(
 def channel_histogram(split: Split) -> npt.NDArray[np.int64]:
     """(3, 256): how often each value occurs in each channel."""
     histogram = np.zeros((3, 256), np.int64)
-    # bincount widens what it is given to 8 bytes a value: in pieces small enough for the processor's cache
+    # bincount converts its input to 8 bytes a value, so it gets pieces that stay in the processor's cache
     for piece in pieces(split, 3 << 19):
         for channel in range(3):
             histogram[channel] += np.bincount(piece[..., channel].ravel(), minlength=256)

@@ -1,4 +1,4 @@
-"""What the graphs have in common: the order that they carry out, and how they are driven."""
+"""What the DALI and the torch graph have in common: their settings and their interface."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training images set aside to choose by, so that the test set is only measured. NumPy alone."""
+"""Training images held out for validation: they choose best.pt, so that the test set is only measured. Needs only NumPy."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def digests(split: Split) -> list[bytes]:
 
 
 def held_out(split: Split, amount: float, num_classes: int) -> npt.NDArray[np.bool_]:
-    """(N,) mask of the images to set aside: a pure function of the pixels, and for a count of the labels.
+    """(N,) mask of the images to hold out: a pure function of the pixels and, for a count, of the labels.
 
-    `amount` below 1 is a fraction: every image whose digest, read as a number between 0 and 1, lies below it. So an image
-    stays on its side when others come or go. From 1 on it is a count: of each class the count / num_classes images
-    with the smallest digests (the first classes give one more where it does not divide). Images with equal pixels fall on
-    one side, so with duplicates a count may be exceeded.
+    `amount` below 1 is a fraction: it takes every image whose digest, read as a number between 0 and 1, is smaller. An image
+    therefore stays in its split when other images are added or removed. `amount` from 1 on is a count: from each class it
+    takes the count / num_classes images with the smallest digests (one more from the first classes where that does not
+    divide). Images with equal pixels land in the same split, so with duplicates there may be more images than asked for.
     """
     found = digests(split)
     if amount < 1:
@@ -42,9 +42,9 @@ def held_out(split: Split, amount: float, num_classes: int) -> npt.NDArray[np.bo
 
 
 def hold_out(dataset: Dataset, amount: float) -> Dataset:
-    """The data set with a validation split out of its training images, and the statistics of what is left.
+    """The data set with a part of its training images as validation split; mean and standard deviation are those of the rest.
 
-    A class that gets no validation image is named in `notes`. Raises DataError where a class keeps no training image.
+    A class without a validation image is named in `notes`. Raises DataError where a class would have no training image left.
     """
     mask = held_out(dataset.train, amount, dataset.num_classes)
     train, validation = dataset.train.take(~mask), dataset.train.take(mask)

@@ -25,10 +25,10 @@ Key = tuple[int, int]  # (epoch, step)
 
 
 class Pump:
-    """Turns a request for the batch of a key into a graph's images, and keeps what the graph has prefetched in step with it.
+    """Gets the batch of a key (epoch, step) from a graph that prefetches.
 
-    DALI pulls ahead of what it delivers, so the plans follow each other in natural order (`follow`); a request out of that
-    order moves the cursor and throws away the batches in flight.
+    DALI pulls plans ahead of what it delivers, on the assumption that keys are requested in their natural order (`follow`). A
+    request out of that order discards the batches that were prefetched and goes on from the new key.
     """
 
     def __init__(self, plan_of: Callable[[Key], Plan], follow: Callable[[int, int], Key]) -> None:
@@ -53,7 +53,7 @@ class Pump:
             try:
                 images = run()
             except BaseException:
-                while len(self.in_flight) > before:  # a run that failed will not deliver what it pulled
+                while len(self.in_flight) > before:  # a call that failed will not deliver what it pulled
                     self.in_flight.pop()
                 raise
             pulled, plan = self.in_flight.popleft()
@@ -94,7 +94,7 @@ class Engine:
         return images, self._labels[to_device(plan.indices, self._device)]
 
     def close(self) -> None:
-        if os.getpid() != self._pid:  # stopping threads that fork() did not copy would wait for ever
+        if os.getpid() != self._pid:  # after fork() DALI's threads do not exist here, and stopping them would hang
             return
         if self._graph is not None:
             self._graph.close()
@@ -104,9 +104,9 @@ class Engine:
 class TrainLoader:
     """Augmented batches, a pure function of (seed, epoch, step): starting at a step gives what running up to it gives.
 
-    `order.batch_size` is the global batch; this rank gets positions rank::world_size of it. Raises ValueError where the batch
-    does not divide by the world size or exceeds the split, or reflected padding exceeds the image; BackendError where the
-    backend cannot run, or cannot take images or batches of this shape.
+    `order.batch_size` is the global batch size; this rank gets positions rank::world_size of each batch. Raises ValueError
+    where the batch size is no multiple of the world size or exceeds the split, or the reflected padding exceeds the image;
+    BackendError where the backend cannot run, or cannot process images or batches of this shape.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class TrainLoader:
         )
 
     def plan(self, epoch: int, step: int) -> Plan:
-        """What is done to which images at a step, for this rank."""
+        """Which images this rank gets at a step, and how they are augmented."""
         return self._engine.plan_of((epoch, step))
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:

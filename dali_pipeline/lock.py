@@ -1,7 +1,7 @@
-"""Locks on files, the operating system's, by filelock: a lock dies with the process that holds it.
+"""The operating system's locks on files, through filelock. A lock ends with the process that holds it.
 
-filelock locks a file that is open already (`lock_descriptor`), so that it neither follows a link nor empties a file nor falls
-back to a "soft" lock, a file whose presence counts: such a lock outlives a process that is killed.
+filelock is given a file that is already open (`lock_descriptor`). So it cannot follow a link, empty a file, or fall back to a
+"soft" lock, where the existence of a file is the lock: that would remain when the process is killed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import stat
 from io import FileIO
 from pathlib import Path
 
-# NFS without its lock service and some mounts of containers; a Python without fcntl
+# NFS without its lock service, some file systems mounted into containers, a Python without fcntl
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _KINDS = {
     stat.S_IFLNK: "a symbolic link",
@@ -25,7 +25,7 @@ _KINDS = {
 
 
 class NotARegularFile(OSError):
-    """Where a file to be locked should be lies something else: `strerror` says what."""
+    """The path of a file to be locked is something else; `strerror` says what."""
 
 
 class NoLocks(OSError):
@@ -33,18 +33,18 @@ class NoLocks(OSError):
 
 
 def open_regular(path: Path) -> FileIO:
-    """A regular file, made where there is none, opened to be read and written; its content stays.
+    """Open a regular file for reading and writing; it is created where there is none, and existing content stays.
 
-    Raises NotARegularFile for a link, a folder, a pipe, a socket or a device, and does not wait for any of them.
+    Raises NotARegularFile, without waiting, for a link, a folder, a pipe, a socket or a device.
     """
     _check_regular(path)
     flags = os.O_RDWR | os.O_CREAT
-    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):  # each where the system has it
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):  # not every system has each of them
         flags |= getattr(os, name, 0)
     try:
         file = FileIO(os.open(path, flags, 0o666), "r+")
     except OSError:
-        _check_regular(path)  # something else has come there since the first look
+        _check_regular(path)  # the path may have been replaced since the first check
         raise
     try:
         _check_mode(os.fstat(file.fileno()).st_mode, path)
@@ -59,7 +59,7 @@ def try_lock(file: FileIO) -> bool:
 
     Does not wait. Raises NoLocks where nothing can be locked, OSError for any other failure.
     """
-    from filelock import lock_descriptor  # 40 ms, of no use to most that import this
+    from filelock import lock_descriptor  # here because its import takes 40 ms
 
     try:
         return lock_descriptor(file.fileno(), blocking=False)
@@ -70,7 +70,7 @@ def try_lock(file: FileIO) -> bool:
 
 
 def is_still_at(file: FileIO, path: Path) -> bool:
-    """Whether an open file is the one of this name: between opening and locking, its owner may have removed or renamed it."""
+    """Whether an open file still has this name: its owner may have removed or renamed it between our opening and locking it."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.lstat())
     except FileNotFoundError:
@@ -80,7 +80,7 @@ def is_still_at(file: FileIO, path: Path) -> bool:
 def _check_regular(path: Path) -> None:
     try:
         mode = path.lstat().st_mode
-    except OSError:  # nothing is there, or opening it will say what is wrong
+    except OSError:  # no such path, or one that cannot be looked at: opening it gives the error
         return
     _check_mode(mode, path)
 

@@ -7,14 +7,14 @@ from typing import Any, Literal
 
 
 def key(default: Any, help: str, **about: Any) -> Any:
-    """A field with its meaning, its range (`at_least` or `above`, and `at_most` or `below`; for text a `pattern`) and what
-    another value `changes` of a run: its "result" (where nothing is said), its "rounding", its "speed", or "nothing"."""
+    """A dataclass field for one key: its meaning (`help`), its range (`at_least` or `above`, and `at_most` or `below`; for text
+    a `pattern`), and what changing it `changes` about a run: "result" (the default), "rounding", "speed" or "nothing"."""
     return field(default=default, metadata={"help": help, **about})
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """What is trained on, and what feeds it."""
+    """The data set, and the input pipeline."""
 
     name: str = key("cifar10", "the data set")
     root: str = key("data", "folder that holds the data, or that receives the download", changes="nothing")

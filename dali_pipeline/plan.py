@@ -1,6 +1,6 @@
-"""What is random, drawn: the permutation, crop offset, flip and cutout centre of every image of an epoch.
+"""Draws everything that is random about an epoch: its permutation, and each image's crop offset, flip and cutout centre.
 
-A function of (seed, epoch) alone, in NumPy; `dali_graph` and `torch_graph` apply what is drawn here.
+A plan depends only on (seed, epoch) and is drawn with NumPy; `dali_graph` and `torch_graph` apply it.
 """
 
 from __future__ import annotations
@@ -55,10 +55,11 @@ NO_AUGMENT = Augment(crop=False, pad=0, flip=False, cutout=0)
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens to the images, in order of use; all arrays (n,).
+    """What happens to n images, in order of use; all arrays are (n,).
 
-    The image `indices` is padded by `pad`, its window of the image's own size starting at row dy and column dx
-    (0..2*pad) is cut, mirrored left to right where `flip`, and a square around (cy, cx) is painted.
+    Image `indices` is padded by `pad` on each side. From it a window of the image's own size is cropped, whose corner is at
+    row dy and column dx (0..2*pad); the window is mirrored left to right where `flip` is set, and a square around (cy, cx)
+    is painted over.
     """
 
     indices: IntArray
@@ -85,7 +86,7 @@ class Plan:
 
 
 def identity_plan(indices: IntArray) -> Plan:
-    """The images as they are, for graphs without augmentation."""
+    """The plan that leaves the images as they are."""
     zeros = np.zeros(len(indices), np.int64)
     return Plan(np.asarray(indices, np.int64), zeros, zeros, zeros.astype(bool), zeros, zeros)
 
@@ -101,10 +102,10 @@ def image_size(size: int | tuple[int, int]) -> tuple[int, int]:
 def draw_plan(seed: int, epoch: int, num_images: int, augment: Augment, size: int | tuple[int, int] = 32) -> Plan:
     """The plan of one whole epoch: (num_images,) arrays in order of use.
 
-    Image i reads the four words of Philox-4x64's block i under the key (seed, epoch), both modulo 2^64, so its draws
-    depend neither on the other images nor on how the epoch is batched or sharded. What is switched off is not drawn: the
-    window stays in the middle, nothing is mirrored. Each augmentation has a word of its own, so switching one off
-    leaves what is drawn for the others as it was.
+    Image i uses the four words of Philox-4x64's block i under the key (seed, epoch), both modulo 2^64. Its draws therefore
+    depend neither on the other images nor on how the epoch is batched or sharded. An augmentation that is switched off is
+    not drawn: the window stays in the middle, nothing is mirrored. Each augmentation has its own word, so switching one off
+    does not change the draws of the others.
     """
     height, width = image_size(size)
     key = np.array([seed & _WORD, epoch & _WORD], np.uint64)
@@ -122,8 +123,8 @@ def draw_plan(seed: int, epoch: int, num_images: int, augment: Augment, size: in
 
 
 def _order(keys: npt.NDArray[np.uint64]) -> IntArray:
-    """Argsort, equal keys by index. numpy's default sort is several times faster than its stable one, and equal
-    64-bit keys are one epoch of 50,000 in 10^10: sort again only then."""
+    """Argsort, equal keys by index. NumPy's default sort is several times faster than its stable one, so the stable one is
+    used only where keys are equal: one epoch of 50,000 images in 10^10."""
     order = np.argsort(keys)
     ranked = keys[order]
     if np.any(ranked[1:] == ranked[:-1]):
@@ -141,8 +142,8 @@ class Stream:
     """The batches of all epochs for one rank; any (epoch, step) at any time.
 
     `batch_size` is the global batch; rank r takes positions r::world_size of it. tail="drop": an epoch is its own
-    permutation without what does not fill a batch. tail="endless": full batches from the permutations of all epochs
-    laid end to end, so every image is used equally often and a batch may span two permutations.
+    permutation, and images that do not fill a last batch are left out. tail="endless": the permutations of all epochs are
+    joined and cut into full batches, so every image is used equally often and a batch may span two permutations.
     """
 
     def __init__(
@@ -199,7 +200,7 @@ class Stream:
         plan = self._drawn.get(epoch)
         if plan is None:
             plan = draw_plan(self._seed, epoch, self.num_images, self._augment, self._size)
-            # A batch spans two epochs at most, and prefetching runs ahead by one.
+            # A batch spans at most two epochs, and prefetching reaches at most one epoch ahead.
             self._drawn = {e: p for e, p in self._drawn.items() if abs(e - epoch) <= 1}
             self._drawn[epoch] = plan
         return plan

@@ -1,6 +1,6 @@
-"""The images of a split on the device, by torch: decoded, padded and mirrored once, at the start, on the device, not per batch.
+"""The images of a split on the device: decoded, padded and mirrored by torch, once before the training and not for every batch.
 
-dali_pipeline/dali_decode.py does the same by DALI, bit for bit.
+dali_pipeline/dali_decode.py does the same with DALI, bit for bit.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def upload(array: npt.NDArray[np.uint8 | np.int64], device: torch.device) -> Ten
 
 
 def empty_slots(split: Split, device: torch.device, *, border: int, mirrored: bool, slots: int | None) -> Tensor:
-    """Black slots (slots, H + 2*border, W + 2*border, 3) uint8 on the device; by default as many as there are images,
-    the mirrored ones included."""
+    """Black images (slots, H + 2*border, W + 2*border, 3) uint8 on the device. A slot is the place of one image; by default
+    there are as many as images, mirrored copies included."""
     used = len(split) * (2 if mirrored else 1)
     shape = (used if slots is None else slots, split.height + 2 * border, split.width + 2 * border, 3)
     return torch.zeros(shape, dtype=torch.uint8, device=device)

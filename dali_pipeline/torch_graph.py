@@ -76,7 +76,9 @@ class TorchGraph:
                 return self._compiled(*arguments)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # inductor looks for its compiler at the first call, and raises what it likes
+            except (
+                Exception
+            ) as error:  # inductor looks for its compiler at the first call, and raises errors of many kinds
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 warnings.warn(f"the torch input pipeline runs eagerly: {reason}", RuntimeWarning, stacklevel=5)
                 self._compiled = None
@@ -94,7 +96,7 @@ def _gather(windows: Tensor, staged: Tensor, fill: Tensor, row_hole: Tensor, col
 
 
 def _gather_and_cut(windows: Tensor, staged: Tensor, fill: Tensor, row_hole: Tensor, column_hole: Tensor) -> Tensor:
-    """`staged`, (3, n) int64: the window that each image is, and the row and column of its cutout's centre."""
+    """`staged`, (3, n) int64: for each image the index of its window, and the row and column of its cutout's centre."""
     out = windows.index_select(0, staged[0])
     hole = row_hole[staged[1]][:, :, None] & column_hole[staged[2]][:, None, :]
-    return out ^ ((out ^ fill) & hole)  # the fill where the mask is 255, in whole bytes: vectorises, where() does not
+    return out ^ ((out ^ fill) & hole)  # `fill` where the mask is 255; unlike where(), this vectorises

@@ -1,4 +1,4 @@
-"""The network: `net.build(options, num_classes)`. Knows nothing but torch, and imports it when it is asked for a network."""
+"""The network: `net.build(options, num_classes)`. Depends on torch alone, which is imported when a network is built."""
 
 from __future__ import annotations
 

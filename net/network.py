@@ -8,5 +8,5 @@ from net.resnet import CustomResNet
 
 
 def build(options: NetOptions, num_classes: int) -> Network:
-    """The network of the options, freshly initialised from torch's generator; ValueError for sizes that cannot be."""
+    """The network of the options, its weights drawn from torch's generator. Raises ValueError for sizes below 1."""
     return CustomResNet(num_classes, options.width, options.logit_scale)

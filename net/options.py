@@ -20,7 +20,7 @@ class NetOptions:
     logit_scale: float | None = field(
         default=None,
         metadata={
-            "help": "factor on the logits; null is 1/sqrt(width), which stands high learning rates, 1 is none",
+            "help": "factor on the logits; null is 1/sqrt(width), which suits high learning rates, 1 is none",
             "above": 0.0,
             "at_most": 1000.0,
         },

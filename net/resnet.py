@@ -1,4 +1,4 @@
-"""CustomResNet: the ResNet-9 of DAWNBench fame (davidcpage/cifar10-fast), with the pooling before the normalisation."""
+"""CustomResNet: the ResNet-9 known from DAWNBench (davidcpage/cifar10-fast), with the pooling before the normalisation."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from net.interface import Network
+from net.norm import BatchNorm
+from net.pooling import MaxPool
 
 
 class ConvBN(nn.Sequential):
@@ -18,8 +20,8 @@ class ConvBN(nn.Sequential):
     def __init__(self, in_channels: int, out_channels: int, pool: bool = False) -> None:
         layers: list[nn.Module] = [nn.Conv2d(in_channels, out_channels, 3, stride=1, padding=1, bias=False)]
         if pool:
-            layers.append(nn.MaxPool2d(2))
-        layers += [nn.BatchNorm2d(out_channels), nn.ReLU()]
+            layers.append(MaxPool(2))
+        layers += [BatchNorm(out_channels), nn.ReLU()]
         super().__init__(*layers)
 
 
@@ -37,14 +39,14 @@ class Residual(nn.Module):
 class CustomResNet(Network):
     """Images (N, 3, 32, 32), floating point and normalised, to logits (N, num_classes).
 
-    Widths are `width`, 2, 4 and 8 times `width`; 64 is the assignment's network of 6,573,130 parameters for 10 classes.
-    Any height and width that are multiples of 8 and at least 32 work: the last pooling is 4x4, the mean over what it
-    leaves (one position at 32x32, where the mean changes nothing) makes the features.
+    Its layers have `width`, 2, 4 and 8 times `width` channels; with 64 and 10 classes that is the course assignment's network
+    of 6,573,130 parameters. Height and width of the images may be any multiples of 8 from 32 on: the last pooling is 4x4,
+    and the features are the mean over the positions that it leaves (a single one at 32x32).
 
-    `logit_scale` multiplies the logits; 1 is the assignment's network, the default 1 / sqrt(width), which at 64 is the 1/8
-    of cifar10-fast. The classifier sees 8 * width features, each a maximum of rectified, normalised values: the loss
-    curves the more steeply along its weights the wider the network, by width * logit_scale**2, and where that is large,
-    training is stable at low rates alone.
+    `logit_scale` multiplies the logits. 1 is the assignment's network; the default is 1 / sqrt(width), which at 64 is the 1/8
+    of cifar10-fast. The classifier sees 8 * width features, each a maximum of rectified, normalised values. The curvature of
+    the loss along the classifier's weights therefore grows with width * logit_scale**2, and where it is large, training is
+    stable only at low learning rates.
 
     Raises ValueError for a width or a class count below 1, or a scale that is not positive.
     """
@@ -61,7 +63,7 @@ class CustomResNet(Network):
         self.layer1 = nn.Sequential(ConvBN(width, 2 * width, pool=True), Residual(2 * width))
         self.layer2 = ConvBN(2 * width, 4 * width, pool=True)
         self.layer3 = nn.Sequential(ConvBN(4 * width, 8 * width, pool=True), Residual(8 * width))
-        self.pool = nn.MaxPool2d(4)
+        self.pool = MaxPool(4)
         self.classifier = nn.Linear(8 * width, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -72,7 +74,7 @@ class CustomResNet(Network):
         return self.classifier(torch.flatten(x, 1)) * self.logit_scale  # type: ignore[no-any-return]
 
     def multiply_adds(self, height: int, width: int) -> int:
-        """Of the convolutions and the classifier, in closed form; norms and pooling are left out."""
+        """Multiply-adds of the convolutions and the classifier, in closed form; norms and pooling are not counted."""
         w, area = self.width, height * width
         maps = [(3, w, area), (w, 2 * w, area), (2 * w, 2 * w, area // 4), (2 * w, 2 * w, area // 4)]
         maps += [(2 * w, 4 * w, area // 4), (4 * w, 8 * w, area // 16)]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 
+with contextlib.suppress(ImportError):
+    # the compiler imports it, which is an error once anything has imported distutils, as libraries of the tests do
+    import setuptools  # noqa: F401
 import pytest
 import torch
 

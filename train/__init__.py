@@ -1,7 +1,7 @@
 """Training: `python -m train --config configs/onecycle.yaml`, and from Python `train.fit("configs/onecycle.yaml")`.
 
-`train.fit` and what is named beside it are stable from version 0.2 on: names, arguments and results stay; new ones may be
-added. What lies in the modules of this package may change with any version. Nothing here imports torch before it is asked for.
+The names in `__all__` are stable from version 0.2 on: names, arguments and results stay; new ones may be added. Everything else
+in this package may change with any version. Importing the package does not import torch; using one of its names may.
 """
 
 from __future__ import annotations

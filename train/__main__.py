@@ -87,6 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, config: Config, recipe: Path) -> int:
     # torch is imported from here on: --help, --print-config and a wrong key answer without waiting for it
+    from dali_pipeline.errors import at_home
     from train.disk.folder import default_run_dir
     from train.errors import explained
     from train.run import find_rates_only, fit
@@ -102,7 +103,9 @@ def _run(options: argparse.Namespace, config: Config, recipe: Path) -> int:
         if recipe != Path(options.config):
             log(f"recipe: {recipe}, as no file {options.config} lies here")
         name = recipe.stem + ("-lr" if options.find_lr else "")
-        folder = Path(config.run.dir).expanduser() if config.run.dir else default_run_dir(name, options.resume)
+        folder = (
+            at_home(config.run.dir, "run.dir", ConfigError) if config.run.dir else default_run_dir(name, options.resume)
+        )
         if options.find_lr:
             find_rates_only(config, folder, log=log, overwrite=options.overwrite, on_range_test=_draw_range_test)
             log(f"run folder     {folder} (lr_finder.csv, lr_finder.png)")
@@ -117,18 +120,18 @@ def _run(options: argparse.Namespace, config: Config, recipe: Path) -> int:
                 extend=options.extend,
                 on_range_test=_draw_range_test,
             )
-            if config.run.analyse and not log.quiet:
+            if config.run.analyse and not log.quiet_by_rank:
                 _analyse(folder, config, log)
     return outcome.code
 
 
 def _analyse(folder: Path, config: Config, log: Log) -> None:
-    """The pictures and the report of the finished run; the run stands whatever happens to them."""
+    """Draw the pictures and the report of the finished run. A failure is only logged: the run itself is complete."""
     from analysis.report import analyse
 
     log("drawing the pictures and the report ...")
     try:
-        report = analyse(folder, data_root=Path(config.data.root).expanduser(), device=config.train.device, log=log)
+        report = analyse(folder, data_root=Path(config.data.root), device=config.train.device, log=log)
     except Exception as error:  # whatever a drawing library raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         log(f"WARNING: the run is complete, its analysis is not: {reason}. Again with: python -m analysis {folder}")
@@ -152,13 +155,13 @@ def _note(message: str) -> None:
 
 
 def _tell(line: str) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes of this machine read the same
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes on this machine would print the same
         print(line, file=sys.stderr)
 
 
 def _open_standard_streams() -> None:
-    """Where a standard stream is closed (`>&-`), put the null device there: the next file opened would get its number,
-    and whatever a library prints would go into that file."""
+    """Open the null device in place of a standard stream that is closed (`>&-`). Otherwise the next file opened would get the
+    stream's number, and what a library prints would be written into that file."""
     for number in range(3):
         try:
             os.fstat(number)

@@ -1,4 +1,5 @@
-"""The configuration: sections that the parts declare, loaded strictly from YAML and `key=value` overrides. Imports no torch."""
+"""The configuration: loads a recipe from YAML and `key=value` overrides, and checks it against the dataclasses of its sections,
+which lie beside what they configure. Imports no torch."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from train.options import CHECKPOINT_EVERY, Changes, OptimOptions, RunOptions, S
 
 
 class ConfigError(UserError, ValueError):
-    """A configuration that cannot be used: one line naming the file or override, the key, the value and the remedy."""
+    """A configuration that cannot be used. The message is one line: the file or override, the key, the value and the remedy."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.splitlines()))
@@ -45,7 +46,7 @@ def checkpoint_interval(every: str | int) -> tuple[int | None, float | None]:
 
 
 def _shown(value: Any) -> str:
-    """A value in an error: one that is too long to read is cut."""
+    """A value as an error message shows it, shortened where it is too long to read."""
     try:
         text = repr(value)
     except ValueError:  # Python does not write out whole numbers of more than 4,300 digits
@@ -69,7 +70,7 @@ SECTIONS: dict[str, type] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole recipe. `config.yaml` of a run folder is exactly this, resolved."""
+    """A whole recipe, with a value for every key. A run folder's config.yaml holds exactly this."""
 
     data: DataOptions = field(default_factory=SECTIONS["data"])
     augment: Augment = field(default_factory=Augment)
@@ -109,7 +110,7 @@ _BOUNDS: dict[str, Callable[[Any, Any], bool]] = {
 
 
 def changes(name: str) -> Changes:
-    """What another value of the key `section.key` changes of a run: result, rounding, speed, or nothing."""
+    """What changing the value of the key `section.key` changes about a run: result, rounding, speed, or nothing."""
     return cast(Changes, KEYS[name][0].metadata.get("changes", "result"))
 
 
@@ -119,7 +120,7 @@ def source_of_key(name: str) -> str | None:
 
 
 def _takes_float(hint: Any) -> bool:
-    """Whether a whole number for the key is meant as a float."""
+    """Whether a whole number given for the key is to be converted to a float."""
     arms = (hint, *typing.get_args(hint))
     return float in arms and int not in arms
 
@@ -170,7 +171,7 @@ def _nearest(name: str, candidates: Sequence[str]) -> str:
 
 
 def _word(key: Any) -> str:
-    """A section or key as an error names it."""
+    """A section or key as an error message shows it."""
     return key if isinstance(key, str) and len(key) <= 80 else _shown(key)
 
 
@@ -209,7 +210,8 @@ def _check_value(name: str, value: Any) -> None:
 
 
 def _check_tree(tree: Any) -> dict[str, dict[str, Any]]:
-    """Unknown sections and keys, types and ranges of a raw tree; gives it back with on/off words restored."""
+    """Check the sections, keys, types and ranges of what was parsed from YAML. Returns it with the words "on" and "off" restored
+    where YAML read them as booleans. Raises ConfigError."""
     if tree is None:
         raise ConfigError("is empty; expected sections such as 'train:'")
     if not isinstance(tree, dict):
@@ -236,7 +238,7 @@ def _check_tree(tree: Any) -> dict[str, dict[str, Any]]:
 
 
 def _check_together(config: Config) -> None:
-    """What only two keys together can get wrong."""
+    """Checks that involve more than one key. Raises ConfigError."""
     checkpoint_interval(config.run.checkpoint_every)
     schedule, train, optim = config.schedule, config.train, config.optim
     source = source_of(config.data)
@@ -276,7 +278,8 @@ def _check_together(config: Config) -> None:
         )
 
 
-# beside this package, in a checkout and installed: looked for there and not by import, as other projects have a `configs` too
+# The folder beside this package, in a checkout and installed. It is not imported, because another project may have a package
+# `configs` too.
 _RECIPES = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -294,7 +297,7 @@ def find_recipe(name: str | Path) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         folder = None
     except OSError:
-        folder = False  # whoever reads it says what is wrong
+        folder = False  # reading it will raise the error that says what is wrong
     if folder is False:
         return path
     wanted = path.name.removesuffix(".yaml")
@@ -320,8 +323,8 @@ def _read_yaml(path: Path) -> Any:
 
 
 class StrictLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, which would keep the last of two equal keys, read 1e-3 as text, and fail at a number of more than
-    4,300 digits with a line about the interpreter's settings."""
+    """PyYAML's safe loader, stricter. PyYAML's own keeps the last of two equal keys, reads 1e-3 as text, and for a number of
+    more than 4,300 digits raises an error about the interpreter's settings."""
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         if len(node.value) > 1000:
@@ -426,8 +429,8 @@ def _foreign(tree: Mapping[str, Any]) -> list[str]:
 
 
 def own_keys(tree: Any, given: Collection[str] = ()) -> tuple[Any, str | None]:
-    """A recorded tree without the keys of other data sets, which earlier versions recorded too, and a line that names what is
-    left out, or None. Those `given` stay, for `from_dict` to refuse."""
+    """The recipe that a run has written, as nested dicts, without the keys of other data sets (earlier versions wrote those too);
+    and a line that names the keys left out, or None. Keys in `given` stay, so that `from_dict` refuses them."""
     if not isinstance(tree, dict) or not isinstance(tree.get("data", {}), dict):
         return tree, None
     out = [key for key in _foreign(tree) if f"data.{key}" not in given]
@@ -439,7 +442,7 @@ def own_keys(tree: Any, given: Collection[str] = ()) -> tuple[Any, str | None]:
 
 
 def from_record(tree: Any, say: Callable[[str], None] | None = None) -> Config:
-    """`from_dict` of what a checkpoint recorded: keys of other data sets are left out, and `say` told so in a line."""
+    """`from_dict` for the recipe in a checkpoint: keys of other data sets are left out, and `say` gets a line about it."""
     tree, note = own_keys(tree)
     if note and say:
         say(note)
@@ -447,8 +450,8 @@ def from_record(tree: Any, say: Callable[[str], None] | None = None) -> Config:
 
 
 def changed(config: Config, values: Mapping[str, Any]) -> Config:
-    """The configuration with other values of some `section.key`, checked like a file; with another data.name the keys of the
-    one before go. Raises ConfigError."""
+    """The configuration with other values for some `section.key`, checked like a file. With another data.name the keys of the
+    previous data set are left out. Raises ConfigError."""
     tree = to_dict(config)
     for name, value in values.items():
         if name not in KEYS:
@@ -469,7 +472,7 @@ def to_yaml(config: Config) -> str:
 
 
 def _in_run_folder(path: Path) -> bool:
-    """Whether a run wrote this file: it writes environment.json beside it, before."""
+    """Whether a run wrote this file: a run writes environment.json beside it, and first."""
     return path.name == "config.yaml" and os.path.lexists(path.with_name("environment.json"))
 
 
@@ -477,8 +480,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), say: Callable[[
     """Read a recipe, found as `find_recipe` does, and apply `section.key=value` overrides on top.
 
     Raises ConfigError, one line, for a file that cannot be read, unknown or duplicate keys, wrong types and values out of
-    range, in the file or in an override, and for an override given twice. In the config.yaml of a run folder keys of another
-    data set than data.name are no error, but left out, and `say` told so in a line.
+    range, in the file or in an override, and for an override given twice. In the config.yaml of a run folder, keys of another
+    data set than data.name are no error: they are left out, and `say` gets a line about it.
     """
     path = find_recipe(path)
     try:

@@ -1,4 +1,4 @@
-"""What a user can mend, as one line on stderr and an exit code; every command goes through `explained`."""
+"""Turns errors that a user can correct into one line on stderr and an exit code. Every command runs inside `explained`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from train.step.meter import NonFiniteLoss
 
 __all__ = ["Outcome", "UserError", "explained"]
 
-# how allocators other than torch's own for CUDA say it
+# "out of memory" in the words of allocators other than torch's own for CUDA
 _NO_MEMORY = ("can't allocate memory", "ALLOC_FAILED", "cudaErrorMemoryAllocation", "bad_alloc", "out of memory")
 _REMEDY = "; make room or choose another run.dir=, then continue with --resume"
 
@@ -37,17 +37,18 @@ class Outcome:
 def explained(
     log: Log, *, out_of_memory: str, place: str | None = None, reads_files: bool = False
 ) -> Iterator[Outcome]:
-    """Runs the block; what a user can mend ends as one line on stderr and in `Outcome.code`, anything else as it is.
+    """Runs the block. An error that a user can correct becomes one line on stderr and sets `Outcome.code`; any other error is
+    raised on.
 
-    `out_of_memory` says what to lower where memory does not suffice; `place` names what was being written where the
-    error does not. With `reads_files`, any error of a named file is the user's to mend, and a message keeps its lines.
-    What all processes of a run raise alike is said by the one that may log.
+    `out_of_memory` says which keys to lower where memory does not suffice; `place` names what was being written where the
+    error does not. With `reads_files`, any error about a named file counts as one that the user can correct, and messages
+    keep their line breaks. An error that all processes of a run raise alike is printed by the first one only.
     """
     outcome = Outcome()
 
     def end(code: int, message: str) -> None:
         outcome.code = code
-        with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
+        with contextlib.suppress(OSError, ValueError):  # stderr may be closed
             print("error:", message if reads_files else " ".join(message.split("\n")), file=sys.stderr, flush=True)
 
     try:

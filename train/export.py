@@ -35,9 +35,11 @@ from train.disk.snapshot import Snapshot, load_snapshot
 from train.step.steps import EvalStep
 
 IMAGES = 256  # test images that every export is verified on
-# of the largest logit. The same operations in the same order are exact; another runtime's rounding is about 1e-6
+# The largest difference allowed between the logits of an export and the network's, relative to the largest logit. The same
+# operations in the same order give equal logits; another runtime's rounding is about 1e-6.
 TOLERANCES = {"model.safetensors": 0.0, "model.pt2": 1e-4, "model.onnx": 1e-4}
-NEEDED = {
+# Packages that each file needs to be written and verified; all are in the extra `export`.
+REQUIRED_PACKAGES = {
     "model.safetensors": ("safetensors",),
     "model.pt2": (),
     "model.onnx": ("onnx", "onnxscript", "onnxruntime"),
@@ -49,8 +51,8 @@ class ExportError(UserError):
 
 
 def require(name: str) -> None:
-    """ExportError where a package that the file needs is missing."""
-    missing = [package for package in NEEDED[name] if importlib.util.find_spec(package) is None]
+    """Raise ExportError where a package that this file needs is missing."""
+    missing = [package for package in REQUIRED_PACKAGES[name] if importlib.util.find_spec(package) is None]
     if missing:
         raise ExportError(f"{name} needs {', '.join(missing)}: pip install -e '.[export]'")
 
@@ -68,7 +70,7 @@ def network(snapshot: Snapshot, ema: bool = False) -> Network:
 
 
 def program(snapshot: Snapshot, net: Network) -> EvalStep:
-    """From uint8 images to logits, normalisation included."""
+    """The network as a module from uint8 images to logits, normalisation included."""
     return EvalStep(net, snapshot.data.mean, snapshot.data.std, channels_last=False).eval()
 
 
@@ -96,7 +98,7 @@ def _safetensors(path: Path, snapshot: Snapshot, net: Network, images: Tensor) -
         "epoch": snapshot.position.epoch,
         "test_accuracy": snapshot.test_accuracy,
     }
-    # channels-last weights are refused: the format knows one order
+    # safetensors refuses channels-last weights: it stores contiguous tensors only
     tensors = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
     path.write_bytes(save(tensors, {"about": json.dumps(about)}))
     with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
@@ -140,7 +142,7 @@ MAKERS: dict[str, Callable[[Path, Snapshot, Network, Tensor], Callable[[Tensor],
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """Exporters warn about their own future and about opsets; what they made is verified."""
+    """Silences the exporters' warnings about deprecations and opsets; the files that they write are verified."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -154,21 +156,21 @@ def _quiet() -> Any:
 def export(
     folder: Path, name: str, snapshot: Snapshot, net: Network, images: Tensor, limit: float | None = None
 ) -> float:
-    """Write folder/name and give its largest difference from the network's logits, as a part of the largest logit.
+    """Write folder/name and return the largest difference between its logits and the network's, relative to the largest logit.
 
-    Raises ExportError where it exceeds `limit` (TOLERANCES[name]); the file is not kept then, an older one stays.
+    Raises ExportError where that exceeds `limit` (TOLERANCES[name]); the file is then discarded, and an older one stays.
     """
     limit = TOLERANCES[name] if limit is None else limit
     temporary = folder / f".{name}.tmp{Path(name).suffix}"
     try:
-        open_new(temporary).close()  # a file of our own, which is then written by its name
+        open_new(temporary).close()  # creates a regular file; the exporter then opens it by name
         with _quiet(), torch.no_grad():
-            run = MAKERS[name](temporary, snapshot, net, images)
+            logits_of = MAKERS[name](temporary, snapshot, net, images)
             expected = program(snapshot, net)(images)
-            # in two batches of sizes that the export was not made with
-            found = torch.cat([run(images[:3]), run(images[3:])])
+            # in two batches, of other sizes than the one that the export was traced with
+            found = torch.cat([logits_of(images[:3]), logits_of(images[3:])])
             if limit == 0:
-                found = run(images)
+                found = logits_of(images)
         difference = float((found - expected).abs().max() / expected.abs().max())
         if not difference <= limit:
             raise ExportError(

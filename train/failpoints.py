@@ -1,6 +1,6 @@
-"""Named places at which a test can stop, delay or break a run; they do nothing unless a test has armed them.
+"""Named places in the code at which a test can stop, delay or break a run. They do nothing unless a test has armed them.
 
-The names, where they stand:
+The names and their places:
 
     machine              device, precision and pipeline are not chosen yet
     lock                 the run folder was looked at and its .lock opened, the lock is not taken yet
@@ -32,7 +32,7 @@ _armed: dict[str, _Armed] = {}
 
 
 def failpoint(name: str) -> None:
-    """Pass the place of this name."""
+    """Mark a place in the code: runs the action that a test has armed for this name, if any."""
     if _armed and (found := _armed.get(name)) is not None:
         found.passes += 1
         found.action(found.passes)
@@ -44,5 +44,5 @@ def arm(name: str, action: Callable[[int], object]) -> None:
 
 
 def disarm() -> None:
-    """Nothing happens anywhere any more."""
+    """Remove all actions."""
     _armed.clear()

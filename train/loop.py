@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from train.config import checkpoint_interval, to_dict
-from train.disk.checkpoint import on_host, save_last
+from train.disk.checkpoint import CheckpointError, on_host, save_last
 from train.disk.folder import RunFolder
 from train.disk.snapshot import DataFacts, Position, Snapshot, load_snapshot
 from train.failpoints import failpoint
@@ -25,23 +25,26 @@ from train.step.measures import Measure
 from train.step.meter import NonFiniteLoss, StepMeter
 from train.step.schedule import OneCycle, Rates
 
-STEPS_BETWEEN_QUESTIONS = 20  # on GPUs, between processes: may we stop, may we save, is the loss still a number
+STEPS_BETWEEN_QUESTIONS = (
+    20  # how often processes on GPUs ask each other whether to stop or save, or whether a loss is NaN
+)
 _AFTER_NON_FINITE = (
     "the checkpoint before it is kept. Lower schedule.lr_max, or use train.precision=fp32 where it is not already"
 )
 
 
-class _StopAsked(Exception):
-    """A signal came during the evaluation, which can be had again."""
+class _EvaluationInterrupted(Exception):
+    """A signal came during the evaluation. It is abandoned; the resumed run repeats it."""
 
 
 def saves_in_background(device: torch.device) -> bool:
-    """On a GPU, whose epochs are shorter than the writing of a checkpoint; on the CPU both would share the cores."""
+    """Whether checkpoints are written by another thread: on a GPU, where writing one may take longer than an epoch. On the CPU
+    the thread would take cores from the training."""
     return device.type == "cuda"
 
 
 def store(folder: RunFolder, state: dict[str, Any], best: bool) -> None:
-    """Write last.pt (and best.pt), then metrics.jsonl to match."""
+    """Write last.pt (and best.pt), then metrics.jsonl with the same epochs."""
     failpoint("save")
     save_last(folder.path, state, best)
     folder.write_metrics(state["metrics"])
@@ -64,7 +67,7 @@ class Run:
         self.times, self.position, self.signals, self.notice = session.times, position, session.signals, notice
         self.every_steps, self.every_seconds = checkpoint_interval(self.config.run.checkpoint_every)
         self.last_save = time.perf_counter()
-        self.failure: NonFiniteLoss | None = None  # noticed, and not yet told to the other processes
+        self.failure: NonFiniteLoss | None = None  # of this process, before the other processes know of it
         self._saver = ThreadPoolExecutor(1, "save") if saves_in_background(session.runtime.device) else None
         self._saving: Future[None] | None = None
         self.writer: Any = None
@@ -74,22 +77,24 @@ class Run:
             self.writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=position.epoch + 1)  # type: ignore[no-untyped-call]
 
     def train(self) -> None:
-        """All epochs that are left."""
+        """Train the epochs that are left."""
         with self.signals.deferring(), self._all_saved():
             if self.position.epoch == 0 and self.position.step == 0:
-                self.save()  # a run can be resumed from the start, and a full disk shows before the first step
+                self.save()  # so that even the first epoch can be resumed, and a full disk is noticed before the first step
                 with self.trainer.group.together():
                     self.settle()
             elif self.folder is not None:
-                self.folder.write_metrics(self.position.metrics)  # a kill may have come between last.pt and this file
+                self.folder.write_metrics(
+                    self.position.metrics
+                )  # a kill may have left this file an epoch behind last.pt
             while self.position.epoch < self.config.train.epochs:
                 self._epoch()
         if self.writer is not None:
             self.writer.close()
 
     def measure_test(self) -> dict[str, dict[Measure, Score]]:
-        """The test set by the weights of last.pt and, where there is a run folder, of best.pt: once, after the last epoch of a
-        training that a validation split has chosen. The trainer keeps its own weights."""
+        """The test set by the weights of last.pt and, where the run folder holds it, of best.pt: once, after the last epoch of
+        a training that a validation split has chosen. The trainer keeps its own weights."""
         trainer, position = self.trainer, self.position
         with self.times.on("evaluation", trainer.runtime.device):
             found = {"last.pt": trainer.evaluate_test()}
@@ -98,6 +103,8 @@ class Run:
             if position.best_epoch == position.epoch:
                 return found | {"best.pt": found["last.pt"]}
             best = self.session.group.from_first(self._best_weights)
+            if best is None:
+                return found
             own = on_host({"model": trainer.net.state_dict(), "ema": trainer.ema and trainer.ema.state_dict()})
             trainer.load_weights(best)
             try:
@@ -105,10 +112,21 @@ class Run:
             finally:
                 trainer.load_weights(own)
 
-    def _best_weights(self) -> dict[str, Any]:
+    def _best_weights(self) -> dict[str, Any] | None:
+        """None, with a warning, where best.pt went away or is not that of the best epoch: the training is over, and what
+        else there is to tell of it must not be lost."""
         assert self.folder is not None, "the first process has it"
-        state = load_snapshot(self.folder.path / "best.pt").trainer_state
-        return {name: state[name] for name in ("model", "ema")}
+        path = self.folder.path / "best.pt"
+        try:
+            snapshot = load_snapshot(path)
+        except CheckpointError as error:
+            self.log(f"WARNING: best.pt is not measured: {error}")
+            return None
+        found, expected = snapshot.position.epoch, self.position.best_epoch
+        if found != expected:  # a kill between best.pt and last.pt, and the repeated epoch came out differently
+            self.log(f"WARNING: {path}: is not measured: it is of epoch {found}, and the best epoch was {expected}")
+            return None
+        return {name: snapshot.trainer_state[name] for name in ("model", "ema")}
 
     def _epoch(self) -> None:
         trainer, position, config = self.trainer, self.position, self.config
@@ -117,11 +135,11 @@ class Run:
         start, saved = position.step, (position.step_losses, position.step_correct)
         if start:
             meter.losses[:start] = torch.tensor(saved[0], device=device)
-            # saved are the counts of all processes together; the display shows this one's share
+            # the saved counts are those of all processes together; the display shows the part of this one
             meter.correct[:start] = torch.tensor(saved[1], device=device) // processes
         title = f"epoch {position.epoch + 1}/{config.train.epochs}"
         display = EpochDisplay(self.log, title, steps, start, config.train.batch_size, processes)
-        elsewhere = self.times.training - position.seconds  # the training time that other epochs took
+        elsewhere = self.times.training - position.seconds  # training time of other epochs
 
         def seconds() -> float:
             self.times.count()
@@ -144,14 +162,15 @@ class Run:
         try:
             with self.times.on("evaluation", device):
                 scores = trainer.evaluate(self._stop_in_evaluation)
-        except _StopAsked:
+        except _EvaluationInterrupted:
             self._save_inside(steps, losses, correct, seconds())
             raise self._interrupted() from None
         self._finish_epoch(losses, correct, seconds(), time.perf_counter() - eval_begun, scores)
 
     @contextmanager
     def _noting_failure(self) -> Iterator[None]:
-        """One process alone raises NonFiniteLoss at once; several tell each other first, so that none waits for it."""
+        """A NonFiniteLoss inside the block is kept in `failure`. A single process raises it at once; several processes first tell
+        each other, as otherwise the rest would wait for the one that stopped."""
         try:
             yield
         except NonFiniteLoss as error:
@@ -161,7 +180,7 @@ class Run:
                 raise self.failure from None
 
     def _naming_the_images(self, error: NonFiniteLoss) -> NonFiniteLoss:
-        """Add which images the step had: the plan knows them."""
+        """Add to the message the learning rate and the images of the step."""
         images = self.trainer.train_loader.plan(error.epoch, error.step).indices.tolist()
         shown = ", ".join(map(str, images[:8])) + (f" ... {images[-1]}" if len(images) > 8 else "")
         rate = self.schedule(error.epoch * self.trainer.steps_per_epoch + error.step)
@@ -169,7 +188,7 @@ class Run:
         return error
 
     def _raise_shared(self, noticed: bool) -> None:
-        """With `noticed`, some process has a NonFiniteLoss: the first one's is raised on all of them."""
+        """`noticed`: at least one process has a NonFiniteLoss. All of them then raise that of the first such process."""
         if noticed:
             mine = self.failure and (self.failure.epoch, self.failure.step, self.failure.loss, str(self.failure))
             epoch, step, loss, text = next(found for found in self.trainer.group.gather(mine) if found)
@@ -178,25 +197,25 @@ class Run:
             raise error
 
     def _interrupted(self) -> Interrupted:
-        """By a signal that came to this process, or to another one."""
+        """The exception for a signal that came to this process or to another one, after all saving is done."""
         with self.trainer.group.together():
             self.settle()
         received = [number for number in self.trainer.group.gather(self.signals.received) if number is not None]
         return Interrupted(received[0], saved=self.folder is not None)
 
     def _asking(self, done: int) -> bool:
-        """Whether the processes ask each other now; on GPUs, whose steps are short, every few steps."""
+        """Whether the processes ask each other after this step: on GPUs, whose steps are short, only every few steps."""
         alone = self.trainer.group.world_size == 1
         return alone or self.trainer.runtime.device.type == "cpu" or done % STEPS_BETWEEN_QUESTIONS == 0
 
     def _stop_in_evaluation(self, done: int) -> None:
         if self._asking(done) and self.trainer.group.any(self.signals.received is not None):
-            raise _StopAsked
+            raise _EvaluationInterrupted
 
     def _totals(
         self, meter: StepMeter, done: int, saved: tuple[list[float], list[int]]
     ) -> tuple[list[float], list[int]]:
-        """Of the first `done` steps: the mean loss and the number of correct predictions over all processes."""
+        """For each of the first `done` steps, the mean loss and the number of correct predictions over all processes."""
         group = self.trainer.group
         with self._noting_failure():
             meter.finish(done)
@@ -227,7 +246,7 @@ class Run:
             raise error
         position.epoch += 1
         position.step, position.step_losses, position.step_correct, position.seconds = 0, [], [], 0.0
-        record: dict[str, Any] = {
+        entry: dict[str, Any] = {
             "epoch": position.epoch,
             "lr": self.schedule(position.epoch * trainer.steps_per_epoch - 1),
             "train_loss": train_loss,
@@ -238,11 +257,11 @@ class Run:
             "eval_seconds": eval_seconds,
         }
         for measure, other in others:
-            record |= _recorded(measure, other)
-        position.metrics.append(record)
+            entry |= _recorded(measure, other)
+        position.metrics.append(entry)
         self.log(
-            f"epoch {position.epoch}/{config.train.epochs}: lr {record['lr']:.4g}, loss {train_loss:.4f}, "
-            f"accuracy {train_accuracy:.2f}%, {seconds:.1f} s, {record['images_per_second']:,.0f} images/s"
+            f"epoch {position.epoch}/{config.train.epochs}: lr {entry['lr']:.4g}, loss {train_loss:.4f}, "
+            f"accuracy {train_accuracy:.2f}%, {seconds:.1f} s, {entry['images_per_second']:,.0f} images/s"
         )
         for measure, found in scores.items():
             self.log(f"{measure.label}: {found}")
@@ -250,7 +269,7 @@ class Run:
         if better:
             position.best_accuracy, position.best_epoch = score.accuracy, position.epoch
         if self.writer is not None:
-            for name, value in record.items():
+            for name, value in entry.items():
                 if name != "epoch":
                     self.writer.add_scalar(name, value, position.epoch)
             self.writer.flush()
@@ -259,7 +278,7 @@ class Run:
             raise self._interrupted()
 
     def save(self, best: bool = False) -> None:
-        """Write last.pt (and best.pt), and metrics.jsonl to match. Raises NonFiniteLoss rather than save such weights."""
+        """Write last.pt (and best.pt) and metrics.jsonl. Raises NonFiniteLoss, and saves nothing, if a weight is not finite."""
         self.last_save = time.perf_counter()
         with self.times.on("saving"), self.trainer.group.together():
             if self.folder is not None:
@@ -280,7 +299,7 @@ class Run:
             self._saving = self._saver.submit(store, folder, on_host(state), best)
 
     def snapshot(self) -> Snapshot:
-        """The training as it stands."""
+        """The state of the training now."""
         dataset = self.trainer.dataset
         return Snapshot(
             **self.trainer.state(),
@@ -303,14 +322,14 @@ class Run:
         )
 
     def settle(self) -> None:
-        """Wait until what is being saved is on disk; raises what went wrong with it."""
+        """Wait until a save in the background is on disk; raises the error that it met."""
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
 
     @contextmanager
     def _all_saved(self) -> Iterator[None]:
-        """Ends when everything is on disk, or with the block's own error."""
+        """Waits at the end of the block until everything is on disk; an error of the block itself is raised on."""
         try:
             yield
             with self.times.on("saving"), self.trainer.group.together():
@@ -318,7 +337,9 @@ class Run:
         finally:
             if self._saver is not None:
                 self._saver.shutdown(wait=True)
-            if self._saving is not None and (error := self._saving.exception()) is not None:  # beside the block's own
+            if (
+                self._saving is not None and (error := self._saving.exception()) is not None
+            ):  # only a warning, as the block's own error is raised
                 self.log(f"WARNING: the last save failed, the one before it is kept: {error}")
 
     def _maybe_stop_or_save(

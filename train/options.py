@@ -1,7 +1,7 @@
-"""The `optim:`, `schedule:`, `train:` and `run:` sections of a recipe, one declaration a key. Imports no torch.
+"""The `optim:`, `schedule:`, `train:` and `run:` sections of a recipe, with one declaration for each key. Imports no torch.
 
-`changes` says what another value of the key changes of a run: its `result` (the default), only the `rounding` of it, only
-its `speed` and what it reports, or `nothing`. Resuming, comparing and measuring over seeds ask that.
+`changes` says what changing a key's value changes about a run: its `result` (the default), only its `rounding`, only its
+`speed` and what it reports, or `nothing`. Resuming, comparing runs and measuring over seeds use it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dali_pipeline.options import key
 
 Changes = Literal["result", "rounding", "speed", "nothing"]
 
-# upper bounds are far beyond what trains: they catch a slip of the keyboard, and keep every number one that torch can hold
-MOST_IMAGES = 1_000_000  # a step
+# Upper bounds are far beyond what trains. They catch typing errors, and exclude numbers that torch cannot represent.
+MOST_IMAGES = 1_000_000  # in a batch
 MOST_EPOCHS = 100_000
-HIGHEST_RATE = 1e30  # float32 ends at 3e38; whoever wants to see a training diverge may
-MOST_STEPS = 10**9 - 1  # between checkpoints, or seconds: nine digits
+HIGHEST_RATE = 1e30  # float32 ends at 3e38; high enough to watch a training diverge
+MOST_STEPS = 10**9 - 1  # steps or seconds between checkpoints: nine digits
 CHECKPOINT_EVERY = r"(epoch|0*[1-9][0-9]{0,8}s?)"
 
 
@@ -54,10 +54,10 @@ class ScheduleOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """The loop: how long, how many at a time, in which arithmetic."""
+    """The training: how long, in which batches, on which device, in which arithmetic."""
 
     epochs: int = key(24, "epochs of training", at_least=1, at_most=MOST_EPOCHS)
-    batch_size: int = key(512, "images a step, over all processes together", at_least=1, at_most=MOST_IMAGES)
+    batch_size: int = key(512, "images in a batch, over all processes together", at_least=1, at_most=MOST_IMAGES)
     tail: Literal["drop", "endless"] = key(
         "drop", "an epoch's images beyond the last full batch: dropped, or carried over into the next epoch"
     )
@@ -75,7 +75,9 @@ class TrainOptions:
     channels_last: Literal["auto", "on", "off"] = key(
         "auto", "memory format; auto is on for CUDA and the CPU", changes="rounding"
     )
-    eval_batch_size: int = key(1000, "images a step of evaluation", at_least=1, at_most=MOST_IMAGES, changes="speed")
+    eval_batch_size: int = key(
+        1000, "images in a batch of an evaluation", at_least=1, at_most=MOST_IMAGES, changes="speed"
+    )
     ema_decay: float = key(
         0.0, "decay of the exponential moving average of the weights; 0 keeps none", at_least=0.0, below=1.0
     )

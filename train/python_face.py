@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dali_pipeline.errors import at_home
 from train.config import Config, ConfigError, find_recipe, from_dict, load_config, own_keys, to_dict, with_overrides
 from train.disk.folder import default_run_dir, read_metrics
 from train.errors import UserError
@@ -30,17 +31,18 @@ _one_at_a_time = threading.Lock()
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run that is complete. Accuracies are in percent.
+    """A run that has finished. Accuracies are in percent.
 
     folder: the run folder, absolute; `analysis.load(folder)` predicts, evaluates and draws from it.
     accuracy: of the test set after the last epoch (`last_accuracy` of summary.json), chosen by nothing.
-    best_accuracy, best_epoch: of best.pt. Without a validation split the test set itself has chosen it, which flatters.
+    best_accuracy, best_epoch: of best.pt. Without a validation split the test set itself has chosen it, which flatters;
+        with one the accuracy is None where best.pt could not be read at the end.
     metrics: metrics.jsonl, a dict an epoch; summary: summary.json.
     """
 
     folder: Path
     accuracy: float
-    best_accuracy: float
+    best_accuracy: float | None
     best_epoch: int
     metrics: list[dict[str, Any]] = field(repr=False)
     summary: dict[str, Any] = field(repr=False)
@@ -53,20 +55,22 @@ def fit(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> FinishedRun:
-    """Train, and give the finished run.
+    """Train, and return the finished run.
 
     recipe: the path of a YAML file, or the name of a recipe that is installed ("quickstart"); or its content, as nested
-    dicts or a `train.Config`. NumPy's scalars and paths are taken as the numbers and texts that they stand for.
+    dicts or a `train.Config`. NumPy's scalars are taken as numbers, and paths as text.
     overrides: "section.key=value", as on the command line.
 
-    The run folder is run.dir, by default runs/NAME after the recipe's file, runs/python without one, numbered where that
-    exists. `resume` continues the run in it (by default the newest), `overwrite` replaces it; `quiet` prints nothing. The
-    folder is what `python -m train` writes, less the pictures: `analysis.load(run.folder).report()` draws them.
+    The run folder is run.dir; by default runs/NAME after the recipe's file, or runs/python where there is none, with a number
+    appended if that exists. `resume` continues the run in it (by default the newest), `overwrite` replaces it; `quiet` prints
+    nothing. The folder holds what `python -m train` writes except the pictures: `analysis.load(run.folder).report()` draws
+    them.
 
-    Raises UserError (ConfigError, DataError, NonFiniteLoss ...) with one line for what a user can mend, OSError and
-    torch.OutOfMemoryError for what the machine cannot; KeyboardInterrupt where SIGINT, SIGTERM or SIGHUP ended the training,
-    after a whole step and with a checkpoint. It never ends the process, handles signals in the main thread only, and gives
-    back the handlers, the number of threads, torch's global flags and the default generators. One call at a time.
+    Raises UserError (ConfigError, DataError, NonFiniteLoss ...) with a one-line message for what a user can correct; OSError
+    and torch.OutOfMemoryError where disk or memory fail; KeyboardInterrupt where SIGINT, SIGTERM or SIGHUP ended the training,
+    after a whole step and with a checkpoint. It never ends the process, handles signals in the main thread only, and
+    restores the signal handlers, the number of threads, torch's global flags and the default generators. Only one call at a
+    time.
     """
     if resume and overwrite:
         raise ConfigError("resume and overwrite: a run is either continued or replaced")
@@ -99,12 +103,12 @@ def fit(
 def _configuration(
     recipe: str | os.PathLike[str] | Mapping[str, Any] | Config, overrides: tuple[str, ...], log: Log
 ) -> tuple[Config, str]:
-    """The configuration, checked as a file is, and a name for its run."""
+    """The configuration, checked like one from a file, and the name for its run folder."""
     for word in overrides:
         if not isinstance(word, str):
             raise ConfigError(f"{word!r} is no override; expected text, section.key=value, such as 'train.epochs=3'")
     if isinstance(recipe, (str, os.PathLike)):
-        path = Path(recipe).expanduser()
+        path = at_home(recipe, "recipe", ConfigError)
         found = find_recipe(path)
         if found != path:
             log(f"recipe: {found}, as no file {path} lies here")
@@ -112,14 +116,14 @@ def _configuration(
     if isinstance(recipe, Config):
         # with another data.name the keys of the one before go
         given = {word.partition("=")[0] for word in overrides}
-        return from_dict(own_keys(with_overrides(to_dict(recipe), overrides), given)[0]), NAME
+        return from_dict(own_keys(with_overrides(_plain_tree(to_dict(recipe)), overrides), given)[0]), NAME
     if not isinstance(recipe, Mapping):
         raise ConfigError(f"{recipe!r} is no recipe; expected the path of a YAML file, nested dicts or a train.Config")
     return from_dict(with_overrides(_plain_tree(recipe), overrides)), NAME
 
 
 def _plain_tree(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy, with what a YAML file could hold where Python has more to say it by."""
+    """A copy in which NumPy's scalars, paths and the like are replaced by what a YAML file can hold."""
     return {
         section: {key: _plain(value) for key, value in content.items()} if isinstance(content, Mapping) else content
         for section, content in recipe.items()
@@ -134,7 +138,7 @@ def _plain(value: Any) -> Any:
 
 def _folder(config: Config, name: str, resume: bool) -> Path:
     if config.run.dir is not None:
-        return Path(config.run.dir).expanduser().absolute()
+        return at_home(config.run.dir, "run.dir", ConfigError).absolute()
     if from_environment().world_size > 1:
         raise ConfigError("run.dir: several processes that train together need the run folder's name")
     return default_run_dir(name, resume).absolute()
@@ -142,19 +146,21 @@ def _folder(config: Config, name: str, resume: bool) -> Path:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """What a training sets is the whole process's: two at a time would undo each other's."""
+    """Refuses a second training at the same time: both would change and restore the same settings of the process."""
     if not _one_at_a_time.acquire(blocking=False):
         raise UserError("another training runs in this process; wait for it, or start this one in a process of its own")
     try:
         yield
-        _forget_compiled_steps()
     finally:
-        _one_at_a_time.release()
+        try:
+            _forget_compiled_steps()
+        finally:
+            _one_at_a_time.release()
 
 
 def _forget_compiled_steps() -> None:
-    """torch compiles a function for eight shapes of its inputs and weights in the life of a process, and then no more: the
-    ninth width of a search would train uncompiled."""
+    """Clear torch's compiled functions. In one process torch compiles a function for at most eight shapes of its inputs and
+    weights; without this the ninth width of a search would train uncompiled."""
     frames = sys.modules.get("torch._dynamo.eval_frame")
     if frames is not None and hasattr(frames, "reset_code"):
         for step in (TrainStep, EvalStep):

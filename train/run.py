@@ -1,4 +1,4 @@
-"""From a configuration to a finished run folder; what `python -m train` calls."""
+"""Trains a configuration into a run folder; `python -m train` and `train.fit` call this."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from train.session import Session
 from train.step.range_test import RangeTestError, range_test, suggest
 from train.step.schedule import Rates, one_cycle
 
-SHOWN = 10  # names of files in one line
+MAX_NAMES_SHOWN = 10  # file names in one line of the log
 
 
 def fit(
@@ -34,12 +34,12 @@ def fit(
     on_range_test: Callable[[Path], None] | None = None,
     owns_process: bool = True,
 ) -> dict[str, Any]:
-    """Train `config` into `run_dir` (None keeps nothing) and give the summary.
+    """Train `config`, write the run into `run_dir` (nowhere with None) and return the summary.
 
-    `resume` continues from last.pt (with `fallback` from previous.pt where last.pt is damaged, with `extend` to a larger
-    train.epochs: the steps that are left take their rates from the schedule of the longer training); `on_range_test` is
-    called with the folder once lr_finder.csv is there; without `owns_process` a second signal does not end the process.
-    Raises what its parts raise; see train/errors.py for their exit codes.
+    `resume` continues from last.pt. With `fallback` it continues from previous.pt where last.pt is damaged; with `extend`
+    train.epochs may be larger than before, and the steps that are left take their learning rates from the schedule of the
+    longer training. `on_range_test` is called with the folder once lr_finder.csv is written. With `owns_process` false a
+    second signal does not end the process. The exit codes of the errors are in train/errors.py.
     """
     with Session(config, log, handle_signals=True, owns_process=owns_process) as session:
         group, log = session.group, session.log
@@ -72,11 +72,11 @@ def fit(
         elif folder is not None and overwrite:
             _start_over(folder, log)
         assert rates is not None
-        # the rates that were found are part of the recipe now
+        # from here on the rates that were found are part of the recipe
         session.config = changed(config, {"schedule.lr_max": rates.lr_max, "schedule.lr_min": rates.lr_min})
         with group.together():
             if folder is not None:
-                # first, as it proves that a run lies here: after a kill the folder can be overwritten
+                # environment.json first: it proves that a run lies here, so that after a kill the folder can be overwritten
                 folder.write_json("environment.json", session.environment())
                 folder.write_text("config.yaml", to_yaml(session.config))
         schedule = one_cycle(rates, config.schedule.peak_epoch, config.train.epochs, trainer.steps_per_epoch)
@@ -102,7 +102,7 @@ def find_rates_only(
     overwrite: bool = False,
     on_range_test: Callable[[Path], None] | None = None,
 ) -> Rates:
-    """The range test alone: writes lr_finder.csv into the folder and gives the rates that it suggests."""
+    """Run the range test without a training: write lr_finder.csv into the folder and return the suggested rates."""
     config = changed(config, {"schedule.lr_max": "find", "schedule.lr_min": "find"})
     with Session(config, log, handle_signals=True) as session:
         folder = _open_folder(session, run_dir, overwrite=overwrite, range_test=True)
@@ -116,7 +116,7 @@ def find_rates_only(
 
 
 def _steps_left(session: Session, snapshot: Snapshot | None) -> int:
-    """Of the training, and of a range test before it."""
+    """The steps still to train, and those of a range test before them."""
     trainer, schedule = session.trainer, session.config.schedule
     if snapshot is not None:
         position = snapshot.position
@@ -125,7 +125,7 @@ def _steps_left(session: Session, snapshot: Snapshot | None) -> int:
 
 
 def _open_folder(session: Session, run_dir: Path | None, **how: bool) -> RunFolder | None:
-    """The run folder, for the first process alone and until the session ends."""
+    """The run folder, locked until the session ends; None on all processes but the first."""
     folder = None
     with session.group.together():
         if run_dir is not None and session.group.first:
@@ -137,9 +137,9 @@ def _open_folder(session: Session, run_dir: Path | None, **how: bool) -> RunFold
 
 
 def find_rates(session: Session, folder: RunFolder | None, notice: LongRunNotice, *, overwrite: bool = False) -> Rates:
-    """Run the range test, write lr_finder.csv, and give the rates; those that the recipe gives stand as they are.
+    """Run the range test, write lr_finder.csv, and return the rates. A rate that the recipe gives as a number is kept.
 
-    With `overwrite` what the folder held goes, once there are rates to begin with.
+    With `overwrite` the old run in the folder is removed, but only once the test has found rates.
     """
     schedule = session.config.schedule
     with session.times.on("lr_search", session.runtime.device):
@@ -156,7 +156,9 @@ def find_rates(session: Session, folder: RunFolder | None, notice: LongRunNotice
         suggestion = suggest(result)
     except RangeTestError:
         if folder is not None and not folder.holds_run():
-            write_csv(folder.path / "lr_finder.csv", result.rows())  # it shows why
+            write_csv(
+                folder.path / "lr_finder.csv", result.rows()
+            )  # also where no rates were found: the curve shows why
         raise
     session.log(suggestion.sentence())
     lr_max = suggestion.lr_max if isinstance(schedule.lr_max, str) else schedule.lr_max
@@ -175,5 +177,5 @@ def find_rates(session: Session, folder: RunFolder | None, notice: LongRunNotice
 def _start_over(folder: RunFolder, log: Log) -> None:
     stays = folder.start_over()
     if stays:
-        more = f" and {len(stays) - SHOWN} more" if len(stays) > SHOWN else ""
-        log(f"--overwrite: left in {folder.path}, as no run wrote it: {', '.join(stays[:SHOWN])}{more}")
+        more = f" and {len(stays) - MAX_NAMES_SHOWN} more" if len(stays) > MAX_NAMES_SHOWN else ""
+        log(f"--overwrite: left in {folder.path}, as no run wrote it: {', '.join(stays[:MAX_NAMES_SHOWN])}{more}")

@@ -19,7 +19,7 @@ _TYPES = {int: "integer", float: "number", bool: "boolean", type(None): "null"}
 
 
 def _values(hint: Any, about: Mapping[str, Any]) -> dict[str, Any]:
-    """What a key takes, from its type and what its declaration says about it."""
+    """The schema of a key's values, from its type and the metadata of its declaration."""
     if typing.get_origin(hint) is Literal:
         return {"enum": list(typing.get_args(hint))}
     if is_union(hint):
@@ -45,7 +45,7 @@ def _object(properties: dict[str, Any], description: str) -> dict[str, Any]:
 
 
 def _only_with(source: str, names: list[str]) -> dict[str, Any]:
-    """No such keys unless data.name is that of their source."""
+    """The rule that these keys are allowed only with the data.name of their source."""
     chosen: dict[str, Any] = {"properties": {"name": {"const": source}}}
     if source != SECTIONS["data"]().name:
         chosen["required"] = ["name"]
@@ -53,7 +53,7 @@ def _only_with(source: str, names: list[str]) -> dict[str, Any]:
 
 
 def schema() -> dict[str, Any]:
-    """Of a whole recipe. It knows all that one key alone can get wrong, and which data set a key belongs to."""
+    """The schema of a whole recipe. It covers what can be wrong with a single key, and which data set a key belongs to."""
     sections = {name: _object({}, (cls.__doc__ or "").splitlines()[0]) for name, cls in SECTIONS.items()}
     owned: dict[str, list[str]] = {name: [] for name in DATA}
     for name, (f, hint) in KEYS.items():
@@ -72,7 +72,7 @@ def schema() -> dict[str, Any]:
 
 
 def text() -> str:
-    """The file's content."""
+    """The content of configs/schema.json."""
     return json.dumps(schema(), indent=2) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""What a training stands on, put together in the order in which things can go wrong cheaply: machine, data, network."""
+"""Sets up what a training needs: machine, data, network. What is quick to check comes first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from train.compiling import Choice
 from train.config import Config, ConfigError
 from train.failpoints import failpoint
 from train.machine.distributed import from_environment, process_group, under_torchrun
-from train.machine.environment import git_commit, system_record, versions
+from train.machine.environment import git_commit, system_facts, versions
 from train.machine.runtime import RuntimeUnavailable, prepare, seed_everything
 from train.machine.signals import SignalWatch
 from train.screen.clock import Times
@@ -36,9 +36,9 @@ class Session:
             session.warm_up()              # compilation
             session.trainer ...
 
-    `times` counts what the time goes into; `handle_signals` lets SIGINT, SIGTERM and SIGHUP end the training in order; without
-    `owns_process`, for a process that does other things too, a second one does not end the process.
-    Raises what its parts raise, UserError for what a user can mend.
+    `times` counts what the time goes into. With `handle_signals`, SIGINT, SIGTERM and SIGHUP end the training after a step and
+    with a checkpoint; with `owns_process` false, for a process that does other things too, a second signal does not end the
+    process. Raises UserError for what a user can correct.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class Session:
         self._stack.__exit__(kind, error, trace)
 
     def at_end(self, call: Callable[[], object]) -> None:
-        """Call it when the session ends, the last given first."""
+        """Have `call` called when the session ends; several are called in reverse order."""
         self._stack.callback(call)
 
     @property
     def dataset(self) -> Dataset:
-        """The data, once `build` has read them."""
+        """The data set that `build` has read."""
         assert self._dataset is not None, "Session.build comes first"
         return self._dataset
 
@@ -108,18 +108,19 @@ class Session:
         self.log(f"{'WARNING: ' if fallback else ''}pipeline: {self.backend.name} ({self.backend.reason})")
 
     def note(self, text: str) -> None:
-        """Warn of it, and keep it for the record, environment.json."""
+        """Log a warning, and keep it for environment.json."""
         self.log(f"WARNING: {text}")
         self.runtime = replace(self.runtime, notes=(*self.runtime.notes, text))
 
     def build(self, check: Callable[[Dataset], None] | None = None, dataset: Dataset | None = None) -> None:
-        """Read the data, unless `dataset` holds them already, show them to `check`, which may raise, and make the trainer."""
+        """Read the data (unless given as `dataset`), call `check` with them, which may raise, and make the trainer."""
         self._dataset = dataset = self._load_data(dataset)
         with self.group.together():
             if check is not None:
                 check(dataset)
             failpoint("build")
-            self._trainer = self._build(dataset)
+            trainer, problem = self._attempt(dataset)
+        self._trainer = self._settle_backend(dataset, trainer, problem)
         self.at_end(self.trainer.close)
         self.times.set_up += time.perf_counter() - self._begun
 
@@ -161,15 +162,27 @@ class Session:
                 f"data.name: the network halves images three times, {dataset.height} x {dataset.width} are no multiples of 8"
             )
 
-    def _build(self, dataset: Dataset) -> Trainer:
+    def _attempt(self, dataset: Dataset) -> tuple[Trainer | None, str | None]:
+        """The trainer, or under data.backend=auto the reason why the backend that runs on this machine cannot take the data."""
         try:
-            trainer = self._make_trainer(dataset)
-        except BackendError as error:  # of this data: what the machine lacks showed when the backend was chosen
+            return self._make_trainer(dataset), None
+        except BackendError as error:
             if self.config.data.backend != "auto":
                 raise
-            self.backend = BackendChoice("torch", f"torch on {self.runtime.device}: {error}")
+            return None, str(error)
+
+    def _settle_backend(self, dataset: Dataset, trainer: Trainer | None, problem: str | None) -> Trainer:
+        """`trainer`, or where the backend of any process cannot take the data, one on torch's pipeline on all of them: making
+        a trainer is something that all processes do together."""
+        problems = [found for found in self.group.gather(problem) if found is not None]
+        if problems:
+            if trainer is not None:
+                trainer.close()
+            self.backend = BackendChoice("torch", f"torch on {self.runtime.device}: {problems[0]}")
             self.log(f"WARNING: pipeline: torch ({self.backend.reason})")
-            trainer = self._make_trainer(dataset)
+            with self.group.together():
+                trainer = self._make_trainer(dataset)
+        assert trainer is not None
         tail = len(dataset.train) % self.config.train.batch_size
         if tail:
             what = (
@@ -183,11 +196,11 @@ class Session:
         return Trainer(self.config, dataset, self.runtime, self.backend, self.group)
 
     def warm_up(self, steps_left: int | None = None, began: Mapping[str, Any] | None = None) -> None:
-        """Compile, and say so: it can take a minute. Where the compiler fails, train.compile=auto goes on without it, with a
+        """Compile the training and the evaluation step. Where the compiler fails, train.compile=auto goes on uncompiled, with a
         warning; a mode that was asked for is an error.
 
-        Under auto a CPU compiles where that pays for so many steps, None being as many as it takes; a run that `began` there
-        (`Snapshot.machine`) goes on as it did.
+        With auto, a CPU compiles where that pays for `steps_left` steps; None means enough of them. `began` is
+        `Snapshot.machine` of a resumed run: one that began on a CPU goes on as it began, compiled or not.
         """
         choice = self._choose(steps_left, began) if self.config.train.compile == "auto" else None
         mode = self.runtime.compile_mode
@@ -218,7 +231,7 @@ class Session:
             self._settle_compiling(None, learnt.why)
 
     def _choose(self, steps_left: int | None, began: Mapping[str, Any] | None) -> Choice | None:
-        """What train.compile=auto does; None where there is no choice."""
+        """Decide for train.compile=auto whether to compile; None where there is nothing to decide."""
         if self.runtime.device.type != "cpu":
             return None
         able = all(self.group.gather(self._compiler is not None))
@@ -240,7 +253,7 @@ class Session:
         self.log(f"{'WARNING: ' if warning else ''}{self.runtime.compile_note}")
 
     def machine(self) -> dict[str, Any]:
-        """What changes the results of a run, if only by rounding, and is no key of the recipe."""
+        """What is no key of the recipe and changes a run's results, if only by rounding: `Snapshot.machine`."""
         return {
             "device": self.runtime.device.type,
             "precision": self.runtime.precision,
@@ -251,12 +264,12 @@ class Session:
         }
 
     def environment(self) -> dict[str, Any]:
-        """environment.json: what the result depends on beside the recipe."""
+        """The content of environment.json: what the result depends on besides the recipe."""
         device = self.runtime.device
         return {
             "commit": git_commit(),
             "versions": versions(),
-            **system_record(),
+            **system_facts(),
             "device": str(device),
             "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
             "precision": self.runtime.precision,

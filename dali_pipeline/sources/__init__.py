@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dali_pipeline.dataset import DataError, Dataset
+from dali_pipeline.errors import at_home
 from dali_pipeline.hold_out import hold_out
 from dali_pipeline.options import DataOptions
 from dali_pipeline.sources.cifar import Cifar10, Cifar100
@@ -63,13 +64,13 @@ def source_of(options: DataOptions) -> Source:
 def load(
     options: DataOptions, say: Say | None = None, *, download: bool | None = None, root: Path | None = None
 ) -> Dataset:
-    """The data set that the `data:` section asks for, with the validation split that it asks for; raises DataError where it
-    cannot be had.
+    """The data set of the `data:` section, with the validation split that the section asks for. Raises DataError where it
+    cannot be read or downloaded.
 
     `say` receives lines about a download's progress (`to_stderr` prints them); None is silent. `download` and `root`, where
     given, replace those of `options`.
     """
-    folder = Path(options.root if root is None else root).expanduser()
+    folder = at_home(options.root if root is None else root, "data.root", DataError)
     dataset = source_of(options).load(folder, download=options.download if download is None else download, say=say)
     if options.validation is None:
         return dataset

@@ -1,4 +1,4 @@
-"""Read the pickles of torchvision's CIFAR folders as data: numbers, text, uint8 arrays; nothing that they name runs."""
+"""Reads the pickles of torchvision's CIFAR folders as plain data (numbers, text, uint8 arrays); no code that they name runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 
 class PickledDtype:
-    """Stands in for numpy.dtype: notes the type's name."""
+    """Stands in for numpy.dtype: keeps the type's name."""
 
     def __init__(self, name: object, *_: object) -> None:
         self.name = name
@@ -23,7 +23,7 @@ class PickledDtype:
 
 
 class PickledArray:
-    """Stands in for numpy.ndarray: notes shape, type and bytes, so that no native code sees what the file says."""
+    """Stands in for numpy.ndarray: keeps shape, type and bytes, so that no native code has to process what the file says."""
 
     state: object = None
 
@@ -44,7 +44,7 @@ class PickledArray:
 
 
 class _Latin1:
-    """Stands in for _codecs.encode. An instance, since a file could set the attributes of a function."""
+    """Stands in for _codecs.encode. An instance and not a function, as a pickle could set a function's attributes."""
 
     def __call__(self, text: object, encoding: object) -> bytes:
         if isinstance(text, str) and encoding in ("latin1", b"latin1"):
@@ -56,7 +56,7 @@ class _Latin1:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Admits the names that an array of numbers needs, and answers them with the stand-ins: it imports nothing."""
+    """Accepts only the names that an array of numbers needs, and resolves them to the stand-ins. It imports nothing."""
 
     ADMITTED: ClassVar[dict[tuple[str, str], Any]] = {
         ("numpy.core.multiarray", "_reconstruct"): PickledArray,
@@ -84,15 +84,15 @@ _STRUCTURE = frozenset((
     "LIST", "EMPTY_LIST", "DICT", "EMPTY_DICT",
 ))
 # fmt: on
-MAX_STRUCTURE = 100  # of a kind; CIFAR's own files have at most 4
+MAX_STRUCTURE = 100  # opcodes of one kind that build containers or objects; CIFAR's own files have at most 4
 
 
 def load_array_pickle(data: bytes) -> object:
     """The value in a pickle, arrays as PickledArray and the strings of Python 2 as bytes.
 
-    Raises whatever unpickling damaged data leads to. The opcodes are looked through first, because two things in the C
-    unpickler must not meet a hostile or damaged file: the memo, which it allocates up to any index that the file names,
-    and the recursion into containers nested without end.
+    Damaged data can raise any exception. The opcodes are checked first, because the C unpickler has two weaknesses that a
+    hostile or damaged file could use: it allocates its memo up to any index that the file names, and it recurses into
+    nested containers without a limit.
     """
     structure: Counter[str] = Counter()
     for opcode, argument, _ in pickletools.genops(data):

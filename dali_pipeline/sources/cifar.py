@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100: binary records, label byte(s) and then the planar RGB pixels, one row an image.
+"""CIFAR-10 and CIFAR-100. Their binary files consist of records, one for each image: label byte(s), then planar RGB pixels.
 
 The folder `data.root` holds the first of these that is found: the unpacked binary folder, torchvision's unpacked folder of
 pickles, the official archive (checked against its SHA-256); else the archive is downloaded into it. `data.root` may also be
@@ -33,7 +33,7 @@ CIFAR10_PIXELS = 50_000 * 32 * 32
 CIFAR10_SUM = (6_415_714_204, 6_295_060_180, 5_829_907_619)
 CIFAR10_SUM_OF_SQUARES = (1_007_102_432_534, 971_356_520_230, 891_641_299_129)
 CIFAR10_MEAN = tuple(total / CIFAR10_PIXELS for total in CIFAR10_SUM)
-# sqrt(E[x^2] - E[x]^2) in integers up to the root, so that nothing cancels
+# sqrt(E[x^2] - E[x]^2), in integers before the root so that no digits cancel
 CIFAR10_STD = tuple(
     math.sqrt(CIFAR10_PIXELS * squares - total**2) / CIFAR10_PIXELS
     for total, squares in zip(CIFAR10_SUM, CIFAR10_SUM_OF_SQUARES, strict=True)
@@ -207,17 +207,17 @@ def _not_found(cifar: Cifar, root: Path, tried: Sequence[str]) -> str:
 
 
 def _unpacked_in(root: Path, name: str, files: Sequence[str]) -> Path | None:
-    """root/name, or root itself where it is such a folder; an empty folder counts as absent, half a one does not."""
+    """root/name, or root itself where it is such a folder. An empty folder counts as absent, an incomplete one does not."""
     if any((root / name / file).is_file() for file in files):
         return root / name
-    # CIFAR-100 calls its pickles "train" and "test": too common to take one of them for a sign
+    # CIFAR-100 calls its pickles "train" and "test": names too common to identify its folder by one of them
     if all((root / file).is_file() for file in files):
         return root
     return root if root.name == name and any((root / file).is_file() for file in files) else None
 
 
 def _slots(cifar: Cifar) -> tuple[Records, Records, dict[CifarFile, Records]]:
-    """Memory for both splits, and for each file the rows that it fills: the records exist once."""
+    """Memory for both splits, and for each file the rows of it that the file fills, so that records are never copied."""
     train = np.empty((sum(file.count for file in cifar.train_files), cifar.record_bytes), np.uint8)
     test = np.empty((cifar.test_file.count, cifar.record_bytes), np.uint8)
     slots, start = {cifar.test_file: test}, 0
@@ -270,7 +270,9 @@ def _read_archive(cifar: Cifar, path: Path) -> tuple[Records, Records]:
                         break
         except DataError:
             raise
-        except Exception as error:  # besides its own errors, tarfile lets out zlib's and, on a cut header, a TypeError
+        except (
+            Exception
+        ) as error:  # besides its own errors, tarfile raises zlib's and, for a truncated header, a TypeError
             raise DataError(f"{path}: not a readable tar.gz: {error or type(error).__name__}") from error
     if wanted:
         raise DataError(f"{path}: member {', '.join(wanted)} is missing")
@@ -298,7 +300,7 @@ def _open(path: Path) -> FileIO:
 
 
 def _fill(rows: Records, stream: Any, where: object) -> None:
-    """Read straight into the records; `stream` is a file or a tar member with `readinto`."""
+    """Fill the records with the bytes of `stream`, a file or a tar member with `readinto`."""
     view = rows.reshape(-1).data
     while view:
         count = stream.readinto(view)
@@ -341,7 +343,7 @@ def _read_pickled_folder(cifar: Cifar, folder: Path) -> tuple[Records, Records]:
             _fill_from_pickle(cifar, rows, load_array_pickle(data))
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
-        except Exception as error:  # unpickling raises whatever the damage leads to; no code of the file has run
+        except Exception as error:  # damaged data can raise any error; no code from the file has run
             raise DataError(f"{path}: not a CIFAR pickle: {error or type(error).__name__}") from error
         _check_labels(rows, cifar.label_limits, path)
     return train, test

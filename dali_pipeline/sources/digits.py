@@ -18,8 +18,8 @@ class Digits(Source):
 
     Pixels 0..16 on 8 x 8 are upscaled bilinearly by 4 (pixel centres aligned, edges repeated) and scaled to 0..255, in
     integers, rounded half up; the three channels are equal. Test: every fifth image of each class, in scikit-learn's
-    order (the 5th, 10th, ...); train: the others. The same writers occur in both. A mirrored digit is no digit, so they
-    are trained without flips.
+    order (the 5th, 10th, ...); train: the others. The same writers occur in both. A mirrored digit is not a digit, so the
+    recipe trains without flips.
     """
 
     def training_images(self) -> int:

@@ -44,11 +44,11 @@ class DownloadError(Exception):
 
 
 class _MirrorFailed(Exception):
-    """This mirror is of no use now: go on to the next with what has arrived."""
+    """This mirror cannot deliver; the next one is asked for the bytes that are still missing."""
 
 
 class _ConnectionLost(Exception):
-    """The transfer broke off: the same mirror is asked for the rest, as long as every connection brings new bytes."""
+    """The connection broke. The same mirror is asked for the rest, as long as every connection delivers new bytes."""
 
     def __init__(self, reason: str, *, gained: bool) -> None:
         super().__init__(reason)
@@ -69,11 +69,11 @@ def fetch(
     Bytes collect in NAME.part, which survives failure, Ctrl-C and kill -9 and is resumed by the next call, from any
     mirror, with an HTTP Range request; NAME appears by `os.replace` after size and SHA-256 are right. A mirror is given
     up when `timeout` seconds pass without a byte, or at less than `min_rate` bytes/s. `pause`: seconds between two
-    connections to the same mirror. `say` receives lines about the progress, and where stderr is a terminal a bar is drawn
-    there besides; None wants neither.
+    connections to the same mirror. `say` receives lines about the progress; where stderr is a terminal there is a progress
+    bar too. With None there is neither.
 
-    Two processes may call this at once: the second waits for the first, by a lock on NAME.part. Where the file system has
-    none, `say` hears of it, and a collision costs a failed checksum, not a wrong file.
+    Two processes may call this at once: the second waits for the first, by a lock on NAME.part. On a file system without
+    locks `say` is told so; two downloads at once then fail by their checksum and never leave a wrong file.
     """
     path, part = folder / archive.name, folder / (archive.name + ".part")
     meter = _Meter(archive, say)
@@ -138,7 +138,7 @@ def _complete(
             file.truncate(0)
             if own:
                 raise _MirrorFailed(f"wrong bytes: sha256 {digest}, expected {archive.sha256}")
-            have = 0  # an earlier part may have been the wrong one: once more, from this mirror alone
+            have = 0  # an earlier mirror's bytes may be the wrong ones: start over with this mirror alone
         own = own or have == 0
         try:
             restarted = _transfer(url, file, have, archive, meter, timeout, min_rate)
@@ -191,7 +191,7 @@ def _transfer(
         window_start, window_bytes = time.monotonic(), 0
         while position < archive.size:
             try:
-                # read1 returns what has arrived; read would sit out a server that sends a byte now and then
+                # read1 returns what has arrived; read would wait for a full chunk, however slowly the bytes come
                 chunk = response.read1(CHUNK)
             except (OSError, HTTPException, ValueError) as error:
                 if isinstance(error, TimeoutError):
@@ -204,7 +204,7 @@ def _transfer(
             if position == 0:
                 if not GZIP_MAGIC.startswith(chunk[:2]):
                     raise _MirrorFailed(f"not a gzip file: {kind}, begins with {chunk[:40]!r}")
-                file.truncate(0)  # only now: what an earlier mirror sent outlives an answer of no use
+                file.truncate(0)  # only now: a useless answer must not discard what an earlier mirror sent
                 file.seek(0)
             view = memoryview(chunk)[: archive.size - position]
             position += len(view)
@@ -245,7 +245,9 @@ def _open_locked(part: Path, done: Path, meter: _Meter) -> FileIO | None:
         try:
             locked = try_lock(file)
         except NoLocks as error:
-            meter.say(f"{part}: nothing can be locked on this file system ({error.strerror}); it goes on without")
+            meter.say(
+                f"{part}: nothing can be locked on this file system ({error.strerror}); the download goes on without a lock"
+            )
             return file
         except OSError:
             file.close()
@@ -278,14 +280,14 @@ def _sync_folder(folder: Path) -> None:
 
 
 def to_stderr(line: str) -> None:
-    """Prints the line there, if anybody is there to read it."""
+    """Print the line to stderr; an stderr that is closed or missing is ignored."""
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
             print(line, file=sys.stderr, flush=True)
 
 
 class _Meter:
-    """Progress: a bar on stderr where that is a terminal, elsewhere a line every ten seconds to `say`; nothing without it."""
+    """Progress: a bar where stderr is a terminal, elsewhere a line to `say` every LINE_SECONDS; without `say` neither."""
 
     LINE_SECONDS = 10.0
 
@@ -303,7 +305,7 @@ class _Meter:
             self.tell(text)
 
     def show(self, position: int) -> None:
-        """`position`: bytes in hand."""
+        """`position`: bytes received so far."""
         if self.tell is None:
             return
         if self.terminal:

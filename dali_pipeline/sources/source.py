@@ -14,11 +14,11 @@ Say = Callable[[str], None]  # takes a line about the progress
 
 @dataclass(frozen=True, kw_only=True)
 class Source(ABC):
-    """One way to get a data set. The fields of a subclass are the keys that the `data:` section has for it alone, made by
-    `dali_pipeline.options.key`; a key's name must be no other source's."""
+    """One kind of data set. The fields of a subclass are the keys of the `data:` section that belong to this source alone,
+    declared with `dali_pipeline.options.key`. No two sources may declare a key of the same name."""
 
     def training_images(self) -> int | None:
-        """How many there will be, where that is known without reading anything."""
+        """The number of training images; None where it is not known before the data are read."""
         return None
 
     def check(self) -> None:  # noqa: B027  most sources have nothing to check
@@ -26,7 +26,8 @@ class Source(ABC):
 
     @abstractmethod
     def load(self, root: Path, *, download: bool, say: Say | None) -> Dataset:
-        """The data set, from the folder `root`, into which it may be downloaded. Raises DataError where it cannot be had.
+        """The data set from the folder `root`; with `download` it may be downloaded into it. Raises DataError where it cannot be
+        read or downloaded.
 
-        `say` receives lines about the progress; None wants none.
+        `say` receives lines about the progress; with None there are none.
         """

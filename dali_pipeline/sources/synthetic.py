@@ -47,10 +47,10 @@ def random_dataset(size: int = 32, classes: int = 10, count: int = 50_000, seed:
 
     def split(stream: int, length: int) -> Split:
         generator = np.random.Generator(np.random.Philox(key=[seed, stream]))
-        # the byte before each image is not used; without it a seed would give other pixels than in earlier versions
-        records = generator.integers(0, 256, (length, 1 + 3 * size * size), np.uint8)
+        # the first byte of each row is not used; it keeps the pixels of a seed the same as in earlier versions
+        rows = generator.integers(0, 256, (length, 1 + 3 * size * size), np.uint8)
         labels = generator.integers(0, classes, length, np.uint8, endpoint=False).astype(np.int64)
-        return Split(records[:, 1:].reshape(length, 3, size, size), labels, planar=True)
+        return Split(rows[:, 1:].reshape(length, 3, size, size), labels, planar=True)
 
     try:
         train, test = split(0, count), split(1, max(1, count // 5))

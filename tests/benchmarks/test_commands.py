@@ -14,7 +14,7 @@ import pytest
 import torch
 from places import CONFIGS, ROOT
 
-from benchmarks import accuracy, footprint, lr_finder, machine, throughput
+from benchmarks import accuracy, footprint, lr_finder, machine, smoke, throughput
 from benchmarks.outcome import write_report
 from dali_pipeline.errors import UserError
 
@@ -39,7 +39,9 @@ def test_a_recorded_command_names_no_folder_of_this_machine(tmp_path: Path) -> N
     assert machine.shareable(["--work", f"{ROOT}/../elsewhere"]) == ["--work", "DIR"]
 
 
-@pytest.mark.parametrize("script", ["throughput", "accuracy", "tables", "footprint", "lr_finder", "dali_candidates"])
+@pytest.mark.parametrize(
+    "script", ["throughput", "accuracy", "smoke", "tables", "footprint", "lr_finder", "roofline", "dali_candidates"]
+)
 def test_scripts_start_anywhere_without_being_installed(script: str, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     if script == "dali_candidates":  # it needs torch for its --help; -S still hides an installed project
@@ -60,6 +62,7 @@ def test_scripts_start_anywhere_without_being_installed(script: str, tmp_path: P
     [
         (accuracy, [str(CONFIGS / "quickstart.yaml"), "--runs", "1"]),
         (throughput, []),
+        (smoke, []),
         (footprint, []),
         (lr_finder, []),
     ],
@@ -82,41 +85,102 @@ def test_a_report_is_whole_or_the_place_is_named(tmp_path: Path) -> None:
     assert raised.value.exit_code == 2
 
 
-def test_gpu_session_goes_on_after_a_failure_and_sums_up(tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$@" >> "$(dirname "$0")/calls"\ncase "$*" in *accuracy*) exit 3 ;; esac\n')
+def gpu_session(folder: Path, data: str = "-") -> tuple[list[list[str]], str]:
+    """The words with which a session calls Python, and what it prints: a stand-in for Python notes its words, writes the
+    file of --json, and fails in the recipe."""
+    python, calls = folder / "python", folder / "calls"
+    python.write_text(
+        '#!/bin/sh\nprintf "%s\\t" "$@" >> "$CALLS"; echo >> "$CALLS"\ncase "$*" in *accuracy*) exit 3 ;; esac\n'
+        'while [ $# -gt 0 ]; do [ "$1" = --json ] && : > "$2"; shift; done\n'
+    )
     python.chmod(0o755)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "out").mkdir()
-    old = ["throughput.json", "throughput.png", "trace.json", "trace.json.gz", "recipe.json", "recipe.jsonl", "old.log"]
-    for name in old:
-        (tmp_path / "out" / name).write_text("of another day")
+    calls.unlink(missing_ok=True)
     done = subprocess.run(
-        [
-            "bash",
-            str(ROOT / "benchmarks" / "gpu_session.sh"),
-            str(tmp_path / "out"),
-            str(tmp_path / "data"),
-            str(python),
-        ],
+        ["bash", str(ROOT / "benchmarks" / "gpu_session.sh"), str(folder / "out"), data, str(python)],
+        env={**os.environ, "CALLS": str(calls)},
         capture_output=True,
         text=True,
         timeout=60,
-        cwd=tmp_path,
+        cwd=folder,
     )
     assert done.returncode == 0, done.stderr
-    calls = (tmp_path / "calls").read_text().splitlines()
-    starts = ("-m pytest", "benchmarks/throughput.py", "benchmarks/accuracy.py", "- ")
-    assert len(calls) == 4 and all(call.startswith(start) for call, start in zip(calls, starts, strict=True))
-    assert f"data.root={tmp_path / 'data'}" in calls[2] and "-m gpu -v --tb=short --durations=10" in calls[0]
-    assert re.findall("--ablate ([a-z]+)", calls[1]) == ["graph", "prefetch", "pipelines", "batch", "compile"]
-    assert "recipe: exit code 3" in done.stdout and "tests: done" in done.stdout
-    left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert left == {"gpu.csv", "tests.log", "throughput.log", "recipe.log", "old.log"}, (
-        "only its own outputs are removed"
+    return [line.rstrip("\t").split("\t") for line in calls.read_text().splitlines()], done.stdout
+
+
+PARTS = ["smoke", "tests", "throughput", "recipe", "ablations"]
+
+
+def test_gpu_session_starts_every_part_goes_on_after_a_failure_and_sums_up(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    calls, said = gpu_session(tmp_path, str(tmp_path / "data"))
+    assert re.findall(r"^== (\w+): ", said, re.MULTILINE) == PARTS
+    smoke_words, tests, rates, recipe, ablations, summary, predicted = calls
+    assert tests[:4] == ["-m", "pytest", "-m", "gpu"] and summary[0] == "-" and predicted[0] == "benchmarks/roofline.py"
+    for module, words in ((smoke, smoke_words), (throughput, rates), (accuracy, recipe), (throughput, ablations)):
+        assert words[0] == f"benchmarks/{Path(module.__file__ or '').name}"
+        module.parser().parse_intermixed_args(words[1:])  # ends the test where it takes no such words
+    assert f"data.root={tmp_path / 'data'}" in recipe
+    assert throughput.parser().parse_intermixed_args(ablations[1:]).ablate == (
+        ["graph", "prefetch", "pipelines", "batch", "compile"]
     )
+    assert "recipe: exit code 3" in said and "tests: done" in said
+    assert (ROOT / predicted[predicted.index("--plan") + 1]).exists()
+
+
+def test_gpu_session_started_again_does_what_is_left_and_replaces_other_results(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    old = ["smoke.json", "throughput.json", "trace.json", "trace.json.gz", "recipe.jsonl", "ablations.png", "old.log"]
+    for name in old:
+        (out / name).write_text("of another day")
+    first, _ = gpu_session(tmp_path)
+    assert len(first) == 7
+    kept = {path.name for path in out.iterdir()}
+    assert kept == {"gpu.csv", "smoke.json", "throughput.json", "ablations.json", "roofline.json", "old.log"} | {
+        f"{name}.{kind}" for name in PARTS for kind in ("log", "state")
+    }, "only its own outputs are removed"
+
+    (out / "recipe.jsonl").write_text("a run that was finished")
+    again, said = gpu_session(tmp_path)
+    assert [words[0] for words in again] == ["benchmarks/accuracy.py", "-", "benchmarks/roofline.py"]
+    assert said.count("done before") == 4
+    assert (out / "recipe.jsonl").read_text() == "a run that was finished"
+
+    (tmp_path / "data").mkdir()
+    gpu_session(tmp_path, str(tmp_path / "data"))
+    assert not (out / "recipe.jsonl").exists()  # of other data
+
+
+def test_gpu_session_ends_within_the_time_that_it_promises() -> None:
     script = (ROOT / "benchmarks" / "gpu_session.sh").read_text()
     limits = [int(seconds) for seconds in re.findall(r"^part \w+ (\d+) ", script, re.MULTILINE)]
     grace = re.findall(r"timeout --signal=INT --kill-after=(\d+) ", script)
-    assert len(limits) == 3 and len(grace) == 1
-    assert sum(limits) + len(limits) * int(grace[0]) < 8 * 60
+    promised = re.findall(r"at most (\d+)\.", script)
+    assert len(limits) == len(PARTS) and len(grace) == len(promised) == 1
+    assert sum(limits) + len(limits) * int(grace[0]) < int(promised[0]) * 60
+
+
+def test_smoke_ends_with_a_line_for_every_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train.device=cpu", "net.width=2", "train.batch_size=32", "train.eval_batch_size=32"]
+    words += ["data.synthetic_count=320", "--modes", "off", "--json", str(tmp_path / "smoke.json")]
+    code = smoke.main(words)
+    checks = {check["name"]: check for check in json.loads((tmp_path / "smoke.json").read_text())["checks"]}
+    assert list(checks) == ["device", "DALI's probe", "DALI's pixels", "compile off"]
+    assert checks["device"]["ok"] and checks["compile off"]["ok"]
+    assert "10 steps" in checks["compile off"]["said"]
+    dali = checks["DALI's probe"]["ok"]
+    assert checks["DALI's pixels"]["ok"] == dali and code == (not dali)
+    assert capsys.readouterr().out.count("ok ") == sum(check["ok"] for check in checks.values())
+
+
+def test_smoke_goes_on_after_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*arguments: object) -> str:
+        raise ValueError("wrong\nin detail")
+
+    for name in ("probe", "pixels", "ten_steps"):
+        monkeypatch.setattr(smoke, name, fails if name == "pixels" else lambda *arguments: "fine")
+    assert smoke.main(["train.device=cpu", "data.synthetic_count=600", "--modes", "off"]) == 1
+    said = capsys.readouterr().out
+    assert "FAILED  DALI's pixels: ValueError: wrong (" in said and "ok      compile off: fine (" in said

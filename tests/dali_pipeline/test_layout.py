@@ -1,4 +1,4 @@
-"""The rectangles, pasted in NumPy from pictures stacked by hand, against windows cut out of np.pad."""
+"""The rectangles, pasted in NumPy from strips stacked by hand, against windows cut out of np.pad."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dali_pipeline.layout import MAX_PICTURES, TallPictures, resident_windows
+from dali_pipeline.layout import MAX_STRIPS, StripLayout, resident_windows
 from dali_pipeline.plan import Augment, Plan, draw_plan
 
 FILL = 255  # the images hold 1..254: neither the fill nor the black border
@@ -23,34 +23,34 @@ def padded(images: Pixels, border: int, augment: Augment) -> Pixels:
     return np.pad(images, around, mode="constant" if augment.padding_mode == "zero" else "reflect")
 
 
-def stacked(images: Pixels, tall: TallPictures, augment: Augment) -> Pixels:
-    """One channel of the resident pictures: the images, their mirror images, the patch, black up to the end."""
-    slots = padded(images, tall.border, augment)
+def stacked(images: Pixels, layout: StripLayout, augment: Augment) -> Pixels:
+    """One channel of the resident strips: the images, their mirror images, the patch, black up to the end."""
+    slots = padded(images, layout.border, augment)
     if augment.flip:
         slots = np.concatenate([slots, slots[:, :, ::-1]])
-    if tall.patch is not None:
-        assert tall.patch == len(slots)
+    if layout.patch is not None:
+        assert layout.patch == len(slots)
         slots = np.concatenate([slots, np.full_like(slots[:1], FILL)])
-    assert len(slots) == tall.used <= tall.slots
-    empty = np.zeros((tall.slots - len(slots), *slots.shape[1:]), np.uint8)
-    return np.concatenate([slots, empty]).reshape(tall.resident_shape[:3])
+    assert len(slots) == layout.used <= layout.slots
+    empty = np.zeros((layout.slots - len(slots), *slots.shape[1:]), np.uint8)
+    return np.concatenate([slots, empty]).reshape(layout.resident_shape[:3])
 
 
-def pasted(resident: Pixels, tall: TallPictures, plan: Plan) -> Pixels:
-    """A batch's pictures, as multi_paste and where needed erase make them of the rectangles."""
-    ids, corner, size, target, *erase = tall.rectangles(plan)
-    out = np.zeros(tall.batch_shape[:3], np.uint8)
-    for picture in range(tall.pictures):
-        for k, source in enumerate(ids[picture]):
-            (y, x), (height, width), (row, column) = (pair[picture, k].astype(int) for pair in (corner, size, target))
+def pasted(resident: Pixels, layout: StripLayout, plan: Plan) -> Pixels:
+    """A batch's strips, as multi_paste and where needed erase make them of the rectangles."""
+    ids, corner, size, target, *erase = layout.rectangles(plan)
+    out = np.zeros(layout.batch_shape[:3], np.uint8)
+    for strip in range(layout.strips):
+        for k, source in enumerate(ids[strip]):
+            (y, x), (height, width), (row, column) = (pair[strip, k].astype(int) for pair in (corner, size, target))
             assert height >= 1 and width >= 1 and y >= 0 and x >= 0 and row >= 0 and column >= 0
             piece = resident[int(source), y : y + height, x : x + width]
-            assert piece.shape == (height, width) == out[picture, row : row + height, column : column + width].shape
-            out[picture, row : row + height, column : column + width] = piece
+            assert piece.shape == (height, width) == out[strip, row : row + height, column : column + width].shape
+            out[strip, row : row + height, column : column + width] = piece
         if erase:
-            holes = (array[picture].reshape(-1, 2).astype(int) for array in erase)
+            holes = (array[strip].reshape(-1, 2).astype(int) for array in erase)
             for (row, column), (height, width) in zip(*holes, strict=True):
-                out[picture, row : row + height, column : column + width] = FILL
+                out[strip, row : row + height, column : column + width] = FILL
     return out
 
 
@@ -91,18 +91,18 @@ def test_pasted_rectangles_equal_windows_of_the_padded_images(
     if augment.padding_mode == "reflect" and augment.pad >= min(height, width):
         return  # refused by the loader
     images = np.random.default_rng(0).integers(1, FILL, (40, height, width), np.uint8)
-    tall = TallPictures(40, height, width, batch_size, augment, padded=borders, patched=patched)
+    layout = StripLayout(40, height, width, batch_size, augment, padded=borders, patched=patched)
     plan = draw_plan(1, 0, 40, augment, (height, width)).take(slice(batch_size))
-    got = pasted(stacked(images, tall, augment), tall, plan)
+    got = pasted(stacked(images, layout, augment), layout, plan)
     np.testing.assert_array_equal(got.reshape(batch_size, height, width), expected(images, plan, augment))
 
 
-@pytest.mark.parametrize(("batch_size", "pictures"), [(512, 16), (500, 10), (17, 1), (24, 12), (1, 1), (16, 16)])
-def test_a_batch_is_cut_into_equal_pictures(batch_size: int, pictures: int) -> None:
-    tall = TallPictures(1000, 32, 24, batch_size, Augment(), padded=True, patched=True)
-    assert tall.pictures == pictures <= MAX_PICTURES
-    assert math.prod(tall.batch_shape) == batch_size * 32 * 24 * 3
-    assert tall.slots - tall.pictures < tall.used == 2001 <= tall.slots
+@pytest.mark.parametrize(("batch_size", "strips"), [(512, 16), (500, 10), (17, 1), (24, 12), (1, 1), (16, 16)])
+def test_a_batch_is_cut_into_equal_pictures(batch_size: int, strips: int) -> None:
+    layout = StripLayout(1000, 32, 24, batch_size, Augment(), padded=True, patched=True)
+    assert layout.strips == strips <= MAX_STRIPS
+    assert math.prod(layout.batch_shape) == batch_size * 32 * 24 * 3
+    assert layout.slots - layout.strips < layout.used == 2001 <= layout.slots
 
 
 @pytest.mark.parametrize(
@@ -116,8 +116,8 @@ def test_a_batch_is_cut_into_equal_pictures(batch_size: int, pictures: int) -> N
     ],
 )
 def test_a_border_lies_there_where_it_is_asked_for_or_needed(augment: Any, given: bool, border: int) -> None:
-    tall = TallPictures(10, 8, 20, 5, Augment(**augment), padded=given, patched=True)
-    assert tall.border == border and tall.pitch == 8 + 2 * border
+    layout = StripLayout(10, 8, 20, 5, Augment(**augment), padded=given, patched=True)
+    assert layout.border == border and layout.pitch == 8 + 2 * border
 
 
 def test_windows_of_mirrored_images_are_mirrored_windows() -> None:
@@ -127,7 +127,7 @@ def test_windows_of_mirrored_images_are_mirrored_windows() -> None:
     slot, start = resident_windows(plan, 200, augment)
     np.testing.assert_array_equal(slot, np.where(plan.flip, 200 + plan.indices, plan.indices))
     cases = zip(plan.dy, plan.dx, plan.flip, start + augment.pad, strict=True)
-    plain, mirrored = (padded(picture, 3, augment)[0] for picture in (image, image[:, :, ::-1]))
+    plain, mirrored = (padded(strip, 3, augment)[0] for strip in (image, image[:, :, ::-1]))
     for dy, dx, flip, (row, column) in cases:
         wanted = plain[dy : dy + 6, dx : dx + 10]
         found = (mirrored if flip else plain)[row : row + 6, column : column + 10]

@@ -22,7 +22,7 @@ from dali_pipeline import dali_graph
 from dali_pipeline.backend import BackendChoice, BackendError, choose_backend
 from dali_pipeline.dataset import Split
 from dali_pipeline.feed import FeedOrder
-from dali_pipeline.layout import TallPictures
+from dali_pipeline.layout import StripLayout
 from dali_pipeline.loader import GRAPHS, Engine, EvalLoader, TrainLoader
 from dali_pipeline.plan import NO_AUGMENT, Augment, Plan, draw_plan
 from dali_pipeline.resident import upload
@@ -181,8 +181,8 @@ def test_dali_gives_the_same_pixels_by_every_way(mode: Any, cutout: int, padded:
     graph.close()
 
 
-def test_dali_refuses_pictures_that_its_gpu_kernel_cannot_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dali_graph, "MAX_PICTURE_BYTES", 20 * 32 * 32 * 3)
+def test_dali_refuses_strips_that_its_gpu_kernel_cannot_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dali_graph, "MAX_STRIP_BYTES", 20 * 32 * 32 * 3)
     with pytest.raises(BackendError, match="divisible by 16"):
         make_loader(make_split(64), "dali", batch_size=17)
     make_loader(make_split(64), "dali", batch_size=16).close()
@@ -413,14 +413,14 @@ def test_dali_that_cannot_run_is_an_error_in_one_line(broken_dali: str) -> None:
 
 def test_dali_that_gives_wrong_pixels_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    rectangles = TallPictures.rectangles
+    rectangles = StripLayout.rectangles
 
-    def one_column_short(pictures: TallPictures, plan: Plan) -> Any:
-        ids, source, shape, target = rectangles(pictures, plan)
+    def one_column_short(layout: StripLayout, plan: Plan) -> Any:
+        ids, source, shape, target = rectangles(layout, plan)
         shape[0, 0, 1] -= 1  # of one image a batch
         return ids, source, shape, target
 
-    monkeypatch.setattr(TallPictures, "rectangles", one_column_short)
+    monkeypatch.setattr(StripLayout, "rectangles", one_column_short)
     choice = choose_backend("auto", CPU)
     assert choice.name == "torch" and "3 of 72 images differ from the reference" in choice.reason
     with pytest.raises(BackendError, match=r"its pixels are wrong .*; use data\.backend=torch"):
@@ -429,13 +429,13 @@ def test_dali_that_gives_wrong_pixels_is_not_used(monkeypatch: pytest.MonkeyPatc
 
 def test_what_dali_encountered_is_told_not_where(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    rectangles = TallPictures.rectangles
+    rectangles = StripLayout.rectangles
 
-    def outside(pictures: TallPictures, plan: Plan) -> Any:
-        ids, source, shape, target = rectangles(pictures, plan)
+    def outside(layout: StripLayout, plan: Plan) -> Any:
+        ids, source, shape, target = rectangles(layout, plan)
         return ids, source - 1000, shape, target
 
-    monkeypatch.setattr(TallPictures, "rectangles", outside)
+    monkeypatch.setattr(StripLayout, "rectangles", outside)
     assert "Assert on" in choose_backend("auto", CPU).reason
 
 

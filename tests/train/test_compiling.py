@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from train.config import Config, changed
 from train.disk.checkpoint import load_checkpoint
 from train.machine import weighing
 from train.machine.runtime import prepare
-from train.machine.weighing import CompileRecord, default_gain, weigh, weigh_by_arithmetic
+from train.machine.weighing import CompileHistory, default_gain, weigh, weigh_by_arithmetic
 from train.run import find_rates_only, fit
 from train.session import Session
 from train.step.trainer import Trainer
@@ -48,42 +49,42 @@ def test_the_fixed_rule_is_the_same_sum_of_steps_times_arithmetic(monkeypatch: p
         assert weigh_by_arithmetic(step_flops, math.ceil(even / step_flops * 1.001)).pays
 
 
-# --- the record
+# --- the history
 
 
 @pytest.fixture
-def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CompileRecord:
+def history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CompileHistory:
     """An empty one where a run finds it, beside an empty cache of the compiler's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
-    return CompileRecord()
+    return CompileHistory()
 
 
-def test_what_was_seen_counts_the_shortest_compilation_and_the_median_gain(record: CompileRecord) -> None:
-    assert record.compile_seconds("a").value == weighing.COLD_SECONDS
-    assert record.gain("a").value == default_gain()
+def test_what_was_seen_counts_the_shortest_compilation_and_the_median_gain(history: CompileHistory) -> None:
+    assert history.compile_seconds("a").value == weighing.COLD_SECONDS
+    assert history.gain("a").value == default_gain()
     for seconds, gain in ((70.0, 1.2), (50.0, 1.6), (60.0, 1.3)):
-        record.add("a", seconds, warm=False, gain=gain)
-    again = CompileRecord()
+        history.add("a", seconds, warm=False, gain=gain)
+    again = CompileHistory()
     assert again.compile_seconds("b").value == 50.0 and "seen here" in again.compile_seconds("b").source
     assert again.gain("a").value == 1.3
     assert again.gain("b").value == 1.3, "the best guess for another graph"
-    record.add("b", 55.0, warm=False, gain=0.5)
+    history.add("b", 55.0, warm=False, gain=0.5)
     assert again.gain("b").value == 0.5 and again.gain("c").value == pytest.approx((0.5 + 1.3) / 2)
 
 
 def test_a_graph_is_warm_where_the_cache_that_it_was_compiled_into_is_still_there(
-    record: CompileRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    history: CompileHistory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record.add("a", 40.0, warm=False)
-    record.add("b", 3.0, warm=True)
-    assert record.compile_seconds("a").value == 40.0, "the folder is not there"
+    history.add("a", 40.0, warm=False)
+    history.add("b", 3.0, warm=True)
+    assert history.compile_seconds("a").value == 40.0, "the folder is not there"
     (tmp_path / "compiled").mkdir()
-    assert record.compile_seconds("a").value == 3.0
-    assert record.compile_seconds("c").value == 40.0, "never compiled"
+    assert history.compile_seconds("a").value == 3.0
+    assert history.compile_seconds("c").value == 40.0, "never compiled"
     (tmp_path / "another").mkdir()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "another"))
-    assert record.compile_seconds("a").value == 40.0
+    assert history.compile_seconds("a").value == 40.0
 
 
 def test_the_cache_is_where_torchs_compiler_keeps_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -105,40 +106,67 @@ def test_the_cache_is_where_torchs_compiler_keeps_it(monkeypatch: pytest.MonkeyP
         b'{"MACHINE": 3}',
         b'{"MACHINE": {"cold": "54", "warm": [null, -1, 0, NaN, "x"], "graphs": [1]}}',
         b'{"MACHINE": {"cold": {}, "graphs": {"a": {"gain": 2, "cache": 4}, "b": 5}}}',
+        b'{"MACHINE": {"cold": [1' + b"0" * 400 + b"]}}",
         b"[" * 100_000,
     ],
 )
-def test_a_record_that_cannot_be_read_is_none(record: CompileRecord, content: bytes) -> None:
-    record.path.parent.mkdir(parents=True)
-    record.path.write_bytes(content.replace(b"MACHINE", record.machine.encode()))
-    assert record.compile_seconds("a").value == weighing.COLD_SECONDS and record.gain("a").value == default_gain()
-    record.add("a", 30.0, warm=False, gain=2.0)
-    assert record.compile_seconds("b").value == 30.0 and record.gain("a").value == 2.0
-    assert [path.name for path in record.path.parent.iterdir()] == ["compile.json"]
+def test_a_history_that_cannot_be_read_counts_as_empty(history: CompileHistory, content: bytes) -> None:
+    history.path.parent.mkdir(parents=True)
+    history.path.write_bytes(content.replace(b"MACHINE", history.machine.encode()))
+    assert history.compile_seconds("a").value == weighing.COLD_SECONDS and history.gain("a").value == default_gain()
+    history.add("a", 30.0, warm=False, gain=2.0)
+    assert history.compile_seconds("b").value == 30.0 and history.gain("a").value == 2.0
+    assert [path.name for path in history.path.parent.iterdir()] == ["compile.json"]
 
 
-def test_other_machines_stay_in_the_record_and_say_nothing_of_this_one(record: CompileRecord) -> None:
-    record.path.parent.mkdir(parents=True)
+def test_other_machines_stay_in_the_history_and_say_nothing_of_this_one(history: CompileHistory) -> None:
+    history.path.parent.mkdir(parents=True)
     other = {"torch 2.6.0, another CPU, 64 threads": {"cold": [1.0], "graphs": {"a": {"gain": [9.0]}}}}
-    record.path.write_text(json.dumps(other))
-    assert record.compile_seconds("a").value == weighing.COLD_SECONDS and record.gain("a").value == default_gain()
-    record.add("a", 30.0, warm=False)
-    found = json.loads(record.path.read_text())
-    assert found.keys() == {*other, record.machine} and found.items() >= other.items()
+    history.path.write_text(json.dumps(other))
+    assert history.compile_seconds("a").value == weighing.COLD_SECONDS and history.gain("a").value == default_gain()
+    history.add("a", 30.0, warm=False)
+    found = json.loads(history.path.read_text())
+    assert found.keys() == {*other, history.machine} and found.items() >= other.items()
 
 
 def test_a_record_that_cannot_be_written_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    CompileRecord(tmp_path / "file" / "compile.json").add("a", 30.0, warm=False)
+    CompileHistory(tmp_path / "file" / "compile.json").add("a", 30.0, warm=False)
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_a_record_does_not_grow_for_ever(record: CompileRecord) -> None:
-    for number in range(weighing.GRAPHS + 10):
-        record.add(f"{number}", 30.0, warm=False, gain=1.0)
-    (here,) = json.loads(record.path.read_text()).values()
-    assert len(here["graphs"]) == weighing.GRAPHS and f"{weighing.GRAPHS + 9}" in here["graphs"]
-    assert len(here["cold"]) == weighing.KEPT
+def test_a_user_without_a_home_has_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    record = CompileHistory()
+    record.add("a", 30.0, warm=False, gain=2.0)
+    assert record.compile_seconds("a").value == weighing.COLD_SECONDS
+
+
+def test_what_an_earlier_training_of_the_process_compiled_makes_a_later_one_no_less_warm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch._dynamo.utils import counters
+
+    for earlier in ({}, {"fxgraph_cache_miss": 3}, {"fxgraph_cache_hit": 3}):
+        monkeypatch.setitem(counters, "inductor", Counter(earlier))
+        before = weighing.graphs_compiled()
+        assert not weighing.compiled_from_cache(before), "nothing was compiled"
+        counters["inductor"]["fxgraph_cache_hit"] += 2
+        assert weighing.compiled_from_cache(before)
+        counters["inductor"]["fxgraph_cache_miss"] += 1
+        assert not weighing.compiled_from_cache(before)
+
+
+def test_a_history_does_not_grow_for_ever(history: CompileHistory) -> None:
+    for number in range(weighing.MAX_GRAPHS + 10):
+        history.add(f"{number}", 30.0, warm=False, gain=1.0)
+    (here,) = json.loads(history.path.read_text()).values()
+    assert len(here["graphs"]) == weighing.MAX_GRAPHS and f"{weighing.MAX_GRAPHS + 9}" in here["graphs"]
+    assert len(here["cold"]) == weighing.MAX_VALUES
 
 
 # --- measuring
@@ -191,7 +219,7 @@ class Compiler:
 
 
 @pytest.fixture
-def compiler(record: CompileRecord, monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiler]:
+def compiler(history: CompileHistory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiler]:
     found = Compiler()
     monkeypatch.setattr("train.machine.runtime.find_compiler", lambda device: (True, "g++ found"))
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: found.modules.append(module))
@@ -221,34 +249,34 @@ def compiled(run: Path) -> str:
 
 
 def test_a_short_run_stays_uncompiled_and_trains_as_one_that_was_told_to(
-    config: Config, compiler: Compiler, record: CompileRecord, tmp_path: Path
+    config: Config, compiler: Compiler, history: CompileHistory, tmp_path: Path
 ) -> None:
     log = Lines()
     fit(config, tmp_path / "auto", log=log)
     assert not compiler and compiled(tmp_path / "auto") == "off"
     (line,) = (line for line in log.lines if line.startswith("compile: "))
     assert "weighed: the 11 steps left take" in line and "54.0 s (a default, cold cache)" in line
-    assert not record.path.exists()
+    assert not history.path.exists()
     fit(changed(config, {"train.compile": "off"}), tmp_path / "off", log=Lines())
     assert_equal_weights(weights(tmp_path / "auto" / "last.pt"), weights(tmp_path / "off" / "last.pt"))
 
 
 def test_a_run_compiles_where_that_was_seen_to_take_no_time(
-    config: Config, compiler: Compiler, record: CompileRecord, tmp_path: Path
+    config: Config, compiler: Compiler, history: CompileHistory, tmp_path: Path
 ) -> None:
-    record.add("any", 1e-9, warm=False, gain=10.0)
+    history.add("any", 1e-9, warm=False, gain=10.0)
     log = Lines()
     fit(config, tmp_path / "run", log=log)
     assert compiler and compiled(tmp_path / "run") == "default"
     assert "10.00 times the speed, seen here" in log.text and "compiled in " in log.text
-    (here,) = json.loads(record.path.read_text()).values()
+    (here,) = json.loads(history.path.read_text()).values()
     assert len(here["cold"]) == 2 and len(here["graphs"]) == 2, "what this run took is kept"
 
 
 def test_compiled_steps_that_turn_out_slower_are_dropped_and_remembered(
-    config: Config, compiler: Compiler, record: CompileRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Config, compiler: Compiler, history: CompileHistory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record.add("any", 1e-9, warm=False, gain=10.0)
+    history.add("any", 1e-9, warm=False, gain=10.0)
     pairs: list[int] = []
     monkeypatch.setattr(Trainer, "compiled_gain", lambda self, count: pairs.append(count) or 0.8)
     longer = changed(config, {"train.epochs": 10})  # 110 steps: two pairs
@@ -263,15 +291,15 @@ def test_compiled_steps_that_turn_out_slower_are_dropped_and_remembered(
 
 @pytest.mark.parametrize("began", ["off", "default"])
 def test_a_resumed_run_goes_on_as_it_began(
-    config: Config, compiler: Compiler, record: CompileRecord, tmp_path: Path, began: str
+    config: Config, compiler: Compiler, history: CompileHistory, tmp_path: Path, began: str
 ) -> None:
     if began == "default":
-        record.add("any", 1e-9, warm=False, gain=10.0)
+        history.add("any", 1e-9, warm=False, gain=10.0)
     fit(config, tmp_path / "run", log=Lines())
     assert compiled(tmp_path / "run") == began
-    record.path.unlink(missing_ok=True)
+    history.path.unlink(missing_ok=True)
     if began == "off":
-        record.add("any", 1e-9, warm=False, gain=10.0)
+        history.add("any", 1e-9, warm=False, gain=10.0)
     compiler.modules.clear()
     log = Lines()
     fit(changed(config, {"train.epochs": 2}), tmp_path / "run", log=log, resume=True, extend=True)
@@ -299,7 +327,7 @@ def test_a_deterministic_run_asks_neither_the_clock_nor_the_record(
     for name in ("step_seconds", "compiled_gain", "_timed"):
         monkeypatch.setattr(Trainer, name, asked)
     for name in ("compile_seconds", "gain", "add"):
-        monkeypatch.setattr(CompileRecord, name, asked)
+        monkeypatch.setattr(CompileHistory, name, asked)
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     deterministic = changed(config, {"train.deterministic": True})
     trainer = make_trainer(changed(config, {"train.compile": "off"}))
@@ -332,7 +360,7 @@ def test_a_range_test_is_among_the_steps_that_are_left(
 
 
 def test_a_session_that_is_told_no_number_of_steps_compiles(
-    config: Config, compiler: Compiler, record: CompileRecord, monkeypatch: pytest.MonkeyPatch
+    config: Config, compiler: Compiler, history: CompileHistory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Trainer, "step_seconds", lambda self: 1e-9)
     with Session(config, Lines()) as session:
@@ -340,7 +368,7 @@ def test_a_session_that_is_told_no_number_of_steps_compiles(
         session.warm_up()
         assert session.runtime.compile_mode == session.trainer.runtime.compile_mode == "default"
         assert session.trainer.train_step in compiler.modules and session.trainer.eval_steps[""] in compiler.modules
-    assert not record.path.exists()
+    assert not history.path.exists()
 
 
 def test_an_explicit_mode_is_not_weighed(config: Config, compiler: Compiler, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -11,18 +12,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from float64 import train_in_float64
 from places import ROOT
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zygote import Job, Zygote
 
-from dali_pipeline.backend import BackendChoice
+import analysis
+from dali_pipeline.backend import BackendChoice, choose_backend
 from dali_pipeline.loader import EvalLoader
 from dali_pipeline.sources.synthetic import random_dataset
 from train.config import Config, changed, to_yaml
@@ -31,6 +33,7 @@ from train.disk.folder import read_metrics
 from train.machine.distributed import Group, GroupError, OtherProcessFailed, _timeout, is_lost
 from train.machine.runtime import prepare, seed_everything
 from train.step.evaluation import evaluate
+from train.step.meter import StepMeter
 from train.step.schedule import OneCycle
 from train.step.steps import EvalStep
 from train.step.sync_bn import HostSyncBatchNorm, synchronise_batch_norm
@@ -54,11 +57,22 @@ def _forked(rank: int, work: Any, store: str, world_size: int, out: str) -> None
         dist.destroy_process_group()
 
 
+_START = """
+import pickle, sys
+import torch.multiprocessing as mp
+forked, arguments, count = pickle.load(open(sys.argv[1], "rb"))
+mp.start_processes(forked, arguments, count, start_method="fork")
+"""
+
+
 def on_processes(work: Any, folder: Path, world_size: int = 2) -> list[Any]:
-    """What `work(group)` gives on each of the processes."""
-    mp.start_processes(
-        _forked, (work, str(folder / "store"), world_size, str(folder / "out")), world_size, start_method="fork"
-    )
+    """What `work(group)` gives on each of the processes. They are forked from a fresh one: torch refuses a backward pass in a
+    process forked from one that has started threads for its own."""
+    arguments = (work, str(folder / "store"), world_size, str(folder / "out"))
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    (folder / "work").write_bytes(cloudpickle.dumps((_forked, arguments, world_size)))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support")))}
+    subprocess.run([sys.executable, "-c", _START, str(folder / "work")], env=environment, check=True, timeout=120)
     return [torch.load(f"{folder / 'out'}.{rank}", weights_only=False) for rank in range(world_size)]
 
 
@@ -115,7 +129,7 @@ def test_batch_norm_over_two_processes_equals_numpys_over_the_whole_batch(tmp_pa
     expected = numpy_batch_norm(*(t.detach().numpy() for t in (x, norm.weight, norm.bias, dy)))
     for rank, found in enumerate(on_two(x, norm, dy, tmp_path)):
         assert found.keys() == norm.state_dict().keys() | expected.keys() - {"deviation"}
-        assert found["num_batches_tracked"] == 1
+        assert found["num_batches_tracked"] == 0  # the network counts
         for name in expected.keys() - {"deviation"}:
             part = slice(rank, None, 2) if name in ("y", "dx") else slice(None)
             assert found[name].dtype == torch.float64
@@ -143,6 +157,26 @@ def test_batch_norm_over_two_processes_rounds_no_more_than_its_sums_must(
         own = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0.0  # the result is rounded once more
         print(f"largest {np.abs(found['y'].double().numpy() - y).max():.1e}, bound {bound:.1e}")
         np.testing.assert_allclose(found["y"].double().numpy(), y, rtol=own, atol=bound)
+
+
+def test_with_sync_bn_the_state_counts_the_steps(quick_config: Config, tmp_path: Path) -> None:
+    noise = {"data.name": "synthetic", "data.synthetic_count": 64, "train.batch_size": 16, "train.eval_batch_size": 16}
+    config = changed(quick_config, {**noise, "data.backend": "torch", "train.sync_bn": True, "train.ema_decay": 0.9})
+
+    def work(group: Group) -> dict[str, Any]:
+        data = random_dataset(32, 10, 64)
+        seed_everything(0)
+        trainer = Trainer(config, data, prepare(device="cpu", compile="off"), BackendChoice("torch", "test"), group)
+        assert sum(isinstance(part, HostSyncBatchNorm) for part in trainer.net.modules()) == 8
+        trainer.train_epoch(0, OneCycle(0.1, 0.01, 5, 4), StepMeter(0, 4, torch.device("cpu")))
+        state = trainer.state()
+        trainer.close()
+        return state
+
+    for state in on_processes(work, tmp_path):
+        for part in ("model", "ema"):
+            counters = [value for name, value in state[part].items() if name.endswith("num_batches_tracked")]
+            assert len(counters) == 8 and all(counter == 4 for counter in counters)
 
 
 def test_batch_norm_alone_is_torchs_own() -> None:
@@ -450,11 +484,30 @@ def test_a_loss_that_is_no_number_on_one_process_is_told_once_and_ends_all(
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 3
 
 
+def test_data_that_dali_cannot_take_on_one_process_go_through_torch_on_all(
+    runs: Zygote, noise: Config, tmp_path: Path
+) -> None:
+    if choose_backend("auto", torch.device("cpu")).name != "dali":
+        pytest.skip("needs DALI")
+    recipe = written(changed(noise, {"data.backend": "auto"}), tmp_path)
+    refuse = (
+        "import dali_pipeline.loader as l\nfrom dali_pipeline.dali_graph import Unsupported\n"
+        "def no(*a, **k): raise Unsupported('too large here')\nl.GRAPHS['dali'] = no"
+    )
+    for rank in (0, 1):
+        run = tmp_path / f"run-{rank}"
+        jobs = together(runs, "--config", recipe, f"run.dir={run}", before={rank: refuse})
+        assert ended(jobs, timeout=60) == [0, 0], jobs[0].stderr
+        assert "WARNING: pipeline: torch (torch on cpu: too large here)" in jobs[0].stdout
+        assert json.loads((run / "environment.json").read_text())["backend"] == "torch"
+
+
 def test_what_one_process_cannot_do_is_one_error_and_no_wait(runs: Zygote, noise: Config, tmp_path: Path) -> None:
     recipe = written(noise, tmp_path)
     run = f"run.dir={tmp_path / 'run'}"
     no_backend = at("machine", "from dali_pipeline.backend import BackendError; raise BackendError('no pipeline here')")
     no_save = at("save", "from train.step.meter import NonFiniteLoss; raise NonFiniteLoss(0, 0, 1.0)")
+    recipe.with_name("cifar.yaml").write_text("train: {device: cpu}\n")  # no key of another data set stands in it
     faults: list[tuple[list[str], dict[int, str], list[int], str]] = [
         (["data.name=cifar10", "data.download=false", f"data.root={tmp_path / 'none'}"], {}, [2, 1], "data.root="),
         (["train.batch_size=63"], {}, [2, 1], "does not divide by the 2 processes"),
@@ -466,7 +519,8 @@ def test_what_one_process_cannot_do_is_one_error_and_no_wait(runs: Zygote, noise
     for words, before, codes, text in faults:
         if not any(word.startswith("run.dir=") for word in words):
             words = [*words, run]
-        jobs = together(runs, "--config", recipe, *words, before=before)
+        config = recipe.with_name("cifar.yaml") if "data.name=cifar10" in words else recipe
+        jobs = together(runs, "--config", config, *words, before=before)
         assert ended(jobs, timeout=30) == codes, [job.stderr for job in jobs]
         errors = [job.stderr.strip() for job in jobs]
         assert [bool(error) for error in errors] == [code != 1 for code in codes]
@@ -517,14 +571,16 @@ torch.nn.Module.compile = compile
     assert "WARNING: compile: off (torch.compile failed" in jobs[0].stdout
 
 
+@pytest.mark.parametrize("deterministic", ["false", "true"])
 @pytest.mark.parametrize(("first", "second", "compiles"), [(1e-9, 1e9, False), (1e9, 1e-9, True)])
 def test_all_processes_compile_or_none_as_the_first_one_weighs(
-    runs: Zygote, noise: Config, tmp_path: Path, first: float, second: float, compiles: bool
+    runs: Zygote, noise: Config, tmp_path: Path, first: float, second: float, compiles: bool, deterministic: str
 ) -> None:
     def seeing(seconds: float) -> str:
-        """Code for a process whose compiler does nothing but say so, and whose steps take so long."""
+        """Code for a process whose compiler does nothing but say so, and whose steps take so long, or would."""
         return f"""
-import torch, train.machine.runtime as r
+import torch, train.machine.runtime as r, train.machine.weighing as w
+w.EAGER_FLOPS_PER_SECOND = {1e12 / seconds}
 from train.step.trainer import Trainer
 r.find_compiler = lambda device: (True, "g++ found")
 torch.nn.Module.compile = lambda self, **_: print("compiling", type(self).__name__, flush=True)
@@ -535,12 +591,40 @@ Trainer.step_seconds = lambda self: {seconds}
     jobs = together(
         runs,
         *("--config", written(noise, tmp_path), f"run.dir={tmp_path / 'run'}", "train.compile=auto"),
+        f"train.deterministic={deterministic}",
         before={0: seeing(first), 1: seeing(second)},
         XDG_CACHE_HOME=str(tmp_path),
     )
     assert ended(jobs) == [0, 0], jobs[0].stderr + jobs[1].stderr
     assert ["compiling TrainStep" in job.stdout for job in jobs] == [compiles, compiles]
     assert load_checkpoint(tmp_path / "run" / "last.pt")["machine"]["compile"] == ("default" if compiles else "off")
+
+
+def test_two_processes_measure_the_test_set_by_both_checkpoints_as_one_would(
+    runs: Zygote, noise: Config, tmp_path: Path
+) -> None:
+    falling = """
+from dataclasses import replace
+from train.step.trainer import Trainer
+evaluate, right = Trainer.evaluate, iter((2, 1))
+
+def falling(self, *rest):
+    correct = next(right)
+    return {measure: replace(score, correct=correct) for measure, score in evaluate(self, *rest).items()}
+
+Trainer.evaluate = falling
+"""
+    words = ("data.validation=100", "train.epochs=2", f"run.dir={tmp_path / 'run'}")
+    jobs = together(runs, "--config", written(noise, tmp_path), *words, before={0: falling, 1: falling})
+    assert ended(jobs) == [0, 0], jobs[0].stderr + jobs[1].stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["best_epoch"] == 1 and summary["chosen_on"] == "validation"
+    for name in ("best", "last"):
+        network = analysis.load(tmp_path / "run", checkpoint=name)
+        test = network.dataset.test
+        by_one = 100 * float(np.mean(network.predict(test.images).labels == test.labels))
+        one_image = 100 / len(test)
+        assert summary["test"][f"{name}.pt"]["accuracy"] == pytest.approx(by_one, abs=1.01 * one_image)
 
 
 # --- torchrun itself

@@ -91,7 +91,7 @@ def test_ema_exports_the_average_and_is_refused_without_one(run: Path, capsys: p
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.pt2", "model.onnx"])
 def test_programs_take_uint8_images_of_any_number(run: Path, name: str) -> None:
-    for package in train.export.NEEDED[name]:
+    for package in train.export.REQUIRED_PACKAGES[name]:
         pytest.importorskip(package, reason=f"{package} is not installed (extra: export)")
     snapshot = load_snapshot(run / "best.pt")
     net, images = network(snapshot), pixels()
@@ -178,4 +178,4 @@ def test_the_extra_names_every_package_that_an_export_needs() -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     extra = setup["options.extras_require"]["export"]
-    assert all(package in extra for packages in train.export.NEEDED.values() for package in packages)
+    assert all(package in extra for packages in train.export.REQUIRED_PACKAGES.values() for package in packages)

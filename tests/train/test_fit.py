@@ -369,7 +369,7 @@ def test_data_that_dali_cannot_take_go_to_torch_under_auto_and_are_refused_on_re
     quick_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    monkeypatch.setattr(dali_graph, "MAX_PICTURE_BYTES", 100 * 32 * 32 * 3)
+    monkeypatch.setattr(dali_graph, "MAX_STRIP_BYTES", 100 * 32 * 32 * 3)
     config = changed(quick_config, {"train.batch_size": 61})
     with pytest.raises(BackendError, match="take a batch size divisible by 16"):
         fit(changed(config, {"data.backend": "dali"}), tmp_path / "refused", log=Lines())
@@ -410,8 +410,8 @@ def test_two_graphs_are_compiled_before_training_and_none_during_it(
     after_warm_up: list[int] = []
     original = Session.warm_up
 
-    def counted(self: Session) -> None:
-        original(self)
+    def counted(self: Session, *rest: Any) -> None:
+        original(self, *rest)
         after_warm_up.append(counters["stats"]["unique_graphs"])
 
     monkeypatch.setattr(Session, "warm_up", counted)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from training import Lines, assert_equal_weights, make_trainer, weights
 
+import analysis
 from train.config import Config, changed
 from train.disk.checkpoint import load_checkpoint
 from train.disk.folder import read_metrics
 from train.run import fit
 from train.step.meter import NonFiniteLoss, StepMeter
 from train.step.schedule import OneCycle
+from train.step.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 
@@ -68,6 +72,28 @@ def test_training_learns_in_every_precision_and_mode(
     metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert metrics[-1]["train_loss"] < 0.6 * metrics[0]["train_loss"]
     assert metrics[-1]["test_accuracy"] > 60
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_what_was_captured_measures_the_test_set_of_both_checkpoints_at_the_end(
+    cuda_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    original, right = Trainer.evaluate, iter((4, 3, 2, 1))
+
+    def falling(self: Trainer, *rest: Any) -> Any:
+        correct = next(right)
+        return {m: replace(score, correct=correct) for m, score in original(self, *rest).items()}
+
+    monkeypatch.setattr(Trainer, "evaluate", falling)
+    asked = {"train.compile": mode, "data.validation": 200, "train.tta": True, "train.ema_decay": 0.9}
+    summary = fit(changed(cuda_config, asked), tmp_path / "run", log=Lines())
+    assert summary["best_epoch"] == 1
+    for name in ("best", "last"):
+        network = analysis.load(tmp_path / "run", checkpoint=name, device="cuda")
+        again = network.evaluate()  # uncompiled
+        some = 100 * 5 / len(network.dataset.test)  # images that rounding may turn over
+        assert summary["test"][f"{name}.pt"]["accuracy"] == pytest.approx(again["test"], abs=some)
+    assert summary["last_ema_test_tta_accuracy"] == pytest.approx(again["ema_test_tta"], abs=some)
 
 
 def test_two_graphs_are_compiled_and_none_after_the_warm_up(cuda_config: Config, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,10 @@ def test_numpy_scalars_and_paths_count_as_what_they_stand_for(small: Config, tmp
     assert run.folder == tmp_path / "here"
     assert "lr_max: 0.125" in (run.folder / "config.yaml").read_text()
     assert isinstance(tree["run"]["dir"], Path), "the caller's own dict stays as it is"
+    config = replace(
+        small, train=replace(small.train, epochs=np.int64(1)), run=replace(small.run, dir=tmp_path / "too")
+    )
+    assert train.fit(config, quiet=True).folder == tmp_path / "too"
 
 
 BAD: dict[str, tuple[Any, tuple[Any, ...], str]] = {
@@ -155,6 +160,7 @@ BAD: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "a bad override": ({"train": {"epochs": 3}}, ("train.epochs=none",), "train.epochs: 'none' (text)"),
     "an override of a dict": ({"train": {}}, ({"train.epochs": 3},), "is no override; expected text"),
     "an override twice": ({"train": {}}, ("train.seed=1", "train.seed=2"), "train.seed: given twice"),
+    "a home of nobody": ({"run": {"dir": "~no such user/run"}}, (), "run.dir: ~no such user/run: no home is known"),
     "no file": ("nowhere.yaml", (), "nowhere.yaml"),
     "no recipe": (3, (), "3 is no recipe"),
 }
@@ -318,11 +324,14 @@ def test_many_shapes_in_one_process_are_all_compiled(small: Config, monkeypatch:
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda module, **how: compile_in_place(module, backend="eager", dynamic=False)
     )
+    torch._dynamo.reset()  # what earlier tests have compiled counts too
     # in place of nine trainings: torch counts the shapes of a function, and here two are too many
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    for width in (1, 2):
-        train.fit(small, f"net.width={width}", "train.compile=default", quiet=True)
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for width in (1, 2):
+            train.fit(small, f"net.width={width}", "train.compile=default", quiet=True)
+        with pytest.raises(train.UserError):  # one that diverges counts as little
+            train.fit(small, "net.width=3", "schedule.lr_max=1e20", "train.compile=default", quiet=True)
+        train.fit(small, "net.width=4", "train.compile=default", quiet=True)
 
 
 def test_importing_the_packages_and_asking_for_a_config_imports_no_torch() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
+from train.machine import environment
 from train.machine.runtime import RuntimeUnavailable, prepare, seed_everything
 
 
@@ -59,3 +63,52 @@ def test_the_seed_fixes_the_weights() -> None:
     assert torch.equal(torch.randn(4), first)
     seed_everything(4)
     assert not torch.equal(torch.randn(4), first)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("The NVIDIA driver on your system is too old (found version 12040). Please update", "knows CUDA 12.4,"),
+        ("Found no NVIDIA driver on your system.", None),
+    ],
+)
+def test_auto_says_when_only_the_driver_keeps_it_from_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, message: str, expected: str | None
+) -> None:
+    def init() -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    note = prepare(device="auto").notes[0]
+    assert note.startswith("WARNING: ") == (expected is not None)
+    assert expected is None or (expected in note and "built for CUDA 13.0" in note)
+    with pytest.raises(RuntimeUnavailable, match=expected or "finds no CUDA device"):
+        prepare(device="cuda")
+
+
+def test_the_commit_is_that_of_this_source_and_of_no_repository_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*words: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+        words = ("git", "-C", str(tmp_path), *who, *words)
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+
+    package = tmp_path / "site-packages"
+    package.mkdir()
+    source = package / "environment.py"
+    source.touch()
+    monkeypatch.setattr(environment, "__file__", str(source))
+    try:
+        git("init")
+    except OSError:
+        pytest.skip("needs git")
+    git("commit", "--allow-empty", "-m", "another project")
+    assert environment.git_commit() is None
+    git("add", "site-packages")
+    git("commit", "-m", "its own")
+    assert environment.git_commit() == git("rev-parse", "HEAD")
+    source.write_text("changed")
+    assert environment.git_commit() == git("rev-parse", "HEAD") + "+changes"

@@ -1,4 +1,4 @@
-"""A trainer that starts over stands where a new one would."""
+"""A trainer that starts over stands where a new one would; how many steps its state says it has had."""
 
 from __future__ import annotations
 
@@ -78,3 +78,32 @@ def test_starting_over_is_deterministic_where_the_recipe_is(quick_config: Config
         trainer.close()
         torch.use_deterministic_algorithms(False)
         seed_everything(0)
+
+
+def test_batch_norms_counters_are_the_steps_also_of_a_resumed_training_and_of_the_average(quick_config: Config) -> None:
+    config = changed(quick_config, {"train.ema_decay": 0.9, "train.ema_every": 3})
+    first = make_trainer(config)
+    steps = first.steps_per_epoch
+    assert steps % 3 and steps > 3
+    first.warm_up()  # trains on borrowed state
+    first_epoch(first)
+    state = copy.deepcopy(first.state())
+    first.close()
+    assert counters_of(state) == {("model", steps), ("ema", steps - steps % 3)}
+
+    second = make_trainer(config)
+    second.load_state(state)
+    first_epoch(second)
+    # an average follows at the steps of an epoch: 3, 6, ... of the first one again
+    assert counters_of(second.state()) == {("model", 2 * steps), ("ema", 2 * steps - steps % 3)}
+    second.close()
+
+
+def counters_of(state: dict[str, Any]) -> set[tuple[str, int]]:
+    """The values of all counters, by weights and average."""
+    return {
+        (part, int(value))
+        for part in ("model", "ema")
+        for name, value in state[part].items()
+        if name.endswith("num_batches_tracked")
+    }

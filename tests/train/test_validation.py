@@ -76,6 +76,28 @@ def test_best_follows_validation_and_the_test_set_is_measured_once_by_both_check
     assert load_snapshot(tmp_path / "run" / "last.pt").position.epoch == 2
 
 
+def test_a_best_checkpoint_that_is_lost_or_another_costs_its_own_measurement_alone(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, epochs = Trainer.evaluate, iter((2, 1) * 2)
+
+    def falling(self: Trainer, *rest: Any) -> Any:
+        right = next(epochs)
+        return {m: replace(score, correct=right) for m, score in original(self, *rest).items()}
+
+    monkeypatch.setattr(Trainer, "evaluate", falling)
+    whole = fit(config, tmp_path / "run")
+    assert whole["best_epoch"] == 1 and whole["test"].keys() == {"best.pt", "last.pt"}
+    best = tmp_path / "run" / "best.pt"
+    for content in (b"", (tmp_path / "run" / "last.pt").read_bytes()):
+        best.write_bytes(content)
+        log = Lines()
+        summary = fit(config, tmp_path / "run", resume=True, log=log)
+        assert "WARNING" in log.text and "best.pt" in log.text and "not measured" in log.text
+        assert summary["test"] == {"last.pt": whole["test"]["last.pt"]} and summary["best_accuracy"] is None
+        assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+
+
 def test_without_a_validation_split_the_last_epoch_is_the_headline_and_best_is_said_to_be_chosen_on_the_test_set(
     quick_config: Config, tmp_path: Path
 ) -> None:

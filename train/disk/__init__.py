@@ -1,1 +1,1 @@
-"""What a run leaves on the disk: atomic files, sealed checkpoints, the run folder, and how to go on from it."""
+"""The files of a run: atomic writes, checkpoints with a checksum, the run folder, and resuming from it."""

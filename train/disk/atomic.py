@@ -1,4 +1,4 @@
-"""Files that are whole at every moment: the old content or the new one, whatever ends the process."""
+"""Atomic writes: whatever ends the process, a file holds either its old content or the whole new one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train.failpoints import failpoint
 
 
 class WriteError(OSError):
-    """A file that cannot be written; the one before it is intact. `filename` names it."""
+    """The file `filename` could not be written; its previous content is intact."""
 
 
 def fsync_folder(folder: Path) -> None:
@@ -33,16 +33,16 @@ def fsync_folder(folder: Path) -> None:
 
 
 def open_new(path: Path) -> BinaryIO:
-    """Open a file for writing that nobody else has: what had its name is removed, and no link is followed."""
+    """Create a new file and open it for writing. A file or link of that name is removed first, and no link is followed."""
     path.unlink(missing_ok=True)
     return path.open("xb")  # O_EXCL, which refuses a link too
 
 
 def write_atomic(path: Path, content: bytes, keep_previous: Path | None = None) -> None:
-    """Replace `path` by `content` so that at every moment it is whole: the old file or the new one.
+    """Write `content` to `path` so that at every moment the file there is complete: the old one or the new one.
 
-    A symbolic link of that name is itself replaced; its target stays. With `keep_previous`, what `path` held before stays
-    under that name. Raises WriteError, also where the name is that of a folder, a device or a pipe.
+    A symbolic link at `path` is itself replaced, and its target stays. With `keep_previous` the old file is kept under that
+    name. Raises WriteError, also where `path` is a folder, a device or a pipe.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -67,7 +67,7 @@ def write_atomic(path: Path, content: bytes, keep_previous: Path | None = None) 
 
 
 def _keep(path: Path, keep_previous: Path) -> None:
-    """Give `path` a second name, so that it is never missing itself."""
+    """Keep the file under a second name, `keep_previous`, without ever removing it from `path`."""
     link = keep_previous.with_name(f".{keep_previous.name}.{os.getpid()}.tmp")
     try:
         link.unlink(missing_ok=True)
@@ -84,14 +84,14 @@ def _keep(path: Path, keep_previous: Path) -> None:
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
-    """`write_atomic` for a table."""
+    """Write a table as CSV, atomically."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
     write_atomic(path, text.getvalue().encode())
 
 
 def is_temporary(name: str, of: Sequence[str]) -> bool:
-    """Whether a file's name is one under which `write_atomic` writes a file of these names."""
+    """Whether `name` is a temporary name under which `write_atomic` writes one of the files `of`."""
     match = re.fullmatch(r"\.(.+)\.\d+\.tmp", name)
     return match is not None and match[1] in of
 

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill at any moment and refuse to load damaged: plain dicts of tensors and numbers."""
+"""Checkpoints: plain dicts of tensors and numbers in a file that survives a kill at any moment. A damaged one is not loaded."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from train.failpoints import failpoint
 
 FORMAT = 3  # 1 had no net.logit_scale; in 2 "optimizer" was the state of the one SGD, now it is a state for each kind
 CHECKPOINTS = ("last.pt", "previous.pt", "best.pt")
-READABLE = (2, FORMAT)  # disk/snapshot.py brings the older ones up to date
+READABLE_FORMATS = (2, FORMAT)  # disk/snapshot.py brings the older ones up to date
 _MARK = b"sha256:"
 _COMMENT = len(_MARK) + 64  # the digest in hexadecimal
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be used: one line naming the file, what is wrong and the remedy."""
+    """A checkpoint that cannot be used. The message is one line: the file, what is wrong and the remedy."""
 
 
 def seal(content: bytes) -> bytes:
@@ -34,7 +34,7 @@ def seal(content: bytes) -> bytes:
 
 
 def unseal(content: bytes) -> bytes:
-    """Give back what `seal` was given; ValueError where a byte differs or the seal is missing."""
+    """The content that `seal` was given; ValueError where a byte differs or the checksum is missing."""
     body, comment = content[:-_COMMENT], content[-_COMMENT:]
     if not comment.startswith(_MARK) or body[-2:] != _COMMENT.to_bytes(2, "little"):
         raise ValueError("it carries no sha256: cut short, or written by another program")
@@ -45,7 +45,7 @@ def unseal(content: bytes) -> bytes:
 
 
 def carries_seal(path: Path) -> bool:
-    """Whether a file ends as `seal` leaves it, damaged elsewhere or not."""
+    """Whether a file ends with the comment that `seal` writes; the rest of it may be damaged."""
     try:
         with path.open("rb") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - _COMMENT, 0))
@@ -63,9 +63,9 @@ def save_checkpoint(path: str | Path, state: dict[str, Any], keep_previous: Path
 
 
 def save_last(folder: Path, state: dict[str, Any], best: bool) -> None:
-    """Write last.pt, which stays as previous.pt after the next one, and before it best.pt where this is the best."""
+    """Write last.pt and keep the one before it as previous.pt; if `best`, write best.pt first."""
     content = pack(state)
-    if best:  # first: after a kill between the two, the resumed run writes it again
+    if best:  # first, because after a kill between the two the resumed run writes best.pt again
         write_atomic(folder / "best.pt", content)
         failpoint("best written")
     write_atomic(folder / "last.pt", content, keep_previous=folder / "previous.pt")
@@ -73,7 +73,7 @@ def save_last(folder: Path, state: dict[str, Any], best: bool) -> None:
 
 
 def on_host(value: Any) -> Any:
-    """`value` with its tensors copied to the host and its lists and dicts copied: what comes later changes nothing in it."""
+    """A copy of `value` with its tensors on the host. Later changes to `value` do not change the copy."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -88,7 +88,7 @@ def pack(state: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     try:
         torch.save({"format": FORMAT, **state}, buffer)
-    except RuntimeError as error:  # what torch's writer says when it closes a file that memory did not suffice for
+    except RuntimeError as error:  # torch's writer raises this when it closes a file for which memory did not suffice
         if isinstance(error.__context__, MemoryError):
             raise error.__context__ from None
         raise
@@ -96,7 +96,7 @@ def pack(state: dict[str, Any]) -> bytes:
 
 
 def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a checkpoint, its sha256 verified first, then unpickled with `weights_only=True`: no code in it can run.
+    """Read a checkpoint: its sha256 is verified first, then it is unpickled with `weights_only=True`, so no code in it can run.
 
     Raises CheckpointError where the file is missing, damaged, of another format, or holds anything but plain data.
     """
@@ -113,10 +113,10 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         state = torch.load(io.BytesIO(unseal(content)), map_location=map_location, weights_only=True)
     except ValueError as error:
         raise CheckpointError(f"{path}: not usable, {error}{_other(path)}") from None
-    except Exception as error:  # of any kind: with bytes made up for it, torch's unpickler fails in any of its lines
+    except Exception as error:  # crafted bytes can make torch's unpickler raise any error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path}: refused, it does not hold plain tensors and numbers: {reason}") from None
-    if not isinstance(state, dict) or state.get("format") not in READABLE:
+    if not isinstance(state, dict) or state.get("format") not in READABLE_FORMATS:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(
             f"{path}: of format {found!r}, this version reads format {FORMAT}; use the version that wrote it"

@@ -1,4 +1,4 @@
-"""The run folder: who may write it, and config.yaml, environment.json, metrics.jsonl in it."""
+"""The run folder: its lock, what --overwrite removes, and config.yaml, environment.json and metrics.jsonl in it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from train.disk.checkpoint import CHECKPOINTS, carries_seal
 from train.failpoints import failpoint
 from train.step.range_test import CURVE_COLUMNS
 
-# the files of a run. --overwrite removes them in this order: what proves that a run lies here goes last, so that after a
-# kill on the way the rest can still be removed
+# The files of a run. --overwrite removes them in this order. Those that prove that a run lies here are removed last, so that
+# after a kill in between the rest can still be removed.
 WRITTEN = (
     "config.yaml",
     "metrics.jsonl",
@@ -52,18 +52,18 @@ FOLDERS = {
     "export": ("model.safetensors", "model.pt2", "model.onnx", ".model.*.tmp.*"),
     "tensorboard": ("events.out.tfevents.*",),
 }
-_LOCK = ".lock"  # locked, and empty: on Windows nobody else could read what is in it
+_LOCK = ".lock"  # the file that is locked; empty, because on Windows no other process could read it
 _OWNER = ".lock.pid"  # the process id of the run that holds the lock
-_PROBE = "writable"  # a file is written under its temporary name, and removed
-_OF_ENVIRONMENT = {"versions", "device", "precision", "compile", "backend", "data_source"}
+_PROBE = "writable"  # the temporary file of this name is written and removed, to see whether the folder can be written
+_ENVIRONMENT_KEYS = {"versions", "device", "precision", "compile", "backend", "data_source"}
 
 
 class RunFolderError(UserError):
-    """A run folder that cannot be used: one line with the path, the cause and the remedy."""
+    """A run folder that cannot be used. The message is one line: the path, the cause and the remedy."""
 
 
 def own_folder(run: Path, name: str) -> Path:
-    """A folder inside a run's, where what is written must land there. RunFolderError where it is a symbolic link."""
+    """The path of a folder inside a run folder. RunFolderError where it is a symbolic link, which leads out of the run folder."""
     path = run / name
     if path.is_symlink():
         raise RunFolderError(
@@ -83,27 +83,27 @@ def default_run_dir(name: str, resume: bool, root: Path = Path("runs")) -> Path:
 
 
 class RunFolder:
-    """Exclusive writer of one run folder.
+    """One run folder, which no other process may write at the same time.
 
-    Raises RunFolderError where the folder holds a run already (unless `resume` or `overwrite`), another process is
-    writing it, or it cannot be written; with `range_test`, which is for one alone, a range test counts as a run. The
-    lock is the operating system's: it dies with its process. Where the file system has none, `unlocked` says so in a
-    sentence, and two runs may write here at once. What `overwrite` replaces is removed by `start_over`, once
-    the new run is about to begin; files that bear a run's names and were not written by one are refused with it.
+    Raises RunFolderError where the folder already holds a run (unless `resume` or `overwrite`), another process is writing
+    it, or it cannot be written. `range_test` is for a range test without a training; an earlier range test then counts as a
+    run. The lock is the operating system's and ends with its process. Where the file system has no locks, `unlocked` is a
+    sentence that says so, and two runs may write here at once. With `overwrite`, `start_over` removes the old run once the
+    new one is about to begin; RunFolderError where files have the names of a run's but no run wrote them.
     """
 
     def __init__(
         self, path: str | Path, *, resume: bool = False, overwrite: bool = False, range_test: bool = False
     ) -> None:
         self.path = Path(path)
-        # where it found no rates a run goes no further, and may begin again; a range test alone counts to itself
+        # a training whose range test failed left only its curve, and may be started again; for a range test the curve is a run
         self._marks = WRITTEN if range_test else tuple(name for name in WRITTEN if not name.startswith("lr_finder"))
         self.unlocked: str | None = None
         self._lock: FileIO | None = None
         try:
             self._check(resume, overwrite)
             self._acquire()
-            self._check(resume, overwrite)  # another run may have ended between the first look and the lock
+            self._check(resume, overwrite)  # again, as another run may have ended between the first check and the lock
             remove_stale(self.path, (*WRITTEN, _PROBE))
             probe = self.path / f".{_PROBE}.{os.getpid()}.tmp"
             with open_new(probe) as file:
@@ -149,15 +149,15 @@ class RunFolder:
         if any(carries_seal(self.path / name) for name in CHECKPOINTS):
             return True
         with contextlib.suppress(OSError, ValueError):
-            record = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
-            if isinstance(record, dict) and record.keys() >= _OF_ENVIRONMENT:
+            found = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
+            if isinstance(found, dict) and found.keys() >= _ENVIRONMENT_KEYS:
                 return True
         with contextlib.suppress(OSError, ValueError), (self.path / "lr_finder.csv").open(encoding="utf-8") as file:
             return file.readline().strip() == ",".join(CURVE_COLUMNS)
         return False
 
     def _namesakes(self) -> list[str]:
-        """What bears the name of a file or folder of a run; folders end in /, empty ones do not count."""
+        """The files and folders here that have a run's names. Folders end in /; empty ones do not count."""
         files = [name for name in WRITTEN if self._has(name)]
         return files + [f"{name}/" for name in FOLDERS if _names_in(self.path / name)]
 
@@ -198,7 +198,7 @@ class RunFolder:
         """False where another process has it locked; True also where the file system has no locks, with a note of it."""
         try:
             return try_lock(file)
-        except NoLocks as error:  # no reason not to train
+        except NoLocks as error:  # training without a lock is better than not training
             self.unlocked = (
                 f"{self.path}: nothing can be locked on this file system ({error.strerror}), and a second run into this "
                 "folder would not be refused"
@@ -206,7 +206,7 @@ class RunFolder:
             return True
 
     def _owner(self) -> str:
-        """The process id that the owner of the lock has written beside it."""
+        """The process id that the lock's owner has written into the file beside it."""
         with contextlib.suppress(OSError, ValueError):
             owner = (self.path / _OWNER).read_text(encoding="ascii")
             if owner.isdecimal():
@@ -214,7 +214,7 @@ class RunFolder:
         return "unknown"
 
     def start_over(self) -> list[str]:
-        """Remove what a run, its analysis and its exports write, by name, and give the names of what else lies here.
+        """Remove, by name, what a run, its analysis and its exports write, and return the names of everything else here.
 
         An export goes too: it is the network of the run that is replaced.
         """
@@ -225,7 +225,7 @@ class RunFolder:
         return [name for name in _names_in(self.path) if name not in (_LOCK, _OWNER, *named)] + stays
 
     def close(self) -> None:
-        """Give up the lock; a folder in which nothing was written goes too."""
+        """Release the lock, and remove the folder if nothing was written into it."""
         if self._lock is None:
             return
         with contextlib.suppress(OSError):
@@ -242,13 +242,13 @@ class RunFolder:
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(value, indent=2) + "\n")
 
-    def write_metrics(self, records: list[dict[str, Any]]) -> None:
-        """metrics.jsonl, whole: one line an epoch. A resumed run writes the epochs that its checkpoint knows."""
-        self.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    def write_metrics(self, entries: list[dict[str, Any]]) -> None:
+        """Write metrics.jsonl anew, one line for each epoch. A resumed run begins with the epochs in its checkpoint."""
+        self.write_text("metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def _is_folder(path: Path) -> bool:
-    """A link to a folder is none."""
+    """Whether this is a folder; a link to one is not."""
     return path.is_dir() and not path.is_symlink()
 
 
@@ -258,7 +258,7 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def _remove_file(path: Path) -> bool:
-    """False where it is a folder, which no run writes under the name of a file."""
+    """Remove a file. A folder of that name stays, as no run wrote it, and the answer is False."""
     if _is_folder(path):
         return False
     path.unlink(missing_ok=True)
@@ -266,7 +266,7 @@ def _remove_file(path: Path) -> bool:
 
 
 def _clear(folder: Path, files: tuple[str, ...]) -> list[str]:
-    """Remove the files of these names (or patterns), and the folder if nothing else is in it; the names of what stays."""
+    """Remove the files with these names or patterns, and the folder if it is then empty. Returns the names of what stays."""
     stays = [
         name
         for name in _names_in(folder)
@@ -274,7 +274,7 @@ def _clear(folder: Path, files: tuple[str, ...]) -> list[str]:
         or not _remove_file(folder / name)
     ]
     if not stays and _is_folder(folder):
-        with contextlib.suppress(OSError):  # something has come into it meanwhile
+        with contextlib.suppress(OSError):  # a file may have been added meanwhile
             folder.rmdir()
     return stays
 

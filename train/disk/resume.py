@@ -1,4 +1,4 @@
-"""From last.pt back into a training: which state to take, and whether recipe, data and machine are still the run's."""
+"""Resuming: which checkpoint to continue from, and whether recipe, data and machine are still those of the run."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from train.disk.snapshot import Snapshot
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """ "section.key: old -> new" for every key that changes what a run computes; keys that come with another data.name are
-    not named beside it."""
+    """ "section.key: old -> new" for every key that differs and changes what a run computes. Where data.name differs, the keys of
+    the two data sets are not listed as well."""
     found = []
     sources = (None, old.get("data", {}).get("name"))
     for section, keys in new.items():
         for key, value in keys.items():
             name, before = f"{section}.{key}", old.get(section, {}).get(key)
-            # a rate that was to be found has been found since
+            # the range test has since replaced "find" by a rate
             if before == value or (value == "find" and isinstance(before, float)):
                 continue
             if changes(name) in ("result", "rounding") and source_of_key(name) in sources:
@@ -32,8 +32,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def load_for_resume(
     path: Path, config: Config, *, fallback: bool, extend: bool, log: Callable[[str], None]
 ) -> Snapshot:
-    """The state to go on from: last.pt of the folder, or with `fallback` previous.pt where last.pt is damaged. Raises
-    CheckpointError, and ConfigError where the recipe is another one; with `extend` a larger train.epochs is none."""
+    """The state to continue from: last.pt of the folder, or with `fallback` previous.pt where last.pt is damaged. Raises
+    CheckpointError; ConfigError where the recipe differs. With `extend`, train.epochs may be larger than before."""
     last, previous = path / "last.pt", path / "previous.pt"
     try:
         state = load_checkpoint(last)
@@ -61,7 +61,7 @@ def load_for_resume(
 
 
 def restore_last(path: Path) -> None:
-    """Where last.pt is damaged, put previous.pt in its place, lest the next save keep the damaged one as previous.pt."""
+    """Where last.pt is damaged, replace it by previous.pt; otherwise the next save would keep the damaged one as previous.pt."""
     try:
         load_checkpoint(path / "last.pt")
     except CheckpointError:
@@ -69,7 +69,7 @@ def restore_last(path: Path) -> None:
 
 
 def check_same_data(snapshot: Snapshot, dataset: Dataset) -> None:
-    """data.root may change, what lies there may not. Raises ConfigError."""
+    """Raise ConfigError unless the data are the run's. data.root may differ, the images there may not."""
     for name in ("mean", "std", "class_names"):
         then, now = getattr(snapshot.data, name), getattr(dataset, name)
         if then != now:
@@ -90,7 +90,7 @@ def _named(fingerprint: str | None) -> str:
 
 
 def note_changes(then: dict[str, Any], now: dict[str, Any], log: Callable[[str], None]) -> None:
-    """A warning where device, arithmetic or software are not those of the first part (`Snapshot.machine`)."""
+    """Log a warning where device, arithmetic or software differ from those that the run began with (`Snapshot.machine`)."""
     changed = [f"{key} {then[key]} -> {value}" for key, value in now.items() if key in then and then[key] != value]
     if changed:
         log(

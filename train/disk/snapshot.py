@@ -1,4 +1,4 @@
-"""What a checkpoint holds: all that a resumed run and an analysis need, as plain dicts of tensors, numbers and text."""
+"""What a checkpoint holds: everything that a resumed run and an analysis need, as plain dicts of tensors, numbers and text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from train.step.schedule import Rates
 
 @dataclass
 class Position:
-    """Where a run stands: finished epochs, steps done in the next one, and what is known of those steps."""
+    """How far a run has come: its finished epochs, the steps done in the next one, and the results of those steps."""
 
     epoch: int = 0
     step: int = 0
@@ -29,7 +29,7 @@ class Position:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What a network must know of the data it was trained on. `mean` and `std` in units of 0..255, `fill` what cutout paints."""
+    """Facts about the data that a network was trained on. `mean` and `std` are in units of 0..255, `fill` is cutout's colour."""
 
     data_name: str
     class_names: tuple[str, ...]
@@ -53,13 +53,13 @@ class Snapshot:
     rates: Rates
     steps_per_epoch: int
     times: dict[str, float]
-    machine: dict[str, Any]  # what changes a result if only by rounding, and is no key of the recipe
+    machine: dict[str, Any]  # what is no key of the recipe and changes the result, if only by rounding
     config: dict[str, dict[str, Any]]
     data: DataFacts
 
     @property
     def test_accuracy(self) -> float | None:
-        """What the run measured of the test set after its last finished epoch, in percent; None where it did not."""
+        """The accuracy on the test set after the last finished epoch, in percent; None where the run did not measure it."""
         metrics = self.position.metrics
         return float(metrics[-1]["test_accuracy"]) if metrics and "test_accuracy" in metrics[-1] else None
 
@@ -76,7 +76,7 @@ class Snapshot:
 
     @classmethod
     def from_dict(cls, state: dict[str, Any], where: str | Path) -> Snapshot:
-        """What `to_dict` gave, of this version or an earlier one. Raises CheckpointError, naming `where`."""
+        """From the result of `to_dict`, of this version or an earlier one. Raises CheckpointError, naming `where`."""
         if state.get("format") == 2 and "optimizer" in state:
             state = {**state, "optimizer": {"sgd": state["optimizer"]}}
         state = {"machine": {}, "validation": None, **state}
@@ -99,5 +99,5 @@ class Snapshot:
 
 
 def load_snapshot(path: str | Path) -> Snapshot:
-    """A checkpoint's file, verified. Raises CheckpointError."""
+    """Read and verify a checkpoint's file. Raises CheckpointError."""
     return Snapshot.from_dict(load_checkpoint(path), path)

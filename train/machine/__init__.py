@@ -1,1 +1,1 @@
-"""What a training stands on: device and precision, the process group, signals, and the facts of the machine."""
+"""The machine that a training runs on: device and precision, the process group, signals, and facts for environment.json."""

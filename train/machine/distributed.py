@@ -15,22 +15,22 @@ import torch.distributed as dist
 from dali_pipeline.errors import UserError
 
 TIMEOUT_VARIABLE = "TRAIN_DISTRIBUTED_TIMEOUT"
-TIMEOUT_SECONDS = 1800.0  # the others wait as long for the first process's download
+TIMEOUT_SECONDS = 1800.0  # for one wait; the longest is for the first process's download of the data
 
 T = TypeVar("T")
 
 
 class GroupError(UserError):
-    """The processes cannot work together: one line with the cause and the remedy."""
+    """The processes cannot work together. The message is one line: cause and remedy."""
 
 
 class OtherProcessFailed(Exception):
-    """Another process failed, and says why itself; this one ends with it."""
+    """Another process failed and reports its error itself; this one only ends."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """This process among the others."""
+    """This process's place among the processes that train together, and what they exchange."""
 
     rank: int = 0
     world_size: int = 1
@@ -41,7 +41,7 @@ class Group:
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, in the order of their ranks (pickled: for small plain ones)."""
+        """The values of all processes, in the order of their ranks. They are pickled, so this is for small plain values."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -50,8 +50,8 @@ class Group:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Every process runs the block, and waits for the others at its end. Where it raised on some, all of them stop:
-        the first of these raises its error, the others OtherProcessFailed."""
+        """Every process runs the block and waits for the others at its end. If the block raised on some processes, it raises
+        on all: the one of lowest rank among them raises its own error, the others OtherProcessFailed."""
         failure: Exception | None = None
         try:
             yield
@@ -67,7 +67,7 @@ class Group:
         raise OtherProcessFailed(f"process {failed.index(True)} failed")
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` gives on the first process, on all of them; its error too."""
+        """Call `make` on the first process, and return its result, or raise its error, on all of them."""
         value: list[Any] = [None]
         with self.together():
             if self.first:
@@ -114,7 +114,7 @@ def _timeout() -> timedelta:
 
 @contextmanager
 def process_group(group: Group, device: str) -> Iterator[None]:
-    """The group's connection, for as long as the block runs. `device` is train.device.
+    """Connects the group for as long as the block runs. `device` is train.device.
 
     Tensors on a GPU go over NCCL; flags and objects go over gloo from the host, and make no GPU wait.
     """
@@ -128,7 +128,7 @@ def process_group(group: Group, device: str) -> Iterator[None]:
         yield
         whole = True
     finally:
-        # closing NCCL waits for what is under way, which a lost process would never answer; the exit closes it too
+        # closing NCCL waits for operations that a lost process would never complete; the end of the process closes it too
         if whole or not cuda:
             dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Facts of the machine and the software, for the record of a run."""
+"""Facts about the machine and the software, for environment.json."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what a result depends on, for environment.json."""
+    """Versions of the packages that a result depends on, for environment.json."""
     from importlib.metadata import PackageNotFoundError, version
 
     found: dict[str, str | None] = {
@@ -32,9 +32,13 @@ def versions() -> dict[str, str | None]:
 
 
 def git_commit() -> str | None:
-    """The commit of this source tree, with "+changes" where files differ from it; None outside a checkout."""
-    here = Path(__file__).resolve().parent
+    """The commit of this source tree, with "+changes" where files differ from it; None outside a checkout, also where this is
+    installed below another project's."""
+    file = Path(__file__).resolve()
+    here = file.parent
     try:
+        tracked = ["git", "-C", str(here), "ls-files", "--error-unmatch", file.name]
+        subprocess.run(tracked, capture_output=True, check=True, timeout=5)
         commit = subprocess.run(
             ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=5
         ).stdout.strip()
@@ -61,7 +65,7 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def system_record() -> dict[str, Any]:
+def system_facts() -> dict[str, Any]:
     """Machine facts for environment.json."""
     return {
         "platform": platform.platform(),

@@ -1,4 +1,4 @@
-"""What a training changes of the whole process, given back: for a caller that goes on with something else."""
+"""Restores what a training changes in the whole process, for a caller that goes on with something else."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ GiveBack = Callable[[], object]
 
 @contextmanager
 def process_as_found() -> Iterator[None]:
-    """However the block ends, the process has again what it had: the default generators (random, NumPy, torch on all
-    devices), the number of threads, the deterministic algorithms, precisions and cuDNN's flags, the current GPU, the
-    default type.
+    """Restores the state of the process at the end of the block, also after an error: the default generators (random, NumPy,
+    torch on all devices), the number of threads, torch's flags for deterministic algorithms, precision and cuDNN, the current
+    GPU and the default dtype.
 
-    The block itself runs with gradients and with float32 as the default type.
+    The block itself runs with gradients enabled and float32 as the default dtype.
     """
     with ExitStack() as stack:
         for give_back in _as_found():
@@ -34,7 +34,7 @@ def process_as_found() -> Iterator[None]:
 
 
 def _as_found() -> list[GiveBack]:
-    """Each gives back one thing, as train/machine/runtime.py changes it; they are called the last first."""
+    """Functions that each restore one setting that train/machine/runtime.py changes; to be called in reverse order."""
     logger = logging.getLogger("torch.utils.cpp_extension")
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     deterministic, warns = (
@@ -54,7 +54,7 @@ def _as_found() -> list[GiveBack]:
         partial(np.random.set_state, np.random.get_state()),  # noqa: NPY002
         partial(torch.set_rng_state, torch.get_rng_state()),
     ]
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # asking an untouched GPU for its generators would make a context on it
         found.append(partial(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
         found.append(partial(torch.cuda.set_device, torch.cuda.current_device()))
     if torch.backends.mps.is_available():
@@ -63,15 +63,16 @@ def _as_found() -> list[GiveBack]:
 
 
 def _precisions() -> list[GiveBack]:
-    """TF32 and its like. torch has an old and a new way to set them, and the old one writes into the new one, which goes
-    first in this list, hence back last: it alone tells unset from set to the default."""
+    """Restore the precision of matrix products and convolutions (TF32 and so on). torch has an old and a new interface for
+    them, and setting the old one changes the new one. The new one is first in this list, so it is restored last: only it
+    distinguishes "unset" from "set to the default"."""
     backends = torch.backends
     owners: list[Any] = [backends, backends.cuda.matmul, backends.cudnn, backends.mkldnn]
     owners += [
         getattr(of, name, None) for of in (backends.cudnn, backends.mkldnn) for name in ("conv", "rnn", "matmul")
     ]
     found = [_attribute(owner, "fp32_precision") for owner in owners if hasattr(owner, "fp32_precision")]
-    with suppress(RuntimeError):  # of a caller that uses the new way: the old one then has no answer
+    with suppress(RuntimeError):  # a caller has used the new interface: reading the old one then fails
         found.append(partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()))
     with suppress(RuntimeError):
         found.append(_attribute(backends.cudnn, "allow_tf32"))

@@ -1,4 +1,4 @@
-"""Where and how the arithmetic runs: device, precision, compiler, determinism; each choice with its reason."""
+"""Chooses where and how the arithmetic runs (device, precision, compiler, determinism), each with a reason for the log."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import random
+import re
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -18,12 +19,12 @@ from dali_pipeline.errors import UserError
 
 
 class RuntimeUnavailable(UserError):
-    """An explicit request that this machine cannot meet: one line with the cause and the remedy."""
+    """The recipe asks explicitly for something that this machine cannot do. The message is one line: cause and remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """The resolved choices of one process."""
+    """The choices for one process, after every `auto` is resolved."""
 
     device: torch.device
     precision: str  # fp32 | bf16 | fp16
@@ -36,7 +37,7 @@ class Runtime:
         return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
     def compiling(self, mode: str | None, why: str) -> Runtime:
-        """The same with another compile mode, and its note."""
+        """A copy with another compile mode, and the note that says why."""
         note = f"compile: {mode or 'off'} ({why})"
         return replace(self, compile_mode=mode, notes=tuple(note if n == self.compile_note else n for n in self.notes))
 
@@ -45,10 +46,32 @@ class Runtime:
         return next(note for note in self.notes if note.startswith("compile: "))
 
 
+def old_driver() -> str | None:
+    """Where there is a driver, but one too old for torch's CUDA: its version, torch's, and the remedy, in one line."""
+    if torch.version.cuda is None or torch.cuda.is_available():
+        return None
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:  # another where there is no driver at all
+        found = re.search(r"driver on your system is too old \(found version (\d+)\)", str(error))
+        if found is None:
+            return None
+        major, minor = divmod(int(found[1]), 1000)
+        return (
+            f"the NVIDIA driver is too old for torch {torch.__version__}: it knows CUDA {major}.{minor // 10}, torch is "
+            f"built for CUDA {torch.version.cuda}; update the driver, or install a torch for CUDA {major}.{minor // 10} or "
+            "older (see https://pytorch.org/get-started)"
+        )
+    return None
+
+
 def _device(requested: str, local_rank: int) -> tuple[torch.device, str]:
+    old = old_driver() if requested in ("auto", "cuda") else None
     if requested == "cuda" and not torch.cuda.is_available():
         raise RuntimeUnavailable(
-            f"train.device=cuda: torch {torch.__version__} finds no CUDA device; check nvidia-smi and the driver, "
+            f"train.device=cuda: {old}"
+            if old
+            else f"train.device=cuda: torch {torch.__version__} finds no CUDA device; check nvidia-smi and the driver, "
             "or use train.device=auto"
         )
     mps = torch.backends.mps.is_available()
@@ -65,7 +88,7 @@ def _device(requested: str, local_rank: int) -> tuple[torch.device, str]:
         return device, torch.cuda.get_device_name(device)
     if requested == "mps" or (requested == "auto" and mps):
         return torch.device("mps"), "Apple GPU"
-    why = "as asked" if requested == "cpu" else "no GPU found"
+    why = "as asked" if requested == "cpu" else "no GPU found" if old is None else f"not the GPU: {old}"
     return torch.device("cpu"), f"{why}; {torch.get_num_threads()} threads"
 
 
@@ -129,16 +152,17 @@ def prepare(
     channels_last: str = "auto",
     local_rank: int = 0,
 ) -> Runtime:
-    """Resolve the requests against this machine. Raises RuntimeUnavailable where an explicit one cannot be met.
+    """Resolve the recipe's requests on this machine. Raises RuntimeUnavailable where an explicit one cannot be met.
 
-    For compile=auto on a CPU the answer is the mode to compile with; whether that pays is weighed where the steps are known.
+    For compile=auto on a CPU this gives the mode to compile with; train/compiling.py decides later, when the number of steps
+    is known, whether compiling pays.
     """
-    # torch's compiler warns that a CUDA toolkit without a GPU is of no use: the device note says so already
+    # torch's compiler warns about a CUDA toolkit without a GPU; the note about the device says that already
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     chosen, device_why = _device(device, local_rank)
     arithmetic, precision_why = _precision(precision, chosen)
     mode, compile_why = _compile(compile, chosen, arithmetic)
-    # measured on a CPU with AVX-512: a step of width 16 takes 0.6 of its NCHW time; on MPS compiled code gets slower
+    # channels-last: on a CPU with AVX-512 a step at width 16 takes 0.6 of its time in NCHW; on MPS compiled code gets slower
     last = channels_last == "on" or (channels_last == "auto" and chosen.type in ("cuda", "cpu"))
     return Runtime(
         device=chosen,
@@ -146,7 +170,7 @@ def prepare(
         compile_mode=mode,
         channels_last=last,
         notes=(
-            f"device: {chosen} ({device_why})",
+            f"{'WARNING: ' if 'not the GPU' in device_why else ''}device: {chosen} ({device_why})",
             f"precision: {arithmetic} ({precision_why})",
             f"compile: {mode or 'off'} ({compile_why})",
             f"channels-last: {'on' if last else 'off'}",
@@ -155,7 +179,7 @@ def prepare(
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
-    """Seed the generators that weights are drawn from, and fix the algorithms with `deterministic`."""
+    """Seed the global random generators, which draw the weights; with `deterministic` also select deterministic algorithms."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - for third-party code; ours draws from Philox
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: before the training it ends at once, during it after the step and a checkpoint."""
+"""Signals that ask a run to end: before the training it ends at once, during it after the current step and a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ REPEAT_SECONDS = 3.0
 
 
 class Interrupted(BaseException):
-    """A signal ends the run; `code` is the process's exit code, `saved` whether there is a state to continue from.
+    """A signal ended the run. `code` is the process's exit code; `saved` says whether there is a checkpoint to continue from.
 
-    Not an Exception, as KeyboardInterrupt is none: code that tries one thing after another must not take it for a
-    failed attempt.
+    Like KeyboardInterrupt it is not an Exception, so that an `except Exception` around an attempt does not swallow it.
     """
 
     def __init__(self, number: int, saved: bool) -> None:
@@ -28,12 +27,13 @@ class Interrupted(BaseException):
 
 
 class SignalWatch:
-    """SIGINT, SIGTERM and SIGHUP raise Interrupted at once, but inside `deferring` the first one is only noted.
+    """SIGINT, SIGTERM and SIGHUP raise Interrupted at once; inside `deferring` the first one is only kept in `received`.
 
-    A second one takes its default action, which ends the process on the spot: a checkpoint under way is a temporary
-    file until it is whole. With `repeats`, the same request may arrive twice (torchrun passes on the Ctrl-C that the
-    terminal has sent to all its processes already), and what follows within REPEAT_SECONDS is no second one. Without
-    `owns_process`, for a process that does other things too, a second one raises KeyboardInterrupt instead.
+    A second signal has its default action and ends the process at once. That damages nothing: a checkpoint that is being
+    written is a temporary file until it is complete. With `repeats` one request may arrive twice (torchrun passes on the
+    Ctrl-C that the terminal has sent to all its processes already), so what arrives within REPEAT_SECONDS is not counted as
+    a second signal. With `owns_process` false, for a process that does other things too, a second signal raises
+    KeyboardInterrupt instead.
     """
 
     def __init__(self, repeats: bool = False, announce: bool = True, owns_process: bool = True) -> None:
@@ -59,7 +59,7 @@ class SignalWatch:
         if not self._deferring:
             raise Interrupted(number, saved=False)
         if self._announce:
-            # print() is not safe here: the signal may have arrived in the middle of another one
+            # print() is not safe here: the signal may have interrupted another print()
             text = (
                 f"\n{signal.Signals(number).name}: ending after this step, with a checkpoint; once more ends at once\n"
             )
@@ -68,7 +68,7 @@ class SignalWatch:
 
     @contextmanager
     def watching(self) -> Iterator[SignalWatch]:
-        """Handles the signals inside the block; does nothing outside the main thread, which alone may."""
+        """Handles the signals inside the block. Does nothing outside the main thread, as Python allows handlers only there."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -81,7 +81,8 @@ class SignalWatch:
 
     @contextmanager
     def deferring(self) -> Iterator[None]:
-        """Inside the block the first signal waits for who asks `received`; one left over at its end is raised there."""
+        """Inside the block the first signal only sets `received`, which the training loop reads. If nobody acted on it by the
+        end of the block, Interrupted is raised there."""
         self._deferring = True
         try:
             yield
@@ -95,4 +96,5 @@ def _watched() -> list[int]:
     watched: list[int] = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
         watched.append(signal.SIGHUP)
-    return watched
+    # a handler that was not set from Python, as where Python is embedded, could not be given back
+    return [number for number in watched if signal.getsignal(number) is not None]

@@ -1,12 +1,12 @@
-"""Whether torch.compile pays on a CPU: what compiling takes against what it saves, both as this machine has shown them."""
+"""Whether torch.compile pays on a CPU: whether it saves more time than it takes, estimated from measurements on this machine."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import statistics
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,22 +16,26 @@ import torch
 
 from train.machine.environment import cpu_name
 
-# where nothing has been seen yet: the quickstart's recipe on two quiet cores, nothing in the cache and everything in it
+# Defaults, for a machine on which nothing was measured yet.
+# Seconds to compile with an empty cache and with a full one: the quickstart's recipe on two otherwise idle cores.
 COLD_SECONDS = 54.0
 WARM_SECONDS = 5.0
-# an eager step's time over a compiled one's, by torch's name for the CPU's vector units: fp32, width 16, batch 512 on two
-# Xeon cores, n = 8. Without AVX-512 compiled steps were slower where they were measured (0.95 and 0.84 of the eager speed
-# at widths 8 and 16, one EPYC core with AVX2): the figure is what tries them once, in a long run, which then decides.
-GAINS = {"AVX512": 1.37}
-OTHER_GAIN = 1.1
-FLOPS = 50e9  # a second, of an eager step; 15 to 38 on one such EPYC core, 85 on the two Xeon cores
-KEPT = 5  # values of a kind, the latest
-GRAPHS = 64  # of a machine, the latest
+# The gain: an eager step's time over a compiled one's, by torch's name for the CPU's vector units. Measured in fp32 at width 16
+# and batch size 512 on two Xeon cores, n = 8.
+GAIN_BY_VECTOR_UNITS = {"AVX512": 1.37}
+# The gain with other vector units. Compiled steps were slower with AVX2 (a gain of 0.95 and 0.84 at widths 8 and 16 on one EPYC
+# core), but a default below 1 would never compile. This one makes a long run compile once; what it measures decides from then on.
+FALLBACK_GAIN = 1.1
+# The speed of an eager step: between the 15 to 38 GFLOP/s of that EPYC core and the 85 of the two Xeon cores.
+EAGER_FLOPS_PER_SECOND = 50e9
+# The history keeps the latest
+MAX_VALUES = 5  # measurements of one kind
+MAX_GRAPHS = 64  # graphs of one machine
 
 
 @dataclass(frozen=True)
 class Weighed:
-    """Whether compiling pays, and the sum that says so."""
+    """Whether compiling pays, and the calculation behind the answer, in words."""
 
     pays: bool
     why: str
@@ -39,20 +43,20 @@ class Weighed:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, and where it comes from: "seen here" or "a default"."""
+    """A number, and where it comes from: "seen here" (measured on this machine) or "a default"."""
 
     value: float
     source: str
 
 
 def weigh(eager_seconds: float, steps_left: int, compile_seconds: float, gain: float) -> bool:
-    """Whether `steps_left` steps of `eager_seconds` take longer than `compile_seconds` and as many steps `gain` times as
-    fast. Evaluations are left out: they are short beside the training, and gain less."""
+    """Whether `steps_left` eager steps of `eager_seconds` each take longer than `compile_seconds` plus as many compiled steps,
+    `gain` times as fast. Evaluations are not counted: they are short beside the training, and gain less."""
     return eager_seconds * steps_left > compile_seconds + eager_seconds * steps_left / gain
 
 
 def weigh_seen(eager_seconds: float, steps_left: int, compiling: Estimate, gain: Estimate) -> Weighed:
-    """`weigh`, with the sum in words."""
+    """`weigh` with estimates, and its calculation in words."""
     eager = eager_seconds * steps_left
     why = (
         f"weighed: the {steps_left:,} steps left take {eager:,.1f} s as they are; compiled they would take "
@@ -63,24 +67,28 @@ def weigh_seen(eager_seconds: float, steps_left: int, compiling: Estimate, gain:
 
 
 def weigh_by_arithmetic(step_flops: float, steps_left: int) -> Weighed:
-    """The same from the arithmetic of a step and the defaults alone: the same answer on every run of one machine."""
+    """`weigh` from a step's number of operations and the defaults, with nothing measured: every run on one machine gets the same
+    answer."""
     gain = default_gain()
     why = (
         f"train.deterministic=true: by a fixed rule, {steps_left:,} steps of {step_flops / 1e9:,.1f} GFLOP at "
-        f"{FLOPS / 1e9:.0f} GFLOP/s, compiled {gain:.2f} times as fast after {COLD_SECONDS:.0f} s"
+        f"{EAGER_FLOPS_PER_SECOND / 1e9:.0f} GFLOP/s, compiled {gain:.2f} times as fast after {COLD_SECONDS:.0f} s"
     )
-    return Weighed(weigh(step_flops / FLOPS, steps_left, COLD_SECONDS, gain), why)
+    return Weighed(weigh(step_flops / EAGER_FLOPS_PER_SECOND, steps_left, COLD_SECONDS, gain), why)
 
 
 def default_gain() -> float:
-    return GAINS.get(torch.backends.cpu.get_cpu_capability(), OTHER_GAIN)
+    return GAIN_BY_VECTOR_UNITS.get(torch.backends.cpu.get_cpu_capability(), FALLBACK_GAIN)
 
 
-def record_path() -> Path:
+def history_path() -> Path:
     """compile.json in the user's folder for caches."""
     folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not folder.is_absolute():
-        folder = Path.home() / ".cache"
+        try:
+            folder = Path.home() / ".cache"
+        except RuntimeError:  # a container's user without a home
+            folder = Path(os.devnull)  # which is no folder: nothing is kept
     return folder / "cifar-throughput" / "compile.json"
 
 
@@ -93,59 +101,68 @@ def compiler_cache() -> Path:
         import getpass
 
         user = getpass.getuser()
-    except (ImportError, KeyError, OSError):  # a container's user without a name
+    except (ImportError, KeyError, OSError):  # a user without a name, as in some containers
         user = ""
     return Path(tempfile.gettempdir(), f"torchinductor_{user}")
 
 
-def compiled_from_cache() -> bool:
-    """Whether all that this process has compiled came out of the cache."""
-    from torch._dynamo.utils import counters
+def graphs_compiled() -> tuple[int, int]:
+    """How many graphs this process has taken out of the compiler's cache so far, and how many it has compiled anew."""
+    utils = sys.modules.get("torch._dynamo.utils")  # not imported for this: it takes seconds
+    if utils is None:
+        return 0, 0
+    seen = utils.counters["inductor"]
+    return seen["fxgraph_cache_hit"], seen["fxgraph_cache_miss"] + seen["fxgraph_cache_bypass"]
 
-    seen = counters["inductor"]
-    return bool(seen["fxgraph_cache_hit"]) and not (seen["fxgraph_cache_miss"] or seen["fxgraph_cache_bypass"])
+
+def compiled_from_cache(before: tuple[int, int]) -> bool:
+    """Whether all that was compiled since `graphs_compiled` gave `before` came out of the cache."""
+    cached, anew = graphs_compiled()
+    return cached > before[0] and anew == before[1]
 
 
-class CompileRecord:
-    """What compiling took on this machine and what it gained, kept from run to run in `path`:
+class CompileHistory:
+    """How long compiling took on this machine and what it gained. Later runs read it from the JSON file `path`:
 
         {machine: {"cold": [seconds], "warm": [seconds], "graphs": {graph: {"cache": folder, "gain": [ratio]}}}}
 
-    A machine is a torch on a CPU with a number of threads, a graph any text that names a recipe's. What is missing or cannot
-    be read counts as not seen, and a file that cannot be written is passed over.
+    A machine is a version of torch, a CPU and a number of threads. A graph is a text that identifies what a recipe compiles.
+    What is missing or cannot be read counts as not measured; failing to write the file is no error.
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self.path = path or record_path()
+        self.path = path or history_path()
         self.machine = f"torch {torch.__version__}, {cpu_name()}, {torch.get_num_threads()} threads"
 
     def compile_seconds(self, graph: str) -> Estimate:
-        """Of a graph that the compiler's cache holds, or of one that it does not."""
+        """How long compiling will take: "warm" where the compiler's cache holds this graph, else "cold"."""
         here = self._here(self._read())
         cache = compiler_cache()
         warm = _dict(_dict(here, "graphs"), graph).get("cache") == str(cache) and cache.is_dir()
         kind, default = ("warm", WARM_SECONDS) if warm else ("cold", COLD_SECONDS)
         seen = _numbers(here, kind)
-        return _estimate(min(seen, default=None), default, f", {kind} cache")  # the others had a busy machine
+        return _estimate(
+            min(seen, default=None), default, f", {kind} cache"
+        )  # longer ones were measured on a busy machine
 
     def gain(self, graph: str) -> Estimate:
-        """Of this graph, else of the others here."""
+        """The gain of this graph where it was measured, else the median of the other graphs on this machine."""
         graphs = _dict(self._here(self._read()), "graphs")
         medians = {name: statistics.median(seen) for name in graphs if (seen := _numbers(_dict(graphs, name), "gain"))}
         others = statistics.median(medians.values()) if medians else None
         return _estimate(medians.get(graph, others), default_gain())
 
     def add(self, graph: str, seconds: float, *, warm: bool, gain: float | None = None) -> None:
-        """A compilation, by its time; and the gain, where that was measured."""
+        """Add a compilation's time and, where it was measured, its gain."""
         content = self._read()
         here = self._here(content)
         kind = "warm" if warm else "cold"
         graphs = _dict(here, "graphs")
         entry: dict[str, Any] = {"cache": str(compiler_cache()), "gain": _numbers(_dict(graphs, graph), "gain")}
         if gain is not None:
-            entry["gain"] = [*entry["gain"], gain][-KEPT:]
-        latest = [*((name, value) for name, value in graphs.items() if name != graph), (graph, entry)][-GRAPHS:]
-        here |= {kind: [*_numbers(here, kind), seconds][-KEPT:], "graphs": dict(latest)}
+            entry["gain"] = [*entry["gain"], gain][-MAX_VALUES:]
+        latest = [*((name, value) for name, value in graphs.items() if name != graph), (graph, entry)][-MAX_GRAPHS:]
+        here |= {kind: [*_numbers(here, kind), seconds][-MAX_VALUES:], "graphs": dict(latest)}
         with contextlib.suppress(OSError):
             self._write({**content, self.machine: here})
 
@@ -178,7 +195,7 @@ def _numbers(content: dict[str, Any], name: str) -> list[float]:
     found = content.get(name)
     if not isinstance(found, list):
         return []
-    return [float(v) for v in found if isinstance(v, (int, float)) and math.isfinite(v) and v > 0]
+    return [float(v) for v in found if isinstance(v, (int, float)) and 0 < v <= sys.float_info.max]
 
 
 def _estimate(seen: float | None, default: float, about: str = "") -> Estimate:

@@ -1,1 +1,1 @@
-"""What a person sees of a training: lines, a progress bar, the clock, the summary."""
+"""What a training shows to a person: lines, a progress bar, times, the summary."""

@@ -1,4 +1,4 @@
-"""What the time of a run goes into."""
+"""Measures what the time of a run goes into."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 
 @dataclass
 class Times:
-    """Seconds by what they were spent on. Within a block of `on` its own go on counting, and rest while another one runs."""
+    """Seconds by what they were spent on. A block of `on` counts under one name; a block inside it stops that and counts under
+    its own, so every second counts once."""
 
     set_up: float = 0.0
     compile: float = 0.0
@@ -22,7 +23,7 @@ class Times:
     saving: float = 0.0  # as far as the training waited for it
 
     def __post_init__(self) -> None:
-        self._open: list[str] = []  # what is being counted, and within which others
+        self._open: list[str] = []  # the names of the nested blocks, the innermost last; that one is counting
         self._counted_until = 0.0
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Lines for a person, which outlive whoever reads them."""
+"""Lines for a person. A reader that goes away does not stop the run."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 
 class Log:
-    """Lines for a person. Silent on all ranks but the first; goes on when nobody reads any more (a closed pipe).
+    """Prints lines on the first rank and nothing on the others. A closed pipe (nobody reads any more) is no error.
 
-    With `owns_process`, standard output then leads nowhere, so that no library's print fails at the process's end either.
+    With `owns_process` a closed standard output is replaced by the null device, so that prints of libraries do not fail either.
     """
 
     def __init__(self, quiet: bool = False, *, owns_process: bool = True) -> None:
@@ -32,7 +32,7 @@ class Log:
             else:
                 print(line, flush=True)
         except (BrokenPipeError, ValueError, OSError):
-            # the reader went away; the run is worth more than its messages
+            # nobody reads any more; the run goes on without its messages
             self.quiet = True
             if not self._owns_process:
                 return

@@ -1,4 +1,4 @@
-"""A run that will take hours says so after its first steps, with what would shorten it."""
+"""Tells the user after the first steps that a run will take hours, and which keys would shorten it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LONG_RUN_SECONDS = 3600.0
 
 
 class LongRunNotice:
-    """Called after every step, prints one line once where `total_steps` steps will take more than an hour."""
+    """`step` is called after every step. Prints one line, once, if `total_steps` steps will take more than LONG_RUN_SECONDS."""
 
     def __init__(self, total_steps: int, config: Config, runtime: Runtime, log: Log) -> None:
         self.total_steps, self.config, self.runtime, self.log = total_steps, config, runtime, log
@@ -26,7 +26,7 @@ class LongRunNotice:
             return
         now = time.perf_counter()
         if self.steps == 0:
-            self.begun = now  # the first step is left out: it may still set things up
+            self.begun = now  # the first step is not counted: it may still allocate and compile
         self.steps += 1
         if self.steps < 4 or now - self.begun < 2:
             return
@@ -37,7 +37,7 @@ class LongRunNotice:
 
 
 def long_run_advice(seconds: float, per_step: float, config: Config, runtime: Runtime) -> str:
-    """What a run of hours is told after its first steps: the estimate, and which keys shorten it."""
+    """The line that LongRunNotice prints: the estimated time, and which keys shorten it."""
     shorter = ["fewer epochs (train.epochs=)"]
     if config.net.width > 16:
         shorter.insert(

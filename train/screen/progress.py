@@ -1,4 +1,4 @@
-"""How far an epoch is, on a terminal and in a log file."""
+"""Shows how far an epoch has come, on a terminal and in a log file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class EpochDisplay:
         now = time.perf_counter()
         if self.bar is None and now < self.next_line:
             return
-        loss, accuracy = meter.means(self.batch_size // self.processes)  # of this process's share
+        loss, accuracy = meter.means(self.batch_size // self.processes)  # over the images of this process
         rate = (done - self.start) * self.batch_size / max(now - self.begun, 1e-9)
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2f}%, {rate:,.0f} images/s", refresh=False)

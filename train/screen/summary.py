@@ -1,4 +1,4 @@
-"""The end of a run: what it reached, what the time went into, how much memory it took."""
+"""The summary of a run: the accuracies it reached, what its time went into, how much memory it took."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from train.loop import Run
 
 
-Final = dict[str, dict[Measure, Score]]  # by the name of the checkpoint
+Final = dict[str, dict[Measure, Score]]  # scores on the test set, by the name of the checkpoint
 
 
 def summary_lines(run: Run, path: Path | None, final: Final | None = None) -> tuple[dict[str, Any], list[str]]:
-    """The end of a run, as summary.json and as lines for a person. `final` is what was measured of the test set where a
-    validation split chose best.pt.
+    """The summary as the content of summary.json and as lines for a person. Where a validation split chose best.pt, `final` holds
+    the scores on the test set, measured at the end.
 
-    best_accuracy and last_accuracy are test accuracies: without a validation split that of the best epoch, which was
-    chosen by it, and that of the last.
+    best_accuracy and last_accuracy are accuracies on the test set, of best.pt and of the last epoch. Without a validation split
+    best.pt is the epoch with the highest test accuracy.
     """
     trainer, position, times = run.trainer, run.position, run.times
     last = position.metrics[-1]

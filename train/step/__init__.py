@@ -1,1 +1,1 @@
-"""The arithmetic of a training: one step, one evaluation, the schedule, the range test."""
+"""The arithmetic of a training: a step, an evaluation, the schedule, the range test. A step is one update of the weights."""

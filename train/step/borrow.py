@@ -1,4 +1,4 @@
-"""Borrow the state of a training, and give it back."""
+"""Restores the state of a training after a block that changes it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from train.step.optim import Optimizers
 def borrowed_state(
     module: nn.Module, optimizer: Optimizers | torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
 ) -> Iterator[None]:
-    """Whatever happens inside, weights, buffers, gradients, train mode, optimizer, scaler and RNG come back bit for bit.
+    """Restores weights, buffers, gradients, train mode, optimizer, scaler and random generators at the end of the block, bit for
+    bit, also after an error.
 
-    Tensors are restored in place: a compiled or captured graph that holds them stays valid.
+    Tensors are restored in place, so that a compiled or captured graph that uses them stays valid.
     """
     saved = {name: tensor.detach().clone() for name, tensor in module.state_dict(keep_vars=True).items()}
     modes = [(part, part.training) for part in module.modules()]

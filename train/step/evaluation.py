@@ -1,4 +1,4 @@
-"""The test set, each image once: loss and accuracy, and the logits for whoever looks closer."""
+"""Evaluates a split, each image once: loss and accuracy, and on request the logits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A score for each set of views of the step, in their order; logits of the first set where they are kept."""
+    """A score for each set of views that the step has, in their order; and the logits of the first set, if they were kept."""
 
     scores: tuple[Score, ...]
     logits: Tensor | None = None  # (N, C) float32 on the CPU, in the order of the loader
@@ -46,11 +46,11 @@ def evaluate(
     keep_logits: bool = False,
     after_batch: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Run `step` (EvalStep) over batches (images, labels, valid); rows that are not `valid` are padding and count nothing.
+    """Run `step` (EvalStep) over batches (images, labels, valid). Rows that are not `valid` are padding and are not counted.
 
-    Totals stay on the device until the end, and are summed over the processes where torch.distributed runs. The network
-    is put into eval mode and given back in the mode it had. `after_batch(done)` runs on the host after each batch, and
-    may raise to end the evaluation.
+    Totals stay on the device until the end, and are summed over the processes where torch.distributed runs. The network is
+    in eval mode meanwhile, and afterwards in the mode it had. `after_batch(done)` is called on the host after each batch,
+    and may raise to end the evaluation.
     """
     modes = [(module, module.training) for module in step.modules()]
     step.eval()
@@ -76,19 +76,20 @@ def _totals(
     keep_logits: bool,
     after_batch: Callable[[int], None] | None,
 ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
-    """Sums of (loss, correct, count), a column a set of views, and (logits, labels) of every batch where they are kept."""
+    """Sums of loss, correct predictions and images, with one column for each set of views; and (logits, labels) of every batch
+    if they are kept."""
     totals: Tensor | None = None
     kept: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
         for done, (images, labels, valid) in enumerate(loader, 1):
             failpoint("evaluate")
-            if step._compiled_call_impl is not None:  # the mark imports the compiler
+            if step._compiled_call_impl is not None:  # the next line imports the compiler
                 torch.compiler.cudagraph_mark_step_begin()
             logits = step(images)
             views = logits if logits.ndim == 3 else logits[None]  # (views, N, C)
             losses = torch.stack([F.cross_entropy(view, labels, reduction="none") for view in views])
             hits = (views.argmax(2) == labels) & valid
-            # a padded row may hold anything, so it is selected away, not multiplied by zero
+            # a padded row may hold NaN, so it is replaced and not multiplied by zero
             batch = torch.stack([torch.where(valid, losses, 0.0).sum(1), hits.sum(1)])
             count = valid.sum().expand(1, batch.shape[1])
             batch = torch.cat([batch, count]).to(torch.float32 if batch.device.type == "mps" else torch.float64)

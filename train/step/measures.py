@@ -1,4 +1,4 @@
-"""What an evaluation reports: of which split, by which weights, over which views."""
+"""What an evaluation reports: a measure is a split, the weights used, and the views of each image."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class Measure:
 
     @property
     def key(self) -> str:
-        """In metrics.jsonl, before _loss and _accuracy: test, test_tta, ema_test, ema_test_tta."""
+        """Its name in metrics.jsonl, before _loss and _accuracy: test, test_tta, ema_test, ema_test_tta."""
         parts = [self.weights, self.split, "" if self.views == "plain" else self.views]
         return "_".join(part for part in parts if part)
 
     @property
     def kind(self) -> str:
-        """How it differs from the plain answer: "", flip TTA, EMA, EMA and flip TTA."""
+        """How it differs from plain predictions by the network's own weights: "", flip TTA, EMA, EMA and flip TTA."""
         return " and ".join(part for part in (WEIGHTS[self.weights], LABELS[self.views]) if part)
 
     @property
     def label(self) -> str:
-        """For a person: test, or test, EMA and flip TTA."""
+        """Its name for a person: test, or test, EMA and flip TTA."""
         return ", ".join(part for part in (self.split, self.kind) if part)
 
 
@@ -41,13 +41,13 @@ SPLITS = ("validation", "test")
 
 
 def measures_of(options: TrainOptions, split: str = "test") -> tuple[Measure, ...]:
-    """What a recipe reports of a split, the plain answers first."""
+    """The measures of a recipe on a split, first the one with the network's own weights and plain views."""
     weights = ["", *(["ema"] if options.ema_decay > 0 else [])]
     views = ["plain", *(["tta"] if options.tta else [])]
     return tuple(Measure(split, w, v) for w in weights for v in views)
 
 
 def recorded(keys: Collection[str]) -> tuple[Measure, ...]:
-    """The measures that a record of metrics.jsonl with these keys holds, that which best.pt follows first."""
+    """The measures in a line of metrics.jsonl with these keys; first the one by which best.pt is chosen."""
     known = (Measure(split, w, v) for split in SPLITS for w in WEIGHTS for v in LABELS)
     return tuple(measure for measure in known if f"{measure.key}_accuracy" in keys)

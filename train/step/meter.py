@@ -1,4 +1,4 @@
-"""Loss and hits of every step, kept on the device and read without making it wait."""
+"""Loss and correct predictions of every step, kept on the device and read without a wait."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class NonFiniteLoss(UserError):
 class StepMeter:
     """Loss and correct predictions of every step of an epoch, kept on the device.
 
-    On the CPU the values are there at once. On a GPU `poll` copies them to the host asynchronously, and reads a copy once
-    it has arrived: no step waits for it, and a non-finite loss is noticed a fraction of a second late.
+    On the CPU the values are available at once. On a GPU `poll` copies them to the host asynchronously and reads the copy once
+    it has arrived: no step waits for it, and a non-finite loss is noticed a fraction of a second later.
     """
 
     def __init__(self, epoch: int, steps: int, device: torch.device, poll_seconds: float = 0.25) -> None:
@@ -48,7 +48,7 @@ class StepMeter:
         self.correct[step].copy_(correct)
 
     def poll(self, done: int) -> bool:
-        """Take in what has arrived of the first `done` steps; whether there is anything new. Raises NonFiniteLoss."""
+        """Read those values of the first `done` steps that have arrived; True if there are new ones. Raises NonFiniteLoss."""
         if not self._asynchronous:
             return self._take(done)
         if self._pending is not None:
@@ -65,7 +65,7 @@ class StepMeter:
         return False
 
     def finish(self, done: int) -> None:
-        """Wait for the first `done` steps and take them in."""
+        """Wait for the values of the first `done` steps and read them. Raises NonFiniteLoss."""
         if self._asynchronous:
             self._host_losses.copy_(self.losses)
             self._host_correct.copy_(self.correct)

@@ -1,4 +1,4 @@
-"""The optimizers of a training as one container of parameter groups, each group with its own rules."""
+"""The optimizers of a training behind one interface; each parameter group has its own rules."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ParameterGroup:
 
 
 def parameter_groups(net: Network, options: OptimOptions) -> list[ParameterGroup]:
-    """Filters and matrices with weight decay; norms and biases with their own."""
+    """One group for filters and matrices, with weight decay; one for normalisation layers and biases, with their own."""
     kernels: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for name, parameter in net.named_parameters():
@@ -38,7 +38,7 @@ def parameter_groups(net: Network, options: OptimOptions) -> list[ParameterGroup
 
 
 def _sgd(groups: list[dict[str, Any]], options: OptimOptions, device: torch.device) -> torch.optim.Optimizer:
-    """One fused kernel on CUDA."""
+    """SGD; on CUDA as one fused kernel."""
     return torch.optim.SGD(
         groups, lr=0.0, momentum=options.momentum, nesterov=options.nesterov, fused=device.type == "cuda" or None
     )
@@ -50,7 +50,7 @@ KINDS: dict[str, Callable[[list[dict[str, Any]], OptimOptions, torch.device], to
 
 
 class Optimizers:
-    """The optimizers that the groups ask for, driven as one. The rate is set each step by the schedule."""
+    """The optimizers that the groups need, used as one. The schedule sets the learning rate at each step."""
 
     def __init__(self, groups: Sequence[ParameterGroup], options: OptimOptions, device: torch.device) -> None:
         self._groups: dict[str, list[ParameterGroup]] = {}
@@ -67,10 +67,10 @@ class Optimizers:
         self.start_over()
 
     def start_over(self) -> None:
-        """Forget the past: a rate of zero until the first is set, and momentum of zero, which gives the same first step as none.
+        """Reset the optimizers: a learning rate of zero until one is set, and momentum buffers of zeros.
 
-        Not none, because the fused kernel of SGD then allocates it without writing it in a step whose gradients overflow
-        in fp16, and reads it in the next one.
+        Without buffers the first step would be the same. But SGD's fused kernel allocates missing buffers in the first step,
+        leaves them unwritten if gradients overflow in fp16 there, and reads them in the next step.
         """
         self.set_rate(0.0)
         for optimizer in self.by_kind.values():
@@ -81,27 +81,27 @@ class Optimizers:
                         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     def set_rate(self, rate: float) -> None:
-        """The schedule's learning rate of this step."""
+        """Set the schedule's learning rate for this step; each group uses it times its `rate_factor`."""
         for kind, optimizer in self.by_kind.items():
             for group, in_torch in zip(self._groups[kind], optimizer.param_groups, strict=True):
                 in_torch["lr"] = rate * group.rate_factor
 
     def step(self, scaler: torch.amp.GradScaler) -> None:
-        """One update of all parameters, through the scaler, which leaves out a step whose gradients overflowed."""
+        """One update of all parameters. The scaler skips it where gradients have overflowed in fp16."""
         for optimizer in self.by_kind.values():
             scaler.step(optimizer)
 
     def zero_grad(self) -> None:
-        """No gradients any more."""
+        """Remove all gradients."""
         for optimizer in self.by_kind.values():
             optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of each by its kind."""
+        """The state of each optimizer, by its kind."""
         return {kind: optimizer.state_dict() for kind, optimizer in self.by_kind.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave; which kernel does a step stays as on this device. ValueError for other kinds."""
+        """Restore a `state_dict`; the kernel stays the one for this device. ValueError for other kinds of optimizers."""
         if state.keys() != self.by_kind.keys():
             raise ValueError(f"optimizers {', '.join(state)} in the state, {', '.join(self.by_kind)} here")
         for kind, optimizer in self.by_kind.items():

@@ -1,4 +1,7 @@
-"""The LR range test (arXiv:1506.01186) on borrowed state, and the rule that turns its curve into lr_max and lr_min."""
+"""The LR range test (arXiv:1506.01186), and the rule that reads lr_max and lr_min off its curve.
+
+The test trains on borrowed state: afterwards the network and its optimizers are as they were before.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,17 @@ from train.step.schedule import Rates
 from train.step.trainer import Trainer
 
 CURVE_COLUMNS = ("step", "lr", "loss", "smoothed_loss", "diverged")  # of lr_finder.csv
-SMOOTHING = 0.9  # of the running mean that decides on divergence: about ten steps
-DIVERGED = 4.0  # a loss of four times the best one does not come back
-NEAR = 1.05  # a loss within 5% of the lowest one counts as low
-BOLD = 2.0  # times that rate for the peak of a schedule
-DEEP = 0.75  # of the whole fall: a valley no deeper is a bump on the way down
-BEGUN = 0.1  # of the whole fall: less is noise
-FIRST_EPOCH = 2**32  # of the augmentation plan: far beyond any training, which so sees its own draws first
+# The test stops where the running mean of the loss (an exponential one, over about 1 / (1 - MEAN_DECAY) = 10 steps) exceeds
+# DIVERGENCE_RATIO times its lowest value; from there the loss does not come back.
+MEAN_DECAY = 0.9
+DIVERGENCE_RATIO = 4.0
+# The rest is about the smoothed loss. Its fall is the difference between its start and its lowest point.
+LOW_LOSS_RATIO = 1.05  # up to this multiple of a valley's lowest loss, a loss belongs to the valley
+VALLEY_DEPTH = 0.75  # a valley must reach this part of the fall; a shallower one is a bump on the way down
+FALL_ONSET = 0.1  # the fall has begun once this part of it is done; less is noise
+LR_MAX_FACTOR = 2.0  # lr_max over the rate at the valley's right edge: docs/range-test.md, benchmarks/lr_finder.py
+# The test draws its images and augmentations from epochs that no training reaches, so that it uses none of a training's own.
+FIRST_PLAN_EPOCH = 2**32
 
 
 class RangeTestError(UserError):
@@ -34,9 +41,9 @@ class RangeTestError(UserError):
 
 @dataclass(frozen=True)
 class RangeTest:
-    """The curve: rates in geometric steps, and the loss of each step before its update.
+    """The curve: the learning rate of each step, growing by a constant factor, and the loss of the step before its update.
 
-    `diverged` says that the test was stopped after the last of them, short of the highest rate asked for.
+    `diverged`: the test stopped after the last of these steps, before the highest rate that was asked for.
     """
 
     rates: tuple[float, ...]
@@ -45,24 +52,24 @@ class RangeTest:
 
     @property
     def reach(self) -> int:
-        """Steps to either side that the smoothing takes in."""
+        """How many steps to either side the smoothing averages over."""
         return max(len(self.losses) // 20, 1)
 
     def smoothed(self) -> list[float]:
-        """Centred moving average over a tenth of the steps, narrower at both ends: smooth, and without a lag."""
+        """The losses by a centred moving average over a tenth of the steps, narrower at both ends. It does not lag behind."""
         values = np.asarray(self.losses)
         reach = [min(self.reach, i, len(values) - 1 - i) for i in range(len(values))]
         return [float(values[i - r : i + r + 1].mean()) for i, r in enumerate(reach)]
 
     def rows(self) -> list[list[object]]:
-        """A table: CURVE_COLUMNS (`diverged` 0 or 1, in every row), then a row a step."""
+        """The content of lr_finder.csv: CURVE_COLUMNS, then a row for each step; `diverged` is 0 or 1, the same in all rows."""
         steps = enumerate(zip(self.rates, self.losses, self.smoothed(), strict=True))
         curve: list[list[object]] = [[step, *row, int(self.diverged)] for step, row in steps]
         return [list(CURVE_COLUMNS), *curve]
 
     @classmethod
     def read_csv(cls, path: Path) -> RangeTest:
-        """The table of `rows` from a file."""
+        """Read a file that holds the table of `rows`."""
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         return cls(
@@ -74,7 +81,7 @@ class RangeTest:
 
 @dataclass(frozen=True)
 class Suggestion(Rates):
-    """The two rates, and the one between them at which the smoothed loss is lowest."""
+    """The two rates that the curve suggests, and between them `lowest`, the rate at which the smoothed loss is lowest."""
 
     lowest: float
 
@@ -86,15 +93,17 @@ class Suggestion(Rates):
 
 
 def suggest(test: RangeTest) -> Suggestion:
-    """The rule, on the smoothed loss and its first deep valley:
+    """Read both rates off the first deep valley of the smoothed loss:
 
-    - lr_max is BOLD times the highest rate, right of the lowest point, at which the loss is still within NEAR of it.
-      Beyond that rate the raw network of the test no longer learns, but a schedule that warms up to its peak stands
-      more. The factor is measured: see benchmarks/lr_finder.py.
-    - lr_min is the highest rate, left of it, at which no more than BEGUN of the fall is behind: below, nothing happens.
+    - lr_min is the highest rate, left of the valley's lowest point, at which at most FALL_ONSET of the fall is done. At lower
+      rates the loss hardly changes.
+    - lr_max is LR_MAX_FACTOR times the rate at the valley's right edge, where the loss has risen to LOW_LOSS_RATIO times its
+      lowest, but at most the highest rate of the test. Beyond the edge the freshly initialised network of the test no longer
+      learns; a training warms up to its peak and is stable at higher rates.
 
-    The first valley, not the lowest point of all: batch norm lets a test go on at rates far too high, and while it does
-    the loss may sink again. Raises RangeTestError where the loss never fell, or the test ended before it could.
+    It is the first valley and not the lowest point of the whole curve, because a network with batch norm can train on at rates
+    that are far too high, and the loss may fall once more there. Raises RangeTestError where the loss did not fall, or the
+    test ended too early to tell.
     """
     advice = "set schedule.lr_max and schedule.lr_min, or widen schedule.find_start and schedule.find_end"
     if len(test.losses) < 10:
@@ -107,27 +116,29 @@ def suggest(test: RangeTest) -> Suggestion:
             f"the range test saw no falling loss (first {start:.3g}, lowest {smoothed[place]:.3g}); {advice}"
         )
     begin = place
-    while begin > 0 and smoothed[begin] < start - BEGUN * (start - smoothed[place]):
+    while begin > 0 and smoothed[begin] < start - FALL_ONSET * (start - smoothed[place]):
         begin -= 1
     edge = _edge(test.rates, smoothed, place)
-    return Suggestion(min(BOLD * edge, test.rates[-1]), test.rates[begin], test.rates[place])
+    return Suggestion(min(LR_MAX_FACTOR * edge, test.rates[-1]), test.rates[begin], test.rates[place])
 
 
 def _first_valley(smoothed: list[float], start: float) -> int:
-    """The lowest point before the first rise by more than NEAR allows, once most of the whole fall is behind."""
-    deep = start - DEEP * (start - min(smoothed))
+    """The index of the first valley's lowest point: from where VALLEY_DEPTH of the fall is done, up to where the loss exceeds
+    LOW_LOSS_RATIO times the lowest so far."""
+    deep = start - VALLEY_DEPTH * (start - min(smoothed))
     place = next(i for i, loss in enumerate(smoothed) if loss <= max(deep, min(smoothed)))
     for i, loss in enumerate(smoothed[place:], place):
         if loss < smoothed[place]:
             place = i
-        elif loss > NEAR * smoothed[place]:
+        elif loss > LOW_LOSS_RATIO * smoothed[place]:
             break
     return place
 
 
 def _edge(rates: tuple[float, ...], smoothed: list[float], place: int) -> float:
-    """Where the curve, read from its lowest point to the right, crosses NEAR times its lowest: between two rates."""
-    level = NEAR * smoothed[place]
+    """The rate at the valley's right edge: where the loss first crosses LOW_LOSS_RATIO times its lowest, interpolated between
+    two steps (linearly in the logarithm of the rate)."""
+    level = LOW_LOSS_RATIO * smoothed[place]
     right = place
     while right + 1 < len(smoothed) and smoothed[right + 1] <= level:
         right += 1
@@ -149,8 +160,8 @@ def range_test(
 ) -> RangeTest:
     """Train for `steps` steps at rates growing geometrically from `start` to `end`, on borrowed state.
 
-    Stops where the running mean of the loss exceeds DIVERGED times its lowest, or the loss is no finite number. Over
-    several processes the loss is their mean, so that all of them stop at the same step.
+    Stops early where the running mean of the loss exceeds DIVERGENCE_RATIO times its lowest, or the loss is NaN or infinite.
+    With several processes the loss is the mean of theirs, so that all of them stop at the same step.
     """
     rates = np.geomspace(start, end, steps).tolist()
     losses: list[float] = []
@@ -172,17 +183,17 @@ def range_test(
                 diverged = True
                 break
             losses.append(loss)
-            average = SMOOTHING * average + (1 - SMOOTHING) * loss
-            smooth = average / (1 - SMOOTHING**step)
+            average = MEAN_DECAY * average + (1 - MEAN_DECAY) * loss
+            smooth = average / (1 - MEAN_DECAY**step)
             best = min(best, smooth)
-            if smooth > DIVERGED * best:
+            if smooth > DIVERGENCE_RATIO * best:
                 diverged = True
                 break
     return RangeTest(tuple(rates[: len(losses)]), tuple(losses), diverged)
 
 
 def _endless(trainer: Trainer) -> Iterator[tuple[Tensor, Tensor]]:
-    epoch = FIRST_EPOCH
+    epoch = FIRST_PLAN_EPOCH
     while True:
         yield from trainer.train_loader.epoch(epoch)
         epoch += 1

@@ -16,7 +16,7 @@ class Rates:
 
     @classmethod
     def given(cls, options: ScheduleOptions) -> Rates | None:
-        """Those of the recipe; None where it asks to find one of them."""
+        """The rates that the recipe gives as numbers; None where it asks the range test for one of them."""
         if isinstance(options.lr_max, str) or isinstance(options.lr_min, str):
             return None
         return cls(options.lr_max, options.lr_min)

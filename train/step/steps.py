@@ -1,4 +1,4 @@
-"""What is compiled: normalise, forward and loss of one training batch; normalise and forward of one test batch."""
+"""The modules that are compiled: normalise, forward and loss of a training batch; normalise and forward in an evaluation."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ class TrainStep(_Normalised):
 
 
 class EvalStep(_Normalised):
-    """Images uint8 (N, 3, H, W) to logits (N, C) float32; with several sets of `views` to (sets, N, C), each the mean over
-    its views. The network must be in eval mode; call it under `torch.no_grad()`."""
+    """Images uint8 (N, 3, H, W) to logits (N, C) float32, the mean over the views; with several sets of `views` to logits
+    (sets, N, C). The network must be in eval mode; call it under `torch.no_grad()`."""
 
     def __init__(
         self,

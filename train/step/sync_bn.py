@@ -1,4 +1,4 @@
-"""Batch norm over all processes together, where train.sync_bn asks for it: torch's on CUDA, its equal elsewhere."""
+"""Batch norm over all processes together (train.sync_bn): torch's SyncBatchNorm on CUDA, an equivalent elsewhere."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from net.norm import BatchNorm
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -25,11 +27,11 @@ class _SumOverProcesses(torch.autograd.Function):
         return total
 
 
-class HostSyncBatchNorm(nn.BatchNorm2d):
+class HostSyncBatchNorm(BatchNorm):
     """Batch norm whose statistics in training are those of the batches of all processes together, on any device.
 
-    torch's SyncBatchNorm refuses the CPU. Mean first, then the variance around it: two sums over the processes, no
-    cancellation. All processes must hold batches of the same size.
+    torch's SyncBatchNorm does not run on the CPU. The mean is computed first, then the variance around it: two sums over the
+    processes, without cancellation. The batches of all processes must have the same size.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -45,16 +47,15 @@ class HostSyncBatchNorm(nn.BatchNorm2d):
         variance = _SumOverProcesses.apply(centred.square().sum((0, 2, 3)) / (count * processes))  # type: ignore[no-untyped-call]
         with torch.no_grad():
             assert self.running_mean is not None and self.running_var is not None
-            assert self.num_batches_tracked is not None and self.momentum is not None
+            assert self.momentum is not None
             total = count * processes
-            self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean.detach(), self.momentum)
             self.running_var.lerp_(variance.detach() * (total / max(total - 1, 1)), self.momentum)
         return mean, variance
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
-            return super().forward(input)  # type: ignore[no-any-return]
+            return super().forward(input)
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         mean, variance = self._statistics(x)
         scale = self.weight * torch.rsqrt(variance + self.eps)

@@ -44,7 +44,7 @@ def make_train_loader(
     compiled: bool = False,
     group: Group | None = None,
 ) -> TrainLoader:
-    """The augmented training batches of a recipe, by `seed` instead of its own where given; raises what TrainLoader raises."""
+    """The augmented training batches of a recipe; `seed` replaces the recipe's. Raises the errors of TrainLoader."""
     group = group or Group()
     return TrainLoader(
         dataset.train,
@@ -64,8 +64,8 @@ def make_train_loader(
 
 
 def new_network(config: Config, dataset: Dataset) -> Network:
-    """The network of a recipe, drawn from torch's generator and, where a layer asks for it, initialised from the first
-    training images; on the CPU."""
+    """The network of a recipe, on the CPU. Its weights are drawn from torch's generator; a network that asks for it
+    (`images_to_prepare`) is initialised from the first training images."""
     network = networks.build(config.net, dataset.num_classes)
     if network.images_to_prepare:
         first = (
@@ -77,11 +77,11 @@ def new_network(config: Config, dataset: Dataset) -> Network:
 
 
 class Trainer:
-    """The network with everything that trains it, on one process.
+    """The network with everything that trains it, in one process.
 
-    `step` is the compiled training step, under DistributedDataParallel where there are several processes; `net` is the
-    plain network inside, whose state-dict keys are clean. `measures` is what an evaluation after an epoch reports, on the
-    validation split where there is one; best.pt follows the first.
+    `step` is the compiled training step, inside DistributedDataParallel where there are several processes. `net` is the network
+    itself, without wrappers, so its state-dict keys have no prefixes. `measures` is what the evaluation after an epoch
+    reports, on the validation split where there is one; the first of them chooses best.pt.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Trainer:
         )
 
     def make_eval_loader(self, split: str) -> EvalLoader:
-        """Every image of the data set's split of this name, for this process; to be closed by who asked for it."""
+        """A loader of this process's part of the split with this name; the caller closes it."""
         return EvalLoader(
             self.dataset.splits[split],
             batch_size=self.config.train.eval_batch_size,
@@ -150,7 +150,7 @@ class Trainer:
         self.step: nn.Module = self.train_step
         if self.group.world_size > 1:
             devices = [runtime.device.index] if runtime.device.type == "cuda" else None
-            # its only buffers are batch norm's statistics, which average_statistics brings together where they are used
+            # the only buffers are batch norm's statistics; average_statistics combines them where they are used
             known = inspect.signature(
                 DistributedDataParallel
             ).parameters  # newer versions of torch have renamed the option
@@ -164,11 +164,11 @@ class Trainer:
             step.compile(mode=mode, dynamic=False)
 
     def _views_of(self, weights: str) -> list[Views]:
-        """The sets of views over which these weights are measured."""
+        """The sets of views that the recipe's measures have for these weights."""
         return [VIEWS[measure.views] for measure in self.measures if measure.weights == weights]
 
     def compiled_on(self, mode: str) -> None:
-        """Compile what was built to run eagerly, at its first call."""
+        """Have the steps, which were built to run eagerly, compiled at their first call."""
         self.runtime = replace(self.runtime, compile_mode=mode)
         self._compile_steps(mode)
         if self.backend.name == "torch":  # its pipeline is compiled too
@@ -181,8 +181,9 @@ class Trainer:
         self._build_steps(None)
 
     def step_seconds(self, enough: float = 1.0, most: int = 4) -> float:
-        """The processor time of one training step as it stands, on the CPU: the shortest of at most so many that follow a first
-        one, or that one's where it alone takes `enough` seconds. On a random batch; all state comes back."""
+        """The processor time of one training step on the CPU, compiled or not as it is now. It is the shortest of at most `most`
+        steps after a first one, or the first one's where that alone takes `enough` seconds. Trains on a random batch, and
+        restores all state."""
         with borrowed_state(self.net, self.optimizers, self.scaler):
             images, labels = self._random_batch(self.local_batch)
             first = self._timed(images, labels, self.train_step)
@@ -194,8 +195,8 @@ class Trainer:
         return min(times)
 
     def compiled_gain(self, pairs: int) -> float:
-        """An eager step's time over a compiled one's, on the CPU: the shortest of so many each, taken in turns. On a random
-        batch; all state comes back."""
+        """An eager step's time over a compiled one's, on the CPU: the ratio of the shortest of `pairs` steps each, run in turns.
+        Trains on a random batch, and restores all state."""
         eager, compiled = [], []
         with borrowed_state(self.net, self.optimizers, self.scaler):
             images, labels = self._random_batch(self.local_batch)
@@ -205,7 +206,7 @@ class Trainer:
         return min(eager) / min(compiled)
 
     def _timed(self, images: Tensor, labels: Tensor, step: Callable[[Tensor, Tensor], Any]) -> float:
-        begun = time.thread_time()  # what other programs take of the processor makes no step slower
+        begun = time.thread_time()  # processor time of this thread: other programs do not count
         self.train_one(images, labels, 0.0, step)
         return time.thread_time() - begun
 
@@ -215,11 +216,11 @@ class Trainer:
         return images.permute(0, 3, 1, 2), torch.randint(0, dataset.num_classes, (size,), device=device)
 
     def warm_up(self) -> None:
-        """Compile (and on CUDA capture) the training and the evaluation graph on random batches; all state comes back."""
+        """Compile (and on CUDA capture) the training and the evaluation graph on random batches; all state is restored."""
         with borrowed_state(self.net, self.optimizers, self.scaler):
             images, labels = self._random_batch(self.local_batch)
             for _ in range(3 if self.runtime.device.type == "cuda" else 1):
-                # not through DistributedDataParallel: a compiler may fail on one process alone
+                # not through DistributedDataParallel, where all processes would wait if the compiler failed on one of them
                 self.train_one(images, labels, 0.0, self.train_step)
             images, _ = self._random_batch(self.config.train.eval_batch_size // self.group.world_size)
             with torch.no_grad():
@@ -228,9 +229,9 @@ class Trainer:
                     for _ in range(3 if self.runtime.device.type == "cuda" else 1):
                         torch.compiler.cudagraph_mark_step_begin()
                         step(images)
-        # the pipeline last: DALI prefetches from its first batch on, which would break a capture of CUDA graphs
+        # the pipeline comes last: DALI prefetches from its first batch on, which would break a capture of CUDA graphs
         next(self.train_loader.epoch(0))
-        # the average shares no memory with the network, but its batch-norm mode was switched
+        # the evaluation step has switched the network to eval mode
         self.net.train()
 
     def train_one(
@@ -238,8 +239,8 @@ class Trainer:
     ) -> tuple[Tensor, Tensor]:
         """One step: forward, loss, backward, update at the given rate. Gives (loss, correct), on the device."""
         failpoint("step")
-        # every step is a CUDA graph of its own: without the mark an evaluation between two steps would capture anew
-        if self.runtime.compile_mode is not None:  # the mark imports the compiler
+        # marks the begin of a CUDA graph; without it an evaluation between two steps would cause another capture
+        if self.runtime.compile_mode is not None:  # the next line imports the compiler
             torch.compiler.cudagraph_mark_step_begin()
         self.optimizers.set_rate(rate)
         loss, correct = (step or self.step)(images, labels)
@@ -266,6 +267,7 @@ class Trainer:
         for step, (images, labels) in enumerate(self.train_loader.epoch(epoch, start_step), start_step):
             global_step = epoch * self.steps_per_epoch + step
             loss, correct = self.train_one(images, labels, schedule(global_step))
+            self.net.steps += 1
             meter.record(step, loss, correct)
             if self.ema is not None and (global_step + 1) % ema_every == 0:
                 self.ema.update(self.net)
@@ -273,11 +275,11 @@ class Trainer:
                 after_step(step + 1)
 
     def evaluate(self, after_batch: Callable[[int], None] | None = None) -> dict[Measure, Score]:
-        """Each of `measures`; raises whatever `after_batch` raises to end it."""
+        """The scores of `measures`. An exception from `after_batch` ends the evaluation."""
         return self._scores(self.measures, self.eval_loader, after_batch)
 
     def evaluate_test(self, after_batch: Callable[[int], None] | None = None) -> dict[Measure, Score]:
-        """The same of the test set, for the end of a training that was chosen on a validation split."""
+        """The same measures on the test set, for the end of a training with a validation split."""
         loader = self.make_eval_loader("test")
         try:
             return self._scores(measures_of(self.config.train, "test"), loader, after_batch)
@@ -296,7 +298,7 @@ class Trainer:
         return {measure: scores[measure] for measure in measures}
 
     def average_statistics(self) -> None:
-        """In place, over the processes: the mean of batch norm's running statistics, each process's own until then."""
+        """Replace batch norm's running statistics, of which each process has its own, by their mean over the processes."""
         if self.group.world_size == 1 or self.config.train.sync_bn:
             return
         modules = [self.net] if self.ema is None else [self.net, self.ema.module]
@@ -313,7 +315,7 @@ class Trainer:
         return bool(torch.stack([torch.isfinite(t).all() for t in tensors]).all())
 
     def state(self) -> dict[str, Any]:
-        """Everything that a step changes, as plain dicts."""
+        """The state that steps change, as plain dicts."""
         return {
             "model": self.net.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
@@ -322,21 +324,21 @@ class Trainer:
         }
 
     def load_weights(self, state: dict[str, Any]) -> None:
-        """The weights and their average from what `state` gave; the rest stays as it is."""
+        """Restore only the weights and their average from the result of `state`."""
         self.net.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave."""
+        """Restore the result of `state`."""
         self.load_weights(state)
         self.optimizers.load_state_dict(state["optimizer"])
-        if state["scaler"] and self.scaler.is_enabled():  # either may have trained without one
+        if state["scaler"] and self.scaler.is_enabled():  # the state may come from a training without a scaler
             self.scaler.load_state_dict(state["scaler"])
 
     def start_over(self, seed: int) -> None:
-        """Stand where a new trainer with this seed would stand. The tensors of the network and of its average keep their
-        memory, so that what was compiled or captured stays valid; `config` stays as it is."""
+        """Reset to the state of a new trainer with this seed. The tensors of the network and of its average keep their memory, so
+        that what was compiled or captured stays valid; `config` is not changed."""
         seed_everything(seed, self.config.train.deterministic)
         drawn = new_network(self.config, self.dataset)
         self.net.load_state_dict(drawn.state_dict())

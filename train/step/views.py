@@ -1,4 +1,4 @@
-"""Test-time augmentation: an answer as the weighted mean of the network's answers to several views of an image."""
+"""Test-time augmentation: the logits are the weighted mean of the network's logits for several views of an image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class View:
-    """One look at an image: mirrored left to right or not, moved by (rows, columns) over a reflected border; its weight."""
+    """A view of an image: mirrored left to right or not, shifted by (rows, columns) with a reflected border; and its weight."""
 
     weight: float = 1.0
     mirror: bool = False
@@ -39,7 +39,7 @@ LABELS = {"plain": "", "tta": "flip TTA"}
 
 
 def mean_over(views: Views, answers: dict[tuple[bool, tuple[int, int]], Tensor]) -> Tensor:
-    """The weighted mean of the answers (N, C) to the views, each looked up by (mirror, shift)."""
+    """The weighted mean of the logits (N, C) of the views; `answers` has them by (mirror, shift)."""
     if len(views) == 1:
         return answers[views[0].mirror, views[0].shift]
     total, *others = (answers[view.mirror, view.shift] * view.weight for view in views)

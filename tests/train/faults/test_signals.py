@@ -153,3 +153,14 @@ def test_signals_are_left_alone_outside_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+def test_a_handler_that_was_not_set_from_python_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """signal.signal could not give it back: for such a handler it knows None."""
+    before, given = signal.getsignal, signal.signal
+    touched: list[int] = []
+    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGTERM else before(number))
+    monkeypatch.setattr(signal, "signal", lambda number, call: (touched.append(number), given(number, call))[1])
+    with SignalWatch().watching():
+        assert signal.SIGTERM not in touched and signal.SIGINT in touched
+    assert signal.SIGTERM not in touched

@@ -24,13 +24,21 @@ def command(recipe: Path, *words: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["| head -n 1", ">&-", "2>&-", ">&- 2>&- <&-"])
 def test_a_run_goes_on_when_nobody_reads_it(recipe: Path, tmp_path: Path, end: str) -> None:
-    line = command(recipe, "train.epochs=1", "schedule.peak_epoch=0.5", f"run.dir={tmp_path / 'run'}")
+    analyse = "head" in end
+    words = [
+        "train.epochs=1",
+        "schedule.peak_epoch=0.5",
+        f"run.dir={tmp_path / 'run'}",
+        f"run.analyse={analyse}".lower(),
+    ]
+    line = command(recipe, *words)
     script = f"set -o pipefail; {line} {end}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1
     assert (tmp_path / "run" / ".lock").read_bytes() == b""  # nothing that was printed
+    assert (tmp_path / "run" / "analysis" / "report.html").exists() == analyse
 
 
 def test_a_terminal_that_goes_away_stops_the_bar_and_not_the_run() -> None:

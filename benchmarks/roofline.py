@@ -1,0 +1,312 @@
+"""Predicts a training step on GPUs that are not here, from the kernels that torch.compile plans for it: time by kind of kernel.
+
+    python benchmarks/roofline.py [--plan PLAN.json] [--measured throughput.json] [--json FILE] [--picture FILE]
+
+Every figure is predicted. A kernel takes its FLOPs at the rate that matrix products attain or its bytes at the bandwidth that
+copies attain, whichever is longer, and the time between two kernels; the host, the pipeline and the evaluation take nothing.
+The same method, put to two published times, errs by what the last lines say.
+
+Without --plan the plan is made on the spot (tests/rehearsal, Linux on x86-64 with a CUDA build of torch).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+REHEARSAL = ROOT / "tests" / "rehearsal"
+EPOCH_IMAGES = 50_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """Peaks of the maker's data sheet, and the parts of them that large matrix products and long copies attain."""
+
+    name: str
+    flops: float  # dense, bf16 or fp16 with float32 accumulation, per second
+    bandwidth: float  # bytes per second
+    matrix: float  # attained of flops
+    copy: float  # attained of bandwidth
+    gap: float  # seconds from the end of a kernel to the start of the next one
+    source: str
+
+
+# The attained parts and the gaps are assumptions of the order that large products and long copies reach (0.80 of an H200's
+# peak are 790 TFLOP/s); a measurement of benchmarks/throughput.py on such a GPU is the first thing to replace them by.
+GPUS = (
+    Gpu(name="H100", flops=989e12, bandwidth=3.35e12, matrix=0.72, copy=0.90, gap=1.5e-6, source="H100 SXM5 data sheet"),
+    Gpu(name="H200", flops=989e12, bandwidth=4.8e12, matrix=0.80, copy=0.88, gap=1.5e-6, source="H200 SXM data sheet"),
+    Gpu(name="A100", flops=312e12, bandwidth=2.0e12, matrix=0.80, copy=0.88, gap=1.5e-6, source="A100 80GB SXM data sheet"),
+    Gpu(name="A100-40", flops=312e12, bandwidth=1.555e12, matrix=0.80, copy=0.88, gap=1.5e-6, source="A100 40GB data sheet"),
+    Gpu(name="L4", flops=121e12, bandwidth=0.3e12, matrix=0.60, copy=0.85, gap=2e-6, source="L4 data sheet, half its sparse"),
+    Gpu(name="V100", flops=125e12, bandwidth=0.9e12, matrix=0.75, copy=0.85, gap=2e-6, source="V100 SXM2 data sheet"),
+    Gpu(name="T4", flops=65e12, bandwidth=0.32e12, matrix=0.45, copy=0.80, gap=2e-6, source="T4 data sheet; 70 W set its clock"),
+)  # fmt: skip
+
+
+def matrix_fraction(what: str, channels_in: int, channels_out: int) -> float:
+    """What cuDNN's implicit matrix products attain of a large one: less where a side of the product is short."""
+    if channels_in == 3:
+        return 0.12  # 27 terms a sum: the tensor cores mostly idle
+    fraction = 0.70 if what == "weight" else 0.80
+    return fraction * (0.75 if min(channels_in, channels_out) <= 64 else 1)
+
+
+def kernel_times(row: dict[str, Any], gpu: Gpu) -> tuple[float, float, float]:
+    """Seconds that a row of a plan takes for its FLOPs, for its bytes, and between its kernels."""
+    arithmetic = 0.0
+    if row["flops"]:
+        arithmetic = row["flops"] / (gpu.flops * gpu.matrix * matrix_fraction(row["what"], *row["channels"]))
+    return arithmetic, row["bytes"] / (gpu.bandwidth * gpu.copy), row["kernels"] * gpu.gap
+
+
+def predict(plan: dict[str, Any], gpu: Gpu) -> dict[str, Any]:
+    """Time of a step by group, what bounds each, and what follows from the sum."""
+    groups: dict[str, dict[str, Any]] = {}
+    for row in plan["rows"]:
+        arithmetic, moving, between = kernel_times(row, gpu)
+        group = groups.setdefault(row["group"], {"kernels": 0, "bytes": 0, "flops": 0, "seconds": 0.0, "bounds": {}})
+        for key in ("kernels", "bytes", "flops"):
+            group[key] += row[key]
+        group["seconds"] += max(arithmetic, moving) + between
+        bound = max((arithmetic, "arithmetic"), (moving, "memory"), (between, "start of kernels"))[1]
+        group["bounds"][bound] = group["bounds"].get(bound, 0.0) + max(arithmetic, moving) + between
+    for group in groups.values():
+        group["bound"] = max(group.pop("bounds").items(), key=lambda item: item[1])[0]
+    step = sum(group["seconds"] for group in groups.values())
+    images_per_second = plan["batch"] / step
+    return {
+        "gpu": gpu.name,
+        "source": gpu.source,
+        "step_ms": 1e3 * step,
+        # no step can be faster: all FLOPs at the rate of large products and nothing beside them
+        "floor_ms": 1e3 * plan["flops_per_step"] / (gpu.flops * gpu.matrix),
+        "images_per_second": images_per_second,
+        "mfu_of_peak": plan["flops_per_step"] / step / gpu.flops,
+        "mfu_of_matrix_rate": plan["flops_per_step"] / step / (gpu.flops * gpu.matrix),
+        "epoch_seconds": EPOCH_IMAGES // plan["batch"] * step,
+        "groups": dict(sorted(groups.items(), key=lambda item: -item[1]["seconds"])),
+    }
+
+
+@dataclass(frozen=True)
+class Published:
+    """A network of 3x3 convolutions, (channels in, channels out, height and width) a layer, and how long others trained it."""
+
+    name: str
+    gpu: str
+    layers: tuple[tuple[int, int, int], ...]
+    batch: int
+    epochs: float
+    seconds: float
+
+
+PUBLISHED = (
+    Published(
+        "cifar10-fast, this network, 24 epochs",
+        "V100",
+        (
+            (3, 64, 32), (64, 128, 32), (128, 128, 16), (128, 128, 16), (128, 256, 16), (256, 512, 8), (512, 512, 4),
+            (512, 512, 4),
+        ),
+        512, 24, 64.0,
+    ),
+    Published(
+        "airbench94, compiled",
+        "A100",
+        ((3, 24, 31), (24, 64, 31), (64, 64, 15), (64, 256, 15), (256, 256, 7), (256, 256, 7), (256, 256, 3)),
+        1024, 9.9, 3.09,
+    ),
+)  # fmt: skip
+
+
+def passes_per_output(plan: dict[str, Any]) -> float:
+    """Bytes of all kernels but convolutions and optimizer, for a byte that a convolution puts out forward."""
+    others = sum(row["bytes"] for row in plan["rows"] if row["group"] not in ("convolutions", "optimizer"))
+    return others / outputs(PUBLISHED[0].layers, plan["batch"], plan["width"] / 64)
+
+
+def outputs(layers: Iterable[tuple[int, int, int]], batch: int, scale: float = 1.0) -> float:
+    """Bytes in 16 bits."""
+    return sum(2 * batch * scale * channels * side * side for _, channels, side in layers)
+
+
+def published_plan(case: Published, passes: float) -> dict[str, Any]:
+    """The plan of another network: its convolutions, and beside them as many passes over their outputs as ours needs."""
+    rows: list[dict[str, Any]] = []
+    for inputs, channels, side in case.layers:
+        for what in ("forward", "data", "weight"):
+            if inputs == 3 and what == "data":
+                continue
+            elements = case.batch * side * side * (inputs + channels) + 9 * inputs * channels
+            flops = 18 * case.batch * side * side * inputs * channels
+            rows.append({"group": "convolutions", "what": what, "channels": [inputs, channels], "kernels": 1}
+                        | {"bytes": 2 * elements, "flops": flops})  # fmt: skip
+    moved = int(passes * outputs(case.layers, case.batch))
+    rows.append({"group": "the others", "kernels": 12 * len(case.layers), "bytes": moved, "flops": 0})
+    return {"batch": case.batch, "rows": rows, "flops_per_step": sum(row["flops"] for row in rows)}
+
+
+def check_against_published(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the method gives for times that others measured, and its error."""
+    by_name = {gpu.name: gpu for gpu in GPUS}
+    result = []
+    for case in PUBLISHED:
+        prediction = predict(published_plan(case, passes_per_output(plan)), by_name[case.gpu])
+        seconds = case.epochs * EPOCH_IMAGES / prediction["images_per_second"]
+        result.append(
+            {
+                "case": case.name,
+                "gpu": case.gpu,
+                "predicted_seconds": seconds,
+                "published_seconds": case.seconds,
+                "error": seconds / case.seconds - 1,
+            }
+        )
+    return result
+
+
+def plan_on_the_spot() -> dict[str, Any]:
+    """Run the rehearsal's planner. Raises RuntimeError with the reason where it cannot run."""
+    script = REHEARSAL / "standin.py"
+    if not script.exists():
+        raise RuntimeError(f"{script} is missing: give a plan with --plan, or start this from a checkout")
+    done = subprocess.run([sys.executable, script, REHEARSAL / "plan.py"], capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no output"]
+        raise RuntimeError(f"no plan could be made here ({lines[-1]}); give one with --plan")
+    plan: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])[0]
+    return plan
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """A plan as tests/rehearsal/plan.py prints it: the first of a list."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    plan: dict[str, Any] = found[0] if isinstance(found, list) else found
+    missing = {"width", "batch", "rows", "flops_per_step"} - plan.keys()
+    if missing:
+        raise RuntimeError(f"{path}: no plan of kernels, it lacks {', '.join(sorted(missing))}")
+    return plan
+
+
+def measured_steps(path: Path) -> tuple[str, float]:
+    """(name of the GPU, images/s of the training step alone) of a report of benchmarks/throughput.py."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    return report["machine"].get("gpu") or report["machine"]["cpu"], report["stages"]["step"]["median"]
+
+
+def lines_of(report: dict[str, Any]) -> list[str]:
+    """The report in words."""
+    plan = report["plan"]
+    lines = [
+        f"predicted for width {plan['width']}, batch {plan['batch']}, {plan['dtype']}, torch {plan['torch']}: "
+        f"{report['kernels_per_step']} kernels, {report['bytes_per_step'] / 1e9:.2f} GB and "
+        f"{report['flops_per_step'] / 1e12:.3f} TFLOP a step"
+    ]
+    first = report["predictions"][0]
+    lines += ["", f"time by kind of kernel, predicted for {first['gpu']}:"]
+    for name, group in first["groups"].items():
+        share = group["seconds"] / first["step_ms"] * 1e3
+        lines.append(
+            f"  {name:<31}{group['kernels']:>4} kernels{group['bytes'] / 1e6:>8,.0f} MB{group['seconds'] * 1e6:>8,.0f} us"
+            f"{share:>7.1%}  bound by {group['bound']}"
+        )
+    lines += ["", f"{'predicted':<9}{'step':>10}{'floor':>10}{'images/s':>11}{'MFU, peak':>11}{'matrix':>8}{'epoch':>9}"
+                  f"{report['epochs']:>5} epochs"]  # fmt: skip
+    for p in report["predictions"]:
+        lines.append(
+            f"{p['gpu']:<9}{p['step_ms']:>7.2f} ms{p['floor_ms']:>7.2f} ms{p['images_per_second']:>11,.0f}"
+            f"{p['mfu_of_peak']:>11.1%}{p['mfu_of_matrix_rate']:>8.1%}{p['epoch_seconds']:>7.2f} s{p['recipe_seconds']:>10.1f} s"
+        )
+    for found in report["measured"]:
+        lines.append(
+            f"measured on {found['gpu']}: {found['images_per_second']:,.0f} images/s"
+            + (f", {found['ratio']:.2f} of the prediction" if found["ratio"] else ", a device that is not in the table")
+        )
+    lines += ["", "the method against published times:"]
+    for case in report["published"]:
+        lines.append(
+            f"  {case['case']}, {case['gpu']}: predicted {case['predicted_seconds']:.2f} s, published "
+            f"{case['published_seconds']:g} s, error {case['error']:+.0%}"
+        )
+    return lines
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Shares of the step by kind of kernel, a bar a GPU."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    predictions = report["predictions"][::-1]
+    figure, axes = plt.subplots(figsize=(9, 0.5 * len(predictions) + 1.8), layout="constrained")
+    left = [0.0] * len(predictions)
+    for name in report["predictions"][0]["groups"]:
+        shares = [100 * p["groups"][name]["seconds"] / p["step_ms"] * 1e3 for p in predictions]
+        axes.barh([p["gpu"] for p in predictions], shares, left=left, label=name)
+        left = [a + b for a, b in zip(left, shares, strict=True)]
+    for place, p in enumerate(predictions):
+        axes.text(101, place, f"{p['step_ms']:.2f} ms, {p['images_per_second'] / 1e3:,.0f}k images/s", va="center")
+    axes.set(xlim=(0, 135), xticks=range(0, 101, 20), xlabel="share of a training step in percent, predicted")
+    axes.legend(ncols=3, fontsize="small", loc="lower center", bbox_to_anchor=(0.45, 1))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def make_report(plan: dict[str, Any], epochs: int, measured: Path | None) -> dict[str, Any]:
+    predictions = [predict(plan, gpu) for gpu in GPUS]
+    for prediction in predictions:
+        prediction["recipe_seconds"] = epochs * prediction["epoch_seconds"]
+    beside = []
+    if measured is not None:
+        gpu, rate = measured_steps(measured)
+        words = gpu.replace("-", " ").split()
+        names = [p for p in predictions if p["gpu"] in words]
+        beside = [
+            {"gpu": gpu, "images_per_second": rate, "ratio": rate / names[0]["images_per_second"] if names else None}
+        ]
+    return {
+        "kind": "predicted",
+        "plan": {key: plan.get(key) for key in ("width", "batch", "dtype", "pooling", "torch", "gpu")},
+        "kernels_per_step": sum(row["kernels"] for row in plan["rows"]),
+        "bytes_per_step": sum(row["bytes"] for row in plan["rows"]),
+        "flops_per_step": plan["flops_per_step"],
+        "epochs": epochs,
+        "predictions": predictions,
+        "published": check_against_published(plan),
+        "measured": beside,
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", type=Path, help="a plan of kernels; made on the spot if not given")
+    parser.add_argument("--measured", type=Path, help="throughput.json of a GPU, to stand beside the predictions")
+    parser.add_argument("--epochs", type=int, default=24, help="of the recipe, %(default)s by default")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the shares of a step")
+    options = parser.parse_args(arguments)
+    try:
+        plan = read_plan(options.plan) if options.plan else plan_on_the_spot()
+        report = make_report(plan, options.epochs, options.measured)
+    except (RuntimeError, OSError, KeyError, json.JSONDecodeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(lines_of(report)))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.picture:
+        draw(report, options.picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""The CUDA path on a GPU that is not there (see standin.py): what waits, what is captured, what is planned.
+
+It shows nothing of values, of time, of races between streams, of cuDNN's choices, or of DALI's kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import standin
+
+pytestmark = pytest.mark.rehearsal
+
+HERE = Path(__file__).resolve().parent
+WIDTH, BATCH = 8, 64
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the stand-in was built; skips where it cannot be."""
+    built = tmp_path_factory.mktemp("standin")
+    reason = standin.unavailable() or standin.build(built)
+    if reason:
+        pytest.skip(reason)
+    return built
+
+
+def start(
+    folder: Path, *arguments: object, gpu: str = "h100", driver: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """A Python process on the stand-in, to its end."""
+    words = [sys.executable, "-W", "ignore", *map(str, arguments)]
+    environment = standin.environment(folder, gpu, driver)
+    return subprocess.run(words, env=environment, cwd=standin.ROOT, capture_output=True, text=True)
+
+
+@functools.cache
+def epochs(folder: Path, compile: str, precision: str, gpu: str = "h100") -> dict[str, Any]:
+    """What epochs.py reports."""
+    done = start(folder, HERE / "epochs.py", compile, precision, WIDTH, BATCH, gpu=gpu)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
+
+
+def assert_nothing_waits(report: dict[str, Any]) -> None:
+    for name in ("first_epoch", "second_epoch", "third_epoch"):
+        assert report["parts"][name]["places"] == [], name
+
+
+def expected_convolutions(dtype: str) -> Counter[tuple[Any, ...]]:
+    """Of one step, from the architecture: (what, channels in, channels out, side, type, channels-last)."""
+    w, expected = WIDTH, Counter[tuple[Any, ...]]()
+    layers = [(3, w, 32), (w, 2 * w, 32), (2 * w, 2 * w, 16), (2 * w, 2 * w, 16)]
+    layers += [(2 * w, 4 * w, 16), (4 * w, 8 * w, 8), (8 * w, 8 * w, 4), (8 * w, 8 * w, 4)]
+    for inputs, outputs, side in layers:
+        for what in ("forward", "data", "weight"):
+            if inputs != 3 or what != "data":  # nobody asks for the gradient of the images
+                expected[what, inputs, outputs, side, dtype, True] += 1
+    return expected
+
+
+def assert_convolutions(report: dict[str, Any], dtype: str) -> None:
+    found = Counter(
+        (c["what"], c["weight"][1], c["weight"][0], c["images"][2], c["dtype"], c["channels_last"])
+        for c in report["convolutions"]
+    )
+    assert {key: count / report["steps"] for key, count in found.items()} == dict(expected_convolutions(dtype))
+    assert all(c["images"][0] == BATCH for c in report["convolutions"])
+
+
+@pytest.mark.parametrize(
+    ("gpu", "name", "precision", "dtype"),
+    [
+        ("h100", "H100", "bf16", "bfloat16"),
+        ("a100", "A100", "bf16", "bfloat16"),
+        ("t4", "T4", "fp16", "float16"),
+    ],
+)
+def test_uncompiled_epochs_never_wait_and_convolve_channels_last_in_the_gpus_own_type(
+    folder: Path, gpu: str, name: str, precision: str, dtype: str
+) -> None:
+    report = epochs(folder, "off", "auto", gpu)
+    assert name in report["gpu"]
+    assert report["precision"] == precision
+    assert_nothing_waits(report)
+    assert_convolutions(report, dtype)
+
+
+def test_a_wait_is_named_with_its_place(folder: Path) -> None:
+    report = epochs(folder, "off", "auto", "h100")
+    places = report["parts"]["evaluation"]["places"]  # its sums are read on the host
+    named = [place for place in places if place.endswith(" in evaluate")]
+    assert named
+    assert all(place.startswith("wait: cuda") and "evaluation.py:" in place for place in named)
+
+
+def test_cuda_graphs_are_captured_in_the_warm_up_alone(folder: Path) -> None:
+    report = epochs(folder, "reduce-overhead", "bf16")
+    parts = report["parts"]
+    assert_nothing_waits(report)
+    assert_convolutions_of_the_warm_up_alone(report)
+    assert parts["warm_up"]["captures"] > 0
+    for name, part in parts.items():
+        assert part["forbidden"] == 0, part["places"]
+        assert name == "warm_up" or part["captures"] == 0, name
+    # one graph forward, one backward; an evaluation lies between the second epoch and the third
+    for name in ("first_epoch", "second_epoch", "third_epoch"):
+        assert parts[name]["graph_launches"] == 2 * report["steps"]
+    assert parts["evaluation"]["graph_launches"] > 0
+
+
+def assert_convolutions_of_the_warm_up_alone(report: dict[str, Any]) -> None:
+    """Afterwards they are nodes of a graph, which no call of ours starts."""
+    assert report["convolutions"] == []
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_compiled_epochs_never_wait_and_convolve_channels_last(folder: Path, precision: str) -> None:
+    report = epochs(folder, "default", precision)
+    assert_nothing_waits(report)
+    assert_convolutions(report, {"bf16": "bfloat16", "fp16": "float16"}[precision])
+
+
+def budget_file() -> Path:
+    versions = {name: importlib.metadata.version(name).partition("+")[0] for name in ("torch", "triton")}
+    return HERE / "plans" / f"torch-{versions['torch']}-triton-{versions['triton']}.json"
+
+
+def table_of_the_largest(plan: dict[str, Any]) -> str:
+    largest = sorted(plan["rows"], key=lambda row: -row["bytes"])[:10]
+    return "\n".join(f"{row['bytes'] / 1e6:8.1f} MB  {row['group']:<32} {row['name'][:100]}" for row in largest)
+
+
+def test_planned_kernels_and_bytes_stay_within_the_budget(folder: Path) -> None:
+    path = budget_file()
+    poolings = ["ours"] if path.exists() else ["ours", "torch"]
+    done = start(folder, HERE / "plan.py", "--pooling", *poolings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    plans = json.loads(done.stdout.splitlines()[-1])
+    plan = plans[0]
+    print(
+        f"{plan['kernels_per_step']} kernels, {plan['bytes_per_step'] / 1e9:.3f} GB, the largest:\n"
+        f"{table_of_the_largest(plan)}"
+    )
+    assert plan["atomics"] == 0, "a kernel scatters"
+    if not path.exists():
+        assert plan["bytes_per_step"] < plans[1]["bytes_per_step"], "torch's pooling moves less than ours"
+        pytest.skip(f"no budget for these versions: {path.name}; only what holds for every version was checked")
+    budget, with_torchs = json.loads(path.read_text(encoding="utf-8"))
+    assert plan["bytes_per_step"] < with_torchs["bytes_per_step"]
+    for key in ("kernels_per_step", "bytes_per_step", "flops_per_step"):
+        assert plan[key] == pytest.approx(budget[key], rel=0.02), table_of_changes(plan, budget)
+    assert groups(plan) == pytest.approx(groups(budget), rel=0.02, abs=1e6)
+
+
+def table_of_changes(plan: dict[str, Any], budget: dict[str, Any]) -> str:
+    """The kernels that only one of two plans has, the larger first."""
+    now, then = (Counter((row["bytes"], row["name"]) for row in p["rows"]) for p in (plan, budget))
+    lines = [
+        f"{sign} {moved / 1e6:8.1f} MB {name}"
+        for sign, rows in (("+", now - then), ("-", then - now))
+        for moved, name in rows
+    ]
+    return "\n".join(sorted(lines, key=lambda line: -float(line.split()[1])))
+
+
+def groups(plan: dict[str, Any]) -> dict[str, int]:
+    """Bytes by what kernels are for."""
+    result = Counter[str]()
+    for row in plan["rows"]:
+        result[row["group"]] += row["bytes"]
+    return dict(result)
+
+
+def train(folder: Path, run: Path, epochs: int, *flags: str) -> str:
+    """`python -m train` on the stand-in, checkpoints in the background after every step; what it printed."""
+    words = {
+        "data.name": "synthetic",
+        "data.synthetic_count": 256,
+        "data.backend": "torch",
+        "net.width": 4,
+        "train.batch_size": 64,
+        "train.eval_batch_size": 64,
+        "train.epochs": epochs,
+        "train.device": "cuda",
+        "train.compile": "off",
+        "train.ema_decay": 0.9,
+        "schedule.lr_max": 0.1,
+        "schedule.lr_min": 0.01,
+        "schedule.peak_epoch": 1,
+        "run.checkpoint_every": 1,
+        "run.analyse": "false",
+        "run.dir": run,
+    }
+    recipe = ["--config", "configs/onecycle.yaml", *(f"{key}={value}" for key, value in words.items())]
+    done = start(folder, HERE / "whole.py", "train.__main__", *recipe, *flags)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_command_trains_saves_and_resumes_on_the_gpu(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert "H100" in train(folder, run, 1)
+    assert (run / "last.pt").exists() and (run / "best.pt").exists()
+    assert "resumed" in train(folder, run, 2, "--resume", "--extend")
+    epochs = [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert epochs == [1, 2]
+
+
+def test_run_of_the_gpu_is_exported(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors", reason="the export needs safetensors: pip install -e '.[export]'")
+    train(folder, tmp_path / "run", 1)
+    done = start(folder, HERE / "whole.py", "train.export", tmp_path / "run")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert list(tmp_path.rglob("model.safetensors"))
+
+
+def test_smoke_of_the_gpu_session_reaches_every_part(folder: Path, tmp_path: Path) -> None:
+    words = ["train.device=cuda", "net.width=4", "train.batch_size=32", "train.eval_batch_size=32"]
+    words += ["data.backend=torch", "data.synthetic_count=320", "--modes", "off", "--json", tmp_path / "smoke.json"]
+    start(folder, HERE / "whole.py", "benchmarks.smoke", *words)  # DALI cannot run here, and no loss is computed
+    checks = json.loads((tmp_path / "smoke.json").read_text(encoding="utf-8"))["checks"]
+    assert [check["name"] for check in checks] == ["device", "DALI's probe", "DALI's pixels", "compile off"]
+    assert checks[0]["ok"] and "H100" in checks[0]["said"]
+    assert "10 steps" in checks[3]["said"] or "losses [" in checks[3]["said"]
+
+
+def test_the_tests_of_the_gpu_session_are_collected(folder: Path) -> None:
+    done = start(folder, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "test_gpu.py::test_no_step_waits_for_the_device" in done.stdout
+
+
+DRIVER_TOO_OLD = """
+import sys
+from train.machine.runtime import RuntimeUnavailable, prepare
+try:
+    print(*prepare(device=sys.argv[1]).notes, sep="\\n")
+except RuntimeUnavailable as error:
+    print("refused:", error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("requested", "beginning"),
+    [
+        ("auto", "WARNING: device: cpu (not the GPU: "),
+        ("cuda", "refused: train.device=cuda: "),
+        ("cpu", "device: cpu ("),
+    ],
+)
+def test_driver_too_old_for_torch_is_said_in_one_line(folder: Path, requested: str, beginning: str) -> None:
+    done = start(folder, "-c", DRIVER_TOO_OLD, requested, driver=12040)
+    assert done.returncode == 0, done.stderr[-2000:]
+    line = done.stdout.splitlines()[0]
+    assert line.startswith(beginning)
+    said = all(word in line for word in ("driver is too old", "CUDA 12.4", "CUDA 13.0", "update the driver"))
+    assert said == (requested != "cpu")
