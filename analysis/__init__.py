@@ -6,8 +6,9 @@ in this package may change with any version. Importing the package does not impo
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dali_pipeline.handing_on import handing_on
 
 if TYPE_CHECKING:
     from analysis.classifier import Answers, Classifier, load
@@ -15,19 +16,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Answers", "Classifier", "UserError", "load"]
 
-_HOME = {
-    "Answers": "analysis.classifier",
-    "Classifier": "analysis.classifier",
-    "UserError": "dali_pipeline.errors",
-    "load": "analysis.classifier",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = handing_on(
+    __name__,
+    {
+        "Answers": "analysis.classifier",
+        "Classifier": "analysis.classifier",
+        "UserError": "dali_pipeline.errors",
+        "load": "analysis.classifier",
+    },
+)

@@ -19,9 +19,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from analysis import curves
+from analysis import curves, grad_cam
 from analysis.command import progress
-from analysis.grad_cam import draw_grad_cam
 from analysis.predict import ImageError, fit_image, read_image
 from analysis.predictions import Floats, Ints, Predictions, checked_predictions
 from analysis.report import analyse
@@ -171,16 +170,7 @@ class Classifier:
         run, predictions = self._with_data, self._predictions
         path = run.output_dir() / "grad_cam.png"
         with _in_words_of_python():
-            draw_grad_cam(
-                run.net,
-                run.dataset.test.images,
-                predictions,
-                run.class_names,
-                path,
-                mean=run.snapshot.data.mean,
-                std=run.snapshot.data.std,
-                caption=run.caption(predictions.accuracy),
-            )
+            grad_cam.draw_for(run, predictions, path)
         return path
 
     def report(self) -> Path:

@@ -205,6 +205,12 @@ def describe(runs: Sequence[Contender]) -> list[str]:
     lines += [
         f"paired over the {len(first.hits):,} test images; of these networks, not of their recipes: other seeds give others"
     ]
+    flattered = [run.name for run in runs if run.file == "best.pt" and run.validation is None]
+    if flattered:
+        lines.append(
+            f"best.pt of {', '.join(flattered)} was chosen on the test set itself, which flatters; --checkpoint last compares "
+            "the last epochs"
+        )
     differing = differing_keys([run.config for run in runs])
     lines.append("")
     if not differing:

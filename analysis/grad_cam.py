@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from analysis.command import command, load_for
 from analysis.predictions import Ints, Predictions, checked_predictions, prediction_options, worst_first
-from analysis.run import AnalysisError, class_index, nearest
+from analysis.run import AnalysisError, LoadedRun, class_index, nearest
 from analysis.style import BLUE, GREY, VERMILLION, Pixels, Tile, draw_sheet, percent, pretty
 from train.screen.log import Log
 
@@ -276,6 +276,22 @@ def draw_grad_cam(
     return chosen
 
 
+def draw_for(run: LoadedRun, predictions: Predictions, path: Path, **options: Any) -> Ints:
+    """`draw_grad_cam` of a run's test set, with its `options` count, layer, method, label and seed."""
+    facts = run.snapshot.data
+    return draw_grad_cam(
+        run.net,
+        run.dataset.test.images,
+        predictions,
+        run.class_names,
+        path,
+        mean=facts.mean,
+        std=facts.std,
+        caption=run.caption(predictions.accuracy),
+        **options,
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = prediction_options(
         "analysis.grad_cam", "Draw grad_cam.png: where the network looks, for right and wrong answers."
@@ -305,20 +321,15 @@ def main(arguments: list[str] | None = None) -> int:
             check_layer(run.net, options.layer, torch.zeros(size, device=run.runtime.device))
         predictions, _ = checked_predictions(run, log, options.accept_difference)
         path = run.output_dir(options.output) / ("layer_cam.png" if options.method == "layercam" else "grad_cam.png")
-        draw_grad_cam(
-            run.net,
-            run.dataset.test.images,
+        draw_for(
+            run,
             predictions,
-            run.class_names,
             path,
-            mean=run.snapshot.data.mean,
-            std=run.snapshot.data.std,
             count=options.count,
             layer=options.layer,
             method=options.method,
             label=label,
             seed=options.seed,
-            caption=run.caption(predictions.accuracy),
         )
         log(str(path))
 

@@ -17,11 +17,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from PIL import Image
 
-from analysis import confusion, curves, samples
+from analysis import confusion, curves, grad_cam, samples
 from analysis.calibration import Reliability, draw_calibration, reliability
 from analysis.command import command
 from analysis.confusion import ClassScore, most_confused
-from analysis.grad_cam import GradCamUnavailable, draw_grad_cam
+from analysis.grad_cam import GradCamUnavailable
 from analysis.misclassified import draw_misclassified
 from analysis.predictions import (
     Ints,
@@ -37,7 +37,7 @@ from train.config import to_dict
 from train.disk.atomic import write_atomic
 from train.screen.log import Log
 from train.screen.progress import duration
-from train.step.measures import recorded
+from train.step.measures import Measure, recorded
 
 MAX_WORST = 50  # images in the report's gallery of the highest losses
 CONTENT_SECURITY_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -173,17 +173,7 @@ def draw_everything(run: LoadedRun, predictions: Predictions, agreement: str, fo
     drawn |= {"samples.png", "misclassified.png", "confusion_matrix.png", "per_class.png", "calibration.png"}
     for name, method in (("grad_cam.png", "gradcam"), ("layer_cam.png", "layercam")):
         try:
-            draw_grad_cam(
-                run.net,
-                images,
-                predictions,
-                run.class_names,
-                folder / name,
-                mean=run.snapshot.data.mean,
-                std=run.snapshot.data.std,
-                method=method,
-                caption=caption,
-            )
+            grad_cam.draw_for(run, predictions, folder / name, method=method)
             drawn.add(name)
         except GradCamUnavailable as error:
             missing[name] = str(error)
@@ -219,6 +209,17 @@ def _accuracies(run: LoadedRun, predictions: Predictions) -> list[tuple[str, str
     return tiles
 
 
+def _further_accuracies(run: LoadedRun) -> list[tuple[Measure, float]]:
+    """After the last epoch, by averaged weights and over several views: of the test set where the run measured it at the end,
+    else of the split that it measured after each epoch."""
+    at_end = {key.removeprefix("last_"): value for key, value in run.summary.items() if key.startswith("last_")}
+    measured = run.metrics[-1] | (at_end if run.summary.get("chosen_on") == "validation" else {})
+    measures = recorded(measured)
+    split = "test" if any(measure.split == "test" for measure in measures) else measures[0].split
+    further = [measure for measure in measures if measure.split == split and measure.kind]
+    return [(measure, float(measured[f"{measure.key}_accuracy"])) for measure in further]
+
+
 def headline(run: LoadedRun, results: Results) -> list[tuple[str, str, str]]:
     """The tiles at the top of the report: (number, what it is, a note)."""
     predictions, metrics = results.predictions, run.metrics
@@ -233,8 +234,7 @@ def headline(run: LoadedRun, results: Results) -> list[tuple[str, str, str]]:
         rate = sum(float(m["seconds"]) * float(m["images_per_second"]) for m in metrics) / seconds
         device = run.environment.get("device_name") or run.environment.get("device", "unknown device")
         tiles.append((duration(seconds), "training time", f"{rate:,.0f} images/s on {device}, evaluation apart"))
-        for measure in recorded(metrics[-1])[1:]:
-            accuracy = metrics[-1][f"{measure.key}_accuracy"]
+        for measure, accuracy in _further_accuracies(run):
             tiles.append((f"{accuracy:.2f}%", measure.kind, f"{measure.split} accuracy at the end"))
     tiles.append((f"{predictions.losses.mean():.4f}", "test loss", "mean cross-entropy, nats"))
     over = 100 * results.calibration.overconfidence

@@ -23,6 +23,7 @@ if __name__ == "__main__":  # instead of this folder, whose files could hide pac
 from dali_pipeline.errors import UserError
 
 if TYPE_CHECKING:
+    from dali_pipeline.dataset import Dataset
     from train.config import Config
     from train.session import Session
     from train.step.measures import Measure
@@ -87,12 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(config: Config, runs: int, finished: Path, log: Callable[[str], None], on: str = "test") -> dict[str, Any]:
     """Do the runs that are missing in the file `finished`, and return the report over all `runs`, measured on the split `on`."""
-    from train.config import ConfigError, to_dict
+    from train.config import to_dict
     from train.screen.log import Log
     from train.session import Session
 
-    if on == "validation" and config.data.validation is None:
-        raise ConfigError("--on validation: no images are held out; add data.validation=5000, or another number")
     recipe = comparable(to_dict(config), on)
     first = config.train.seed
     done = read_finished(finished, recipe)
@@ -211,7 +210,7 @@ class Campaign:
         from train.step.views import VIEWS
 
         self.session = session
-        session.build()
+        session.build(check=lambda dataset: _check_measurable(dataset, on))
         reset_device_peak(session.runtime.device)
         session.warm_up()
         self.trainer, runtime, dataset = session.trainer, session.runtime, session.dataset
@@ -303,6 +302,13 @@ class Campaign:
             / sum(m["seconds"] for m in position.metrics),
             **time_to(position.metrics),
         }
+
+
+def _check_measurable(dataset: Dataset, on: str) -> None:
+    from train.config import ConfigError
+
+    if on not in dataset.splits:
+        raise ConfigError(f"--on {on}: no images are held out; add data.validation=5000, or another number")
 
 
 def accuracy_name(measure: Measure) -> str:

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(
                 "data.validation: null, no images are held out; add data.validation=5000, or another number"
             )
-        recipe = comparable(to_dict(config), KIND)
+        recipe = comparable(to_dict(config), "validation and test, each epoch")
         seeds = range(config.train.seed, config.train.seed + max(options.runs, 1))
         done = read_finished(finished, recipe)
         missing = [seed for seed in seeds if seed not in done]

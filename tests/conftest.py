@@ -38,21 +38,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def quick_config() -> Config:
     """Digits, a tiny network, two epochs, fixed rates, uncompiled: a whole run in a few seconds."""
-    return changed(
-        Config(),
-        {
-            "data.name": "digits",
-            "augment.flip": False,
-            "net.width": 2,
-            "schedule.lr_max": 0.1,
-            "schedule.lr_min": 0.002,
-            "schedule.peak_epoch": 1.0,
-            "train.epochs": 2,
-            "train.batch_size": 128,
-            "train.eval_batch_size": 100,
-            "train.compile": "off",
-            "train.device": "cpu",
-            "train.precision": "fp32",
-            "run.analyse": False,
-        },
-    )
+    from training import QUICK
+
+    return changed(Config(), QUICK)

@@ -20,9 +20,7 @@ from train.machine.weighing import (
 from train.step.trainer import Trainer
 
 GAIN_PAIRS = 3  # pairs of an eager and a compiled step that measure the gain
-STEPS_PER_PAIR = (
-    50  # a pair is measured only for so many steps that are left: the measurement takes a few percent of them
-)
+STEPS_PER_PAIR = 50  # a pair is measured only for so many steps that are left: it takes a few percent of their time
 
 
 class Choice:

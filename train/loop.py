@@ -89,28 +89,42 @@ class Run:
                 )  # a kill may have left this file an epoch behind last.pt
             while self.position.epoch < self.config.train.epochs:
                 self._epoch()
+
+    def close(self) -> None:
+        """Finish what is written beside the run's own files."""
         if self.writer is not None:
             self.writer.close()
 
     def measure_test(self) -> dict[str, dict[Measure, Score]]:
         """The test set by the weights of last.pt and, where the run folder holds it, of best.pt: once, after the last epoch of
         a training that a validation split has chosen. The trainer keeps its own weights."""
+        with self.times.on("evaluation", self.trainer.runtime.device):
+            found = self._measure_checkpoints()
+        if self.writer is not None:
+            epochs = {"last.pt": self.position.epoch, "best.pt": self.position.best_epoch}
+            for name, scores in found.items():
+                for measure, score in scores.items():
+                    for key, value in _recorded(measure, score).items():
+                        self.writer.add_scalar(f"{key}_of_{name.removesuffix('.pt')}", value, epochs[name])
+            self.writer.flush()
+        return found
+
+    def _measure_checkpoints(self) -> dict[str, dict[Measure, Score]]:
         trainer, position = self.trainer, self.position
-        with self.times.on("evaluation", trainer.runtime.device):
-            found = {"last.pt": trainer.evaluate_test()}
-            if not self.session.group.any(self.folder is not None):
-                return found
-            if position.best_epoch == position.epoch:
-                return found | {"best.pt": found["last.pt"]}
-            best = self.session.group.from_first(self._best_weights)
-            if best is None:
-                return found
-            own = on_host({"model": trainer.net.state_dict(), "ema": trainer.ema and trainer.ema.state_dict()})
-            trainer.load_weights(best)
-            try:
-                return found | {"best.pt": trainer.evaluate_test()}
-            finally:
-                trainer.load_weights(own)
+        found = {"last.pt": trainer.evaluate_test()}
+        if not self.session.group.any(self.folder is not None):
+            return found
+        if position.best_epoch == position.epoch:
+            return found | {"best.pt": found["last.pt"]}
+        best = self.session.group.from_first(self._best_weights)
+        if best is None:
+            return found
+        own = on_host({"model": trainer.net.state_dict(), "ema": trainer.ema and trainer.ema.state_dict()})
+        trainer.load_weights(best)
+        try:
+            return found | {"best.pt": trainer.evaluate_test()}
+        finally:
+            trainer.load_weights(own)
 
     def _best_weights(self) -> dict[str, Any] | None:
         """None, with a warning, where best.pt went away or is not that of the best epoch: the training is over, and what

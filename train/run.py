@@ -81,6 +81,7 @@ def fit(
                 folder.write_text("config.yaml", to_yaml(session.config))
         schedule = one_cycle(rates, config.schedule.peak_epoch, config.train.epochs, trainer.steps_per_epoch)
         run = Run(session, schedule, folder, position, notice)
+        session.at_end(run.close)
         run.train()
         final = None
         if session.dataset.validation is not None:

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 import yaml
 from PIL import Image
 from places import ROOT
+from training import QUICK
 
 from analysis import compare, confusion, curves, grad_cam, misclassified, predict, predictions, report, samples
 from analysis.predictions import agreement, checked_predictions, predict_test, worst_first
@@ -45,31 +46,8 @@ QUIET: Callable[[str], None] = lambda line: None  # noqa: E731
 
 def recipe(**changes: Any) -> Config:
     """Digits at width 4, two epochs or so: a run of a few seconds that still gets many digits wrong."""
-    values: dict[str, Any] = {
-        "data.name": "digits",
-        "data.backend": "torch",
-        "augment.flip": False,
-        "net.width": 4,
-        "schedule.lr_max": 0.1,
-        "schedule.lr_min": 0.002,
-        "schedule.peak_epoch": 1.0,
-        "train.epochs": 2,
-        "train.batch_size": 128,
-        "train.eval_batch_size": 100,
-        "train.compile": "off",
-        "train.device": "cpu",
-        "train.precision": "fp32",
-    }
+    values = QUICK | {"data.backend": "torch", "net.width": 4, "run.analyse": True}
     return changed(Config(), values | {name.replace("__", "."): value for name, value in changes.items()})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The networks are tiny: on a busy machine several threads spend ten times as long waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

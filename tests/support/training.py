@@ -16,6 +16,23 @@ from train.machine.runtime import prepare, seed_everything
 from train.screen.log import Log
 from train.step.trainer import Trainer
 
+# digits, a tiny network, two epochs, fixed rates, uncompiled: a whole run in a few seconds
+QUICK: dict[str, Any] = {
+    "data.name": "digits",
+    "augment.flip": False,
+    "net.width": 2,
+    "schedule.lr_max": 0.1,
+    "schedule.lr_min": 0.002,
+    "schedule.peak_epoch": 1.0,
+    "train.epochs": 2,
+    "train.batch_size": 128,
+    "train.eval_batch_size": 100,
+    "train.compile": "off",
+    "train.device": "cpu",
+    "train.precision": "fp32",
+    "run.analyse": False,
+}
+
 
 class Lines(Log):
     """Collects what would be printed."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ import torch
 from training import Lines, assert_equal_weights, make_trainer, weights
 
 import net as networks
-from analysis.compare import check_same_splits, contender
+from analysis.compare import check_same_splits, contender, describe
 from analysis.report import headline
 from analysis.run import AnalysisError, load_run
 from dali_pipeline import sources
@@ -236,3 +239,65 @@ def test_a_held_out_image_is_never_trained_on(config: Config) -> None:
         assert not seen & {image.tobytes() for image in trainer.dataset.validation.images}
     finally:
         trainer.close()
+
+
+def test_the_further_accuracies_of_a_report_are_those_of_the_test_set(config: Config, tmp_path: Path) -> None:
+    from analysis.report import _further_accuracies
+
+    for amount in (200, None):
+        path = tmp_path / str(amount)
+        summary = fit(changed(config, {"data.validation": amount, "train.tta": True, "train.ema_decay": 0.9}), path)
+        found = {measure.key: value for measure, value in _further_accuracies(load_run(path, say=lambda line: None))}
+        assert list(found) == ["test_tta", "ema_test", "ema_test_tta"]
+        assert found == {key: summary[f"last_{key}_accuracy"] for key in found}
+
+
+def test_tensorboard_gets_what_was_measured_of_the_test_set_at_the_end(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[tuple[str, int], float] = {}
+    closed: list[bool] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None: ...
+
+        def add_scalar(self, name: str, value: float, epoch: int) -> None:
+            told[name, epoch] = value
+
+        def flush(self) -> None: ...
+
+        def close(self) -> None:
+            closed.append(True)
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    summary = fit(changed(config, {"run.tensorboard": True}), tmp_path / "run")
+    assert told["test_accuracy_of_last", 2] == summary["test"]["last.pt"]["accuracy"]
+    assert told["test_accuracy_of_best", summary["best_epoch"]] == summary["test"]["best.pt"]["accuracy"]
+    assert {name for name, _ in told} >= {"validation_accuracy", "validation_loss", "test_loss_of_last"}
+    assert closed == [True]
+
+
+def test_a_comparison_says_where_the_test_set_chose(config: Config, tmp_path: Path) -> None:
+    for name, amount in (("a", None), ("b", 200)):
+        fit(changed(config, {"data.validation": amount, "train.epochs": 1}), tmp_path / name)
+        run = load_run(tmp_path / name, say=lambda line: None)
+        pair = [contender(run, f"{name}{number}", np.arange(355) % 2 == number) for number in (0, 1)]
+        said = [line for line in describe(pair) if "chosen on the test set itself" in line]
+        assert len(said) == (amount is None) and all("best.pt of a0, a1" in line for line in said)
+
+
+def test_accuracy_measures_a_validation_split_that_the_source_has(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import accuracy
+    from dali_pipeline.sources.digits import Digits
+    from train.config import to_yaml
+
+    whole = sources.load(config.data)
+    monkeypatch.setattr(Digits, "load", lambda *a, **b: whole)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(to_yaml(changed(config, {"data.validation": None, "train.epochs": 1})))
+    words = [str(recipe), "--runs", "1", "--on", "validation", "--finished", str(tmp_path / "v.jsonl")]
+    assert accuracy.main(words) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["on"] == "validation"

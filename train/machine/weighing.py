@@ -28,9 +28,9 @@ GAIN_BY_VECTOR_UNITS = {"AVX512": 1.37}
 FALLBACK_GAIN = 1.1
 # The speed of an eager step: between the 15 to 38 GFLOP/s of that EPYC core and the 85 of the two Xeon cores.
 EAGER_FLOPS_PER_SECOND = 50e9
-# The history keeps the latest
-MAX_VALUES = 5  # measurements of one kind
-MAX_GRAPHS = 64  # graphs of one machine
+# The history keeps the latest five measurements of a kind, and the latest 64 graphs of a machine.
+MAX_VALUES = 5
+MAX_GRAPHS = 64
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,8 @@ class CompileHistory:
         warm = _dict(_dict(here, "graphs"), graph).get("cache") == str(cache) and cache.is_dir()
         kind, default = ("warm", WARM_SECONDS) if warm else ("cold", COLD_SECONDS)
         seen = _numbers(here, kind)
-        return _estimate(
-            min(seen, default=None), default, f", {kind} cache"
-        )  # longer ones were measured on a busy machine
+        # the shortest: longer ones were measured on a busy machine
+        return _estimate(min(seen, default=None), default, f", {kind} cache")
 
     def gain(self, graph: str) -> Estimate:
         """The gain of this graph where it was measured, else the median of the other graphs on this machine."""
