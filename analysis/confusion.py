@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from analysis.command import command, load_for
@@ -80,7 +81,7 @@ def draw_confusion(counts: Ints, class_names: tuple[str, ...], path: Path, *, ca
     top = max(float(np.nanmax(mistakes)) if n > 1 else 0.0, 1.0)
     axes.set_facecolor("0.88")
     shown = axes.imshow(mistakes, cmap="Blues", vmin=0, vmax=top, interpolation="nearest")
-    bar = figure.colorbar(shown, ax=axes, shrink=0.7, pad=0.02)
+    bar = figure.colorbar(shown, ax=axes, shrink=0.7, pad=0.02, ticks=MaxNLocator(integer=True))
     bar.set_label("test images taken for another class", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     names = [pretty(name) for name in class_names]

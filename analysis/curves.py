@@ -70,9 +70,9 @@ def draw_curves(metrics: Metrics, path: Path, *, title: str = "Loss and accuracy
     right.plot([best["epoch"]], [best[measured]], marker="*", markersize=13, color=VERMILLION, markeredgecolor="white")
     low = min(float(m[key]) for m in metrics for key in ("train_accuracy", measured))
     right.set_ylim(max(0, low - 5), min(102, max(float(best[measured]), float(metrics[-1]["train_accuracy"])) + 4))
-    chosen = ", by the test set itself" if leading.split == "test" else ""
+    chosen = " (the test set chose it)" if leading.split == "test" else ""
     right.set_title(
-        f"last {metrics[-1][measured]:.2f}%; best.pt: epoch {best['epoch']}, {best[measured]:.2f}%{chosen}", fontsize=10
+        f"last {metrics[-1][measured]:.2f}%; best.pt {best[measured]:.2f}%, epoch {best['epoch']}{chosen}", fontsize=10
     )
     left.set_title(f"{leading.split} loss: last {metrics[-1][f'{leading.key}_loss']:.4f}", fontsize=10)
     left.legend(fontsize=8, loc="upper right")

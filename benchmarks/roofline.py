@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # instead of this folder, whose files could hide packages of the same name
+
 REHEARSAL = ROOT / "tests" / "rehearsal"
 EPOCH_IMAGES = 50_000
 
@@ -241,13 +244,14 @@ def lines_of(report: dict[str, Any]) -> list[str]:
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Shares of the step by kind of kernel, a bar a GPU."""
-    import matplotlib
+    from analysis.style import new_figure, save
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    predictions = report["predictions"][::-1]
-    figure, axes = plt.subplots(figsize=(9, 0.5 * len(predictions) + 1.8), layout="constrained")
+    predictions, plan = report["predictions"][::-1], report["plan"]
+    caption = (
+        f"width {plan['width']}, batch {plan['batch']}, {plan['dtype']}, planned by torch {plan['torch']}; not measured"
+    )
+    figure = new_figure(9, 0.5 * len(predictions) + 2.4, "A training step on GPUs, predicted from its kernels", caption)
+    axes = figure.subplots()
     left = [0.0] * len(predictions)
     for name in report["predictions"][0]["groups"]:
         shares = [100 * p["groups"][name]["seconds"] / p["step_ms"] * 1e3 for p in predictions]
@@ -257,8 +261,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axes.text(101, place, f"{p['step_ms']:.2f} ms, {p['images_per_second'] / 1e3:,.0f}k images/s", va="center")
     axes.set(xlim=(0, 135), xticks=range(0, 101, 20), xlabel="share of a training step in percent, predicted")
     axes.legend(ncols=3, fontsize="small", loc="lower center", bbox_to_anchor=(0.45, 1))
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)
 
 
 def make_report(plan: dict[str, Any], epochs: int, measured: Path | None) -> dict[str, Any]:
@@ -294,18 +297,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the shares of a step")
     options = parser.parse_args(arguments)
-    try:
-        plan = read_plan(options.plan) if options.plan else plan_on_the_spot()
-        report = make_report(plan, options.epochs, options.measured)
-    except (RuntimeError, OSError, KeyError, json.JSONDecodeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(lines_of(report)))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if options.picture:
-        draw(report, options.picture)
-    return 0
+    from benchmarks.outcome import explained, write_report  # torch from here on: --help answers without it
+    from dali_pipeline.errors import UserError
+
+    with explained() as outcome:
+        try:
+            plan = read_plan(options.plan) if options.plan else plan_on_the_spot()
+            report = make_report(plan, options.epochs, options.measured)
+        except (RuntimeError, OSError, KeyError, json.JSONDecodeError) as error:
+            raise UserError(str(error)) from error
+        print("\n".join(lines_of(report)))
+        if options.json:
+            write_report(options.json, report)
+        if options.picture:
+            draw(report, options.picture)
+    return outcome.code
 
 
 if __name__ == "__main__":

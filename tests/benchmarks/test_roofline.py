@@ -82,3 +82,23 @@ def test_a_file_that_is_no_plan_is_refused_in_one_line(tmp_path: Path, capsys: p
     path.write_text("{}")
     assert roofline.main(["--plan", str(path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {path}: no plan of kernels, it lacks ")
+
+
+def test_the_files_asked_for_are_whole_and_replace_a_link_and_not_its_target(tmp_path: Path) -> None:
+    plan = next((roofline.REHEARSAL / "plans").glob("*.json"))
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    for name in ("r.json", "r.png"):
+        (tmp_path / name).symlink_to(mine)
+    words = ["--plan", str(plan), "--json", str(tmp_path / "r.json"), "--picture", str(tmp_path / "r.png")]
+    assert roofline.main(words) == 0
+    assert mine.read_text() == "mine"
+    assert json.loads((tmp_path / "r.json").read_text())["kind"] == "predicted"
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = next((roofline.REHEARSAL / "plans").glob("*.json"))
+    (tmp_path / "file").write_text("")
+    assert roofline.main(["--plan", str(plan), "--json", str(tmp_path / "file" / "r.json")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
