@@ -51,7 +51,7 @@ def describe(augment: Augment) -> str:
             f"crop from {augment.pad} pixels of {'black' if augment.padding_mode == 'zero' else 'reflected'} padding"
         )
     if augment.flip:
-        parts.append("flip")
+        parts.append("flip" if augment.flip_rule == "random" else f"{augment.flip_rule} flip")
     if augment.cutout:
         parts.append(f"cutout {augment.cutout} x {augment.cutout}")
     return ", ".join(parts) or "no augmentation"

@@ -29,6 +29,10 @@ class Augment:
     pad: int = key(4, "pixels of padding on each side", at_least=0, at_most=32)
     padding_mode: Literal["zero", "reflect"] = key("zero", "what the padding holds: black, or the image reflected")
     flip: bool = key(True, "mirror left-right with probability 1/2")
+    flip_rule: Literal["random", "alternating"] = key(
+        "random",
+        "which epochs show an image mirrored: random draws anew in each, alternating draws once and turns every epoch",
+    )
     cutout: int = key(
         8,
         "side of the square painted in the mean colour (arXiv:1708.04552); 0 turns it off",
@@ -43,6 +47,8 @@ class Augment:
             raise ValueError(f"augment.cutout is {self.cutout}, expected 0 (off) or more pixels")
         if self.padding_mode not in ("zero", "reflect"):
             raise ValueError(f"augment.padding_mode is {self.padding_mode!r}, expected 'zero' or 'reflect'")
+        if self.flip_rule not in ("random", "alternating"):
+            raise ValueError(f"augment.flip_rule is {self.flip_rule!r}, expected 'random' or 'alternating'")
 
     @property
     def offsets(self) -> int:
@@ -106,10 +112,12 @@ def draw_plan(seed: int, epoch: int, num_images: int, augment: Augment, size: in
     depend neither on the other images nor on how the epoch is batched or sharded. An augmentation that is switched off is
     not drawn: the window stays in the middle, nothing is mirrored. Each augmentation has its own word, so switching one off
     does not change the draws of the others.
+
+    With augment.flip_rule="alternating" whether an image is mirrored is read from epoch 0's words, and turned in every odd
+    epoch: of two epochs in a row each image is mirrored in one (arXiv:2404.00498).
     """
     height, width = image_size(size)
-    key = np.array([seed & _WORD, epoch & _WORD], np.uint64)
-    words = np.random.Philox(key=key).random_raw(WORDS_PER_IMAGE * num_images).reshape(num_images, WORDS_PER_IMAGE)
+    words = _words(seed, epoch, num_images)
     indices = _order(words[:, 0])
     words = words[indices]
     if augment.crop:
@@ -117,9 +125,26 @@ def draw_plan(seed: int, epoch: int, num_images: int, augment: Augment, size: in
         dy, dx = offset // augment.offsets, offset % augment.offsets
     else:
         dy = dx = np.full(num_images, augment.pad, np.int64)
-    flip = (words[:, 2] >> np.uint64(63)).astype(bool) if augment.flip else np.zeros(num_images, bool)
+    if not augment.flip:
+        flip = np.zeros(num_images, bool)
+    elif augment.flip_rule == "alternating":
+        flip = _mirrored(_words(seed, 0, num_images))[indices] ^ bool(epoch % 2)
+    else:
+        flip = _mirrored(words)
     centre = _below(words[:, 3], height * width)
     return Plan(indices, dy, dx, flip, centre // width, centre % width)
+
+
+def _words(seed: int, epoch: int, num_images: int) -> npt.NDArray[np.uint64]:
+    """(num_images, WORDS_PER_IMAGE) of one epoch, by index of the image."""
+    key = np.array([seed & _WORD, epoch & _WORD], np.uint64)
+    return np.random.Philox(key=key).random_raw(WORDS_PER_IMAGE * num_images).reshape(num_images, WORDS_PER_IMAGE)
+
+
+def _mirrored(words: npt.NDArray[np.uint64]) -> BoolArray:
+    """The highest bit of each image's third word."""
+    flip: BoolArray = (words[:, 2] >> np.uint64(63)).astype(bool)
+    return flip
 
 
 def _order(keys: npt.NDArray[np.uint64]) -> IntArray:

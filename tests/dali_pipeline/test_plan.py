@@ -58,6 +58,32 @@ def test_plan_equals_independent_scalar_draws(seed: int, pad: int, size: tuple[i
         assert getattr(plan, name).tolist() == [drawn[image][column] for image in order], name
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_alternating_flips_turn_the_bit_of_epoch_0_in_every_odd_epoch(seed: int) -> None:
+    num_images = 60
+    first = np.array([scalar_draw(seed, 0, image, 4, 32, 32)[3] for image in range(num_images)], bool)
+    assert 0 < first.sum() < num_images
+    for epoch in range(6):
+        random = draw_plan(seed, epoch, num_images, Augment())
+        alternating = draw_plan(seed, epoch, num_images, Augment(flip_rule="alternating"))
+        by_image = np.empty(num_images, bool)
+        by_image[alternating.indices] = alternating.flip
+        np.testing.assert_array_equal(by_image, ~first if epoch in (1, 3, 5) else first)
+        for name in FIELDS:
+            if name != "flip":
+                np.testing.assert_array_equal(getattr(alternating, name), getattr(random, name), err_msg=name)
+    off = draw_plan(seed, 1, num_images, Augment(flip=False, flip_rule="alternating"))
+    assert not off.flip.any()
+
+
+@pytest.mark.parametrize("tail", ["drop", "endless"])
+def test_two_epochs_of_alternating_batches_show_each_image_both_ways(tail: Tail) -> None:
+    stream = Stream(48, 16, Augment(flip_rule="alternating"), 3, tail=tail)
+    plans = joined([stream.batch(epoch, step) for epoch in (4, 5) for step in range(3)])
+    seen = {(int(i), bool(f)) for i, f in zip(plans["indices"], plans["flip"], strict=True)}
+    assert seen == {(i, f) for i in range(48) for f in (False, True)}
+
+
 @pytest.mark.parametrize("num_images", [1, 2, 1000, 50_000])
 def test_indices_are_a_permutation(num_images: int) -> None:
     indices = draw_plan(0, 0, num_images, Augment()).indices
