@@ -94,7 +94,7 @@ def measure(config: Config, runs: int, finished: Path, log: Callable[[str], None
 
     recipe = comparable(to_dict(config), on)
     first = config.train.seed
-    done = read_finished(finished, recipe)
+    done = {entry["seed"]: entry for entry in read_finished(finished, recipe)}
     missing = [seed for seed in range(first, first + runs) if seed not in done]
     if done:
         log(f"{finished}: {len(done)} finished runs, {len(missing)} to go")
@@ -130,13 +130,13 @@ def comparable(recipe: dict[str, Any], on: str = "test") -> dict[str, Any]:
     return kept if on == "test" else kept | {"measured": {"on": on}}
 
 
-def read_finished(path: Path, recipe: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """The finished runs by seed. An incomplete last line is removed from the file. RecipeChanged where the file is of another
-    recipe, or is not a file of finished runs."""
+def read_finished(path: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    """The finished runs, a dict each. An incomplete last line is removed from the file. RecipeChanged where the file is of
+    another recipe, or is not a file of finished runs."""
     from train.config import own_keys
 
     if not path.exists():
-        return {}
+        return []
     text = path.read_text(encoding="utf-8")
     whole, _, torn = text.rpartition("\n")
     if not (text.startswith(FIRST_LINE_START) or FIRST_LINE_START.startswith(text)):
@@ -144,7 +144,7 @@ def read_finished(path: Path, recipe: dict[str, Any]) -> dict[int, dict[str, Any
     entries = [json.loads(line) for line in whole.splitlines()]
     if not entries:
         path.unlink()
-        return {}
+        return []
     if torn:
         path.write_text(whole + "\n", encoding="utf-8")
     # a key that only one of them has counts as null in the other: earlier versions had fewer keys, and all data sets' keys
@@ -156,7 +156,7 @@ def read_finished(path: Path, recipe: dict[str, Any]) -> dict[int, dict[str, Any
             f"{path} holds runs of another recipe ({'; '.join(changed)}); go on with that one, or name "
             "another file with --finished"
         )
-    return {entry["seed"]: entry for entry in entries[1:]}
+    return entries[1:]
 
 
 def flat(recipe: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -340,12 +340,8 @@ def summarise(
     entries: list[dict[str, Any]], recipe: dict[str, Any], environment: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """The report over finished runs: means, standard deviations and 95% intervals."""
-    from benchmarks.measure import mean_and_interval
+    from benchmarks.measure import statistic
     from train.machine.environment import git_commit
-
-    def statistic(values: list[float]) -> dict[str, Any]:
-        mean, deviation, half_width = mean_and_interval(values)
-        return {"mean": mean, "std": deviation, "interval95": half_width, "n": len(values)}
 
     reached = [r["seconds_to_94"] for r in entries if r["seconds_to_94"] is not None]
     trained = [r["training_seconds_to_94"] for r in entries if r["training_seconds_to_94"] is not None]

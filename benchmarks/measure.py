@@ -170,3 +170,9 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None, flo
     deviation = statistics.stdev(values)
     half_width = stats.t.ppf(0.975, len(values) - 1) * deviation / math.sqrt(len(values))
     return mean, deviation, float(half_width)
+
+
+def statistic(values: Sequence[float]) -> dict[str, Any]:
+    """`mean_and_interval` as a report holds it."""
+    mean, deviation, half_width = mean_and_interval(values)
+    return {"mean": mean, "std": deviation, "interval95": half_width, "n": len(values)}

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         recipe = comparable(to_dict(config), "validation and test, each epoch")
         seeds = range(config.train.seed, config.train.seed + max(options.runs, 1))
-        done = read_finished(finished, recipe)
+        done = {entry["seed"]: entry for entry in read_finished(finished, recipe)}
         missing = [seed for seed in seeds if seed not in done]
         if missing:
             with Session(config, Log(quiet=True)) as session:
@@ -125,11 +125,7 @@ def sentence(epochs: list[dict[str, float]]) -> str:
 def summarise(runs: list[dict[str, Any]], recipe: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
     """Over the runs: test accuracy of the last epoch, of the epoch that validation chooses and of the one that the test set
     chooses, and the difference between validation and test accuracy over all epochs."""
-    from benchmarks.measure import mean_and_interval
-
-    def statistic(values: list[float]) -> dict[str, Any]:
-        mean, deviation, half_width = mean_and_interval(values)
-        return {"mean": mean, "std": deviation, "interval95": half_width, "n": len(values)}
+    from benchmarks.measure import statistic
 
     tables = [run["epochs"] for run in runs]
     return {

@@ -126,7 +126,7 @@ def test_accuracy_refuses_a_changed_recipe(
     assert finished.read_text() == before
     # a data folder and a seed are no part of the recipe
     elsewhere = changed(config, {"data.root": "elsewhere", "train.seed": 7})
-    assert accuracy.read_finished(finished, accuracy.comparable(to_dict(elsewhere))) == {}
+    assert accuracy.read_finished(finished, accuracy.comparable(to_dict(elsewhere))) == []
 
 
 def test_runs_finished_when_recipes_had_the_keys_of_all_data_sets_still_count(
@@ -136,7 +136,7 @@ def test_runs_finished_when_recipes_had_the_keys_of_all_data_sets_still_count(
     then = {**now, "data": {**now["data"], "synthetic_size": 64, "synthetic_count": 50000}}
     accuracy.append(tmp_path / "runs.jsonl", {"recipe": then, "environment": {}})
     accuracy.append(tmp_path / "runs.jsonl", {"seed": 3})
-    assert accuracy.read_finished(tmp_path / "runs.jsonl", now) == {3: {"seed": 3}}
+    assert accuracy.read_finished(tmp_path / "runs.jsonl", now) == [{"seed": 3}]
     noise = accuracy.comparable(to_dict(changed(quick_config, {"data.name": "synthetic", "data.synthetic_size": 32})))
     with pytest.raises(accuracy.RecipeChanged, match=r"data\.name: digits -> synthetic"):
         accuracy.read_finished(tmp_path / "runs.jsonl", noise)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from places import CONFIGS, ROOT
 
-from benchmarks import accuracy, footprint, lr_finder, machine, smoke, throughput
+from benchmarks import accuracy, footprint, lr_finder, machine, precision, smoke, throughput
 from benchmarks.outcome import write_report
 from dali_pipeline.errors import UserError
 
@@ -40,7 +40,8 @@ def test_a_recorded_command_names_no_folder_of_this_machine(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "script", ["throughput", "accuracy", "smoke", "tables", "footprint", "lr_finder", "roofline", "dali_candidates"]
+    "script",
+    ["throughput", "accuracy", "smoke", "tables", "footprint", "lr_finder", "roofline", "precision", "dali_candidates"],
 )
 def test_scripts_start_anywhere_without_being_installed(script: str, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -61,6 +62,7 @@ def test_scripts_start_anywhere_without_being_installed(script: str, tmp_path: P
     ("script", "words"),
     [
         (accuracy, [str(CONFIGS / "quickstart.yaml"), "--runs", "1"]),
+        (precision, [str(CONFIGS / "quickstart.yaml"), "--runs", "1"]),
         (throughput, []),
         (smoke, []),
         (footprint, []),
