@@ -17,7 +17,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from dali_pipeline.lock import NoLocks, is_still_at, open_regular, try_lock
+from dali_pipeline.lock import NoLocks, is_still_at, try_lock
+from dali_pipeline.regular import open_regular
 from dali_pipeline.sources.source import Say
 
 CHUNK = 1 << 18  # bytes asked of the socket or the disk at once

@@ -12,12 +12,14 @@ import filelock
 import pytest
 from places import ROOT
 
-from dali_pipeline.lock import NoLocks, NotARegularFile, is_still_at, open_regular, try_lock
+from dali_pipeline.lock import NoLocks, is_still_at, try_lock
+from dali_pipeline.regular import NotARegularFile, open_regular
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from dali_pipeline.lock import open_regular, try_lock
+from dali_pipeline.lock import try_lock
+from dali_pipeline.regular import open_regular
 file = open_regular(Path(sys.argv[1]))
 print(try_lock(file), flush=True)
 time.sleep(600)
@@ -104,7 +106,7 @@ def test_a_file_that_was_removed_renamed_or_replaced_is_not_the_one_of_its_name(
 
 def test_without_fcntl_no_soft_lock_takes_its_place(tmp_path: Path) -> None:
     code = "import sys; sys.modules['fcntl'] = None\nfrom pathlib import Path\n"
-    code += "from dali_pipeline.lock import NoLocks, open_regular, try_lock\n"
+    code += "from dali_pipeline.lock import NoLocks, try_lock\nfrom dali_pipeline.regular import open_regular\n"
     code += (
         f"try: try_lock(open_regular(Path({str(tmp_path / 'file')!r})))\nexcept NoLocks as error: print(error.strerror)"
     )

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dali_pipeline.errors import UserError
-from dali_pipeline.lock import NoLocks, NotARegularFile, is_still_at, open_regular, try_lock
+from dali_pipeline.lock import NoLocks, is_still_at, try_lock
+from dali_pipeline.regular import NotARegularFile, open_regular
 from train.disk.atomic import is_temporary, open_new, remove_stale, write_atomic
 from train.disk.checkpoint import CHECKPOINTS, carries_seal
 from train.failpoints import failpoint
