@@ -19,27 +19,35 @@ BEGIN, END = "<!-- results: python benchmarks/tables.py -->", "<!-- /results -->
 REFERENCE_PEER = "torchvision_pil_2_workers"
 
 
-def load_results(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Reports of throughput.py and of accuracy.py, in order of their file names."""
+def load_results(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The reports of one kind ("throughput", "accuracy", "validation"), in order of their file names."""
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    of_kind = {kind: [r for r in reports if r.get("kind") == kind] for kind in ("throughput", "accuracy")}
-    return of_kind["throughput"], of_kind["accuracy"]
+    return [report for report in reports if report.get("kind") == kind]
 
 
 def throughput_block(folder: Path) -> str:
     """What docs/throughput.md has between the two markers, markers included."""
-    reports, _ = load_results(folder)
+    reports = load_results(folder, "throughput")
     return _block(throughput_table(reports) if reports else [])
 
 
 def accuracy_block(folder: Path) -> str:
     """What the README has between the two markers, markers included."""
-    _, reports = load_results(folder)
+    reports = load_results(folder, "accuracy")
     return _block(accuracy_table(reports) if reports else [])
 
 
+def validation_block(folder: Path) -> str:
+    """What docs/configuration.md has between the two markers, markers included."""
+    return _block([line for report in load_results(folder, "validation") for line in validation_table(report)])
+
+
 # by document, the function that makes its block
-BLOCKS = {"docs/throughput.md": throughput_block, "README.md": accuracy_block}
+BLOCKS = {
+    "docs/throughput.md": throughput_block,
+    "README.md": accuracy_block,
+    "docs/configuration.md": validation_block,
+}
 
 
 def _block(rows: list[str]) -> str:
@@ -126,6 +134,25 @@ def accuracy_table(reports: list[dict[str, Any]]) -> list[str]:
         *rows,
         "",
         "Times are without loading the data, compiling and the range test, which happen before the first epoch.",
+    ]
+
+
+def validation_table(report: dict[str, Any]) -> list[str]:
+    """A table with a row for each epoch, and below it what choosing by either split gives and the command."""
+    from benchmarks.measure import statistic
+
+    rows = ["| epoch | validation | test | validation - test |", "|---:|---:|---:|---:|"]
+    for number, scores in enumerate(zip(*(run["epochs"] for run in report["finished"]), strict=True), start=1):
+        validation, test = (statistic([score[split] for score in scores])["mean"] for split in ("validation", "test"))
+        difference = _accuracy(statistic([score["validation"] - score["test"] for score in scores]))
+        rows.append(f"| {number} | {validation:.2f} | {test:.2f} | {difference} |")
+    return [
+        *rows,
+        "",
+        f"Test accuracy of the last epoch {_accuracy(report['last'])}, of the epoch that validation chooses "
+        f"{_accuracy(report['chosen_on_validation'])}, of the epoch that the test set chooses "
+        f"{_accuracy(report['chosen_on_test'])}. {report['recipe']['train']['precision']}, {_machine(report)}, torch "
+        f"{report['versions']['torch']}; mean ± 95% interval (number of seeds). `{report['command']}`",
     ]
 
 

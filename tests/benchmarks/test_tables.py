@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from places import ROOT
 
-from benchmarks import accuracy, tables, throughput
+from benchmarks import accuracy, tables, throughput, validation
 from benchmarks.measure import Rate
 
 
@@ -51,7 +51,7 @@ def test_ratios_of_made_up_stages() -> None:
     assert throughput.training_ratios(rates, Rate((1.0, 1.0)), 1, 0.0)["overlap"] == pytest.approx(0.9)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/throughput.md"])
+@pytest.mark.parametrize("name", tables.BLOCKS)
 def test_a_document_holds_the_table_that_the_results_make(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     block = tables.BLOCKS[name](ROOT / "benchmarks" / "results")
@@ -65,8 +65,8 @@ def test_check_names_the_document_that_is_out_of_date(
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     (tmp_path / "docs").mkdir()
     empty = f"before\n{tables.BEGIN}\n{tables.END}\nafter\n"
-    (tmp_path / "README.md").write_text(empty)
-    (tmp_path / "docs" / "throughput.md").write_text(empty)
+    for name in tables.BLOCKS:
+        (tmp_path / name).write_text(empty)
     (tmp_path / "benchmarks" / "results" / "a.json").write_text(json.dumps(made_up_report()))
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr("sys.argv", ["tables.py", "--check"])
@@ -151,3 +151,17 @@ def test_accuracy_table_says_what_its_times_leave_out() -> None:
 def test_a_document_without_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="no <!-- results"):
         tables.replaced("nothing here", "block")
+
+
+def test_validation_table_of_two_made_up_seeds() -> None:
+    runs = [
+        {"seed": 0, "epochs": [{"validation": 50.0, "test": 48.0}, {"validation": 80.0, "test": 81.0}]},
+        {"seed": 1, "epochs": [{"validation": 54.0, "test": 50.0}, {"validation": 82.0, "test": 81.0}]},
+    ]
+    recipe = {"train": {"precision": "bf16"}}
+    environment = {"machine": {"cpus_usable": 2, "cpu": "a processor"}, "versions": {"torch": "9.9"}}
+    report = validation.summarise(runs, recipe, environment) | {"command": "the command"}
+    rows = tables.validation_table(report)
+    # Student's t for two values: 12.706 / sqrt(2) of a deviation of sqrt(2), which is 12.71
+    assert rows[2:4] == ["| 1 | 52.00 | 49.00 | 3.00 ± 12.71 (2) |", "| 2 | 81.00 | 81.00 | 0.00 ± 12.71 (2) |"]
+    assert "last epoch 81.00 ± 0.00 (2)" in rows[-1] and "`the command`" in rows[-1]
