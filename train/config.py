@@ -270,6 +270,11 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             f"schedule.find_start: {schedule.find_start:g} is not below schedule.find_end={schedule.find_end:g}"
         )
+    if optim.filters == "muon" and not (isinstance(schedule.lr_max, float) and isinstance(schedule.lr_min, float)):
+        raise ConfigError(
+            "optim.filters: muon needs schedule.lr_max and schedule.lr_min as numbers: the range test finds the rates of SGD, "
+            "and Muon's (optim.muon_lr) follows the schedule between them"
+        )
     if optim.nesterov and optim.momentum == 0:
         raise ConfigError("optim.nesterov: true needs optim.momentum above 0")
     if config.augment.crop and config.augment.padding_mode == "reflect" and config.augment.pad >= 32:

@@ -23,7 +23,7 @@ CHECKPOINT_EVERY = r"(epoch|0*[1-9][0-9]{0,8}s?)"
 
 @dataclass(frozen=True, kw_only=True)
 class OptimOptions:
-    """SGD and the loss."""
+    """The optimizers and the loss."""
 
     momentum: float = key(0.9, "momentum of SGD", at_least=0.0, below=1.0)
     nesterov: bool = key(True, "Nesterov's form of the momentum; needs momentum above 0")
@@ -32,6 +32,16 @@ class OptimOptions:
         0.0, "weight decay of batch-norm parameters and biases", at_least=0.0, at_most=1.0
     )
     label_smoothing: float = key(0.0, "label smoothing of the cross-entropy", at_least=0.0, below=1.0)
+    filters: Literal["sgd", "muon"] = key(
+        "sgd", "which optimizer trains the filters of the convolutions; SGD trains the rest"
+    )
+    muon_lr: float = key(
+        0.2, "Muon's learning rate where the schedule peaks; it follows the schedule", above=0.0, at_most=HIGHEST_RATE
+    )
+    muon_momentum: float = key(0.6, "Nesterov momentum of Muon", at_least=0.0, below=1.0)
+    muon_rescale: bool = key(
+        True, "scale each convolution's filters to the norm sqrt(out_channels) before each step of Muon"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from torch import nn
 
 from net.interface import Network
 from train.options import OptimOptions
+from train.step.muon import Muon
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,16 +26,26 @@ class ParameterGroup:
     rate_factor: float = 1.0
 
 
-def parameter_groups(net: Network, options: OptimOptions) -> list[ParameterGroup]:
-    """One group for filters and matrices, with weight decay; one for normalisation layers and biases, with their own."""
-    kernels: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
+def parameter_groups(net: Network, options: OptimOptions, lr_max: float | None = None) -> list[ParameterGroup]:
+    """One group for filters and matrices, with weight decay; one for normalisation layers and biases, with their own. The filters
+    are a group apart where another optimizer trains them, whose rate is to peak at its own value where the schedule's peaks at
+    `lr_max`."""
+    of: dict[str, list[nn.Parameter]] = {"kernels": [], "filters": [], "norms and biases": []}
     for name, parameter in net.named_parameters():
-        (kernels if net.role(name) in ("filter", "matrix") else vectors).append(parameter)
-    return [
-        ParameterGroup("kernels", tuple(kernels), options.weight_decay),
-        ParameterGroup("norms and biases", tuple(vectors), options.norm_bias_weight_decay),
+        role = net.role(name)
+        if role == "filter" and options.filters != "sgd":
+            of["filters"].append(parameter)
+        else:
+            of["kernels" if role in ("filter", "matrix") else "norms and biases"].append(parameter)
+    groups = [
+        ParameterGroup("kernels", tuple(of["kernels"]), options.weight_decay),
+        ParameterGroup("norms and biases", tuple(of["norms and biases"]), options.norm_bias_weight_decay),
     ]
+    if options.filters != "sgd":
+        assert lr_max is not None, "the configuration is refused without"
+        factor = options.muon_lr / lr_max
+        groups.append(ParameterGroup("filters", tuple(of["filters"]), 0.0, options.filters, factor))
+    return groups
 
 
 def _sgd(groups: list[dict[str, Any]], options: OptimOptions, device: torch.device) -> torch.optim.Optimizer:
@@ -44,8 +55,15 @@ def _sgd(groups: list[dict[str, Any]], options: OptimOptions, device: torch.devi
     )
 
 
+def _muon(groups: list[dict[str, Any]], options: OptimOptions, device: torch.device) -> torch.optim.Optimizer:
+    """Muon, which has no weight decay: that of the groups must be zero."""
+    assert not any(group["weight_decay"] for group in groups)
+    return Muon([{"params": group["params"]} for group in groups], options.muon_momentum, options.muon_rescale)
+
+
 KINDS: dict[str, Callable[[list[dict[str, Any]], OptimOptions, torch.device], torch.optim.Optimizer]] = {
     "sgd": _sgd,
+    "muon": _muon,
 }
 
 

@@ -28,7 +28,7 @@ from train.step.evaluation import Score, evaluate
 from train.step.measures import Measure, measures_of
 from train.step.meter import StepMeter
 from train.step.optim import Optimizers, parameter_groups
-from train.step.schedule import OneCycle
+from train.step.schedule import OneCycle, Rates
 from train.step.steps import EvalStep, TrainStep
 from train.step.sync_bn import synchronise_batch_norm
 from train.step.views import VIEWS, Views
@@ -100,7 +100,9 @@ class Trainer:
         self.ema: WeightAverage | None = None
         if config.train.ema_decay > 0:
             self.ema = WeightAverage(network, config.train.ema_decay)
-        self.optimizers = Optimizers(parameter_groups(network, config.optim), config.optim, device)
+        given = Rates.given(config.schedule)
+        groups = parameter_groups(network, config.optim, None if given is None else given.lr_max)
+        self.optimizers = Optimizers(groups, config.optim, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=runtime.precision == "fp16")
         self.measures = measures_of(config.train, "test" if dataset.validation is None else "validation")
         self._build_steps(runtime.compile_mode)
