@@ -46,7 +46,7 @@ def decode_images(
     pipe = _build(split, device, border=border, reflect=reflect, mirrored=mirrored)
     size = max(1, min(SAMPLE_IMAGES, SAMPLE_BYTES // math.prod(out.shape[1:]))) * _threads(device)
     for first in range(0, len(split), size):
-        chunk = split.pixels[first : first + size]
+        chunk = split.gather(slice(first, first + size))
         starts = (first, len(split) + first) if mirrored else (first,)
         _run(pipe, chunk, [out[start : start + len(chunk)] for start in starts])
     return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,27 +24,46 @@ class DataError(UserError):
 
 
 @dataclass(frozen=True, eq=False)
+class Facts:
+    """What a source has noted of M images, so that their pixels need not be read for it.
+
+    digests: uint8 (M, 32), the SHA-256 of each image's file. sums, squares: int64 (M, 3), the sum of each channel's values
+    0..255 over the image, and of their squares.
+    """
+
+    digests: npt.NDArray[np.uint8]
+    sums: npt.NDArray[np.int64]
+    squares: npt.NDArray[np.int64]
+
+    def take(self, places: npt.NDArray[Any] | slice) -> Facts:
+        return Facts(self.digests[places], self.sums[places], self.squares[places])
+
+
+@dataclass(frozen=True, eq=False)
 class Split:
     """N labelled images of one size.
 
-    pixels: uint8 (N, H, W, 3), or with `planar` (N, 3, H, W), as CIFAR's files hold them; any strides, so that they may be a
-    view of a file's records. labels: int64 (N,). Raises ValueError for anything else.
+    pixels: uint8 (M, H, W, 3), or with `planar` (M, 3, H, W), as CIFAR's files hold them; any strides, so that they may be a
+    view of a file's records, and perhaps a memory map. labels: int64 (N,). rows: int64 (N,), where not all of the pixels in
+    their order belong to the split: image i is pixels[rows[i]]. facts: of the M images. Raises ValueError for anything else.
     """
 
     pixels: Pixels
     labels: Labels
     planar: bool = field(default=False, kw_only=True)
+    rows: npt.NDArray[np.int64] | None = field(default=None, kw_only=True)
+    facts: Facts | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         shape = self.pixels.shape
         if self.pixels.dtype != np.uint8 or len(shape) != 4 or shape[1 if self.planar else 3] != 3:
             expected = "(N, 3, H, W)" if self.planar else "(N, H, W, 3), or (N, 3, H, W) with planar=True"
             raise ValueError(f"pixels are {self.pixels.dtype} {shape}, expected uint8 {expected}")
-        if self.labels.dtype != np.int64 or self.labels.shape != shape[:1]:
-            raise ValueError(f"labels are {self.labels.dtype} {self.labels.shape}, expected int64 ({shape[0]},)")
+        if self.labels.dtype != np.int64 or self.labels.shape != (len(self),):
+            raise ValueError(f"labels are {self.labels.dtype} {self.labels.shape}, expected int64 ({len(self)},)")
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        return len(self.pixels if self.rows is None else self.rows)
 
     @property
     def height(self) -> int:
@@ -57,11 +76,23 @@ class Split:
     @property
     def images(self) -> Pixels:
         """(N, H, W, 3) uint8, a contiguous copy."""
-        return np.array(_hwc(self), order="C")
+        return np.array(_hwc(self, self.gather(slice(None))), order="C")
 
-    def take(self, rows: npt.NDArray[Any] | slice) -> Split:
-        """The images at these places (a slice, indices (n,) or a mask (N,)) as a split of their own."""
-        return Split(self.pixels[rows], self.labels[rows], planar=self.planar)
+    def gather(self, places: npt.NDArray[Any] | slice) -> Pixels:
+        """The pixels of the images at these places, in the order of the axes of `pixels`: a view where they lie in one piece,
+        else a copy."""
+        return np.asarray(self.pixels[places if self.rows is None else self.rows[places]])
+
+    def take(self, places: npt.NDArray[Any] | slice) -> Split:
+        """The images at these places (a slice, indices (n,) or a mask (N,)) as a split of their own. A memory map stays one."""
+        labels = self.labels[places]
+        if isinstance(places, slice) and self.rows is None:
+            facts = None if self.facts is None else self.facts.take(places)
+            return Split(self.pixels[places], labels, planar=self.planar, facts=facts)
+        if self.rows is None and self.facts is None and not isinstance(self.pixels, np.memmap):
+            return Split(self.pixels[places], labels, planar=self.planar)
+        rows = np.arange(len(self)) if self.rows is None else self.rows
+        return replace(self, labels=labels, rows=rows[places])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -73,16 +104,17 @@ class Split:
         return digest.hexdigest()
 
 
-def _hwc(split: Split) -> Pixels:
-    """The pixels as (N, H, W, 3), without a copy."""
-    return split.pixels.transpose(0, 2, 3, 1) if split.planar else split.pixels
+def _hwc(split: Split, pixels: Pixels) -> Pixels:
+    """Pixels of the split as (n, H, W, 3), without a copy."""
+    return pixels.transpose(0, 2, 3, 1) if split.planar else pixels
 
 
 def pieces(split: Split, size: int) -> Iterator[Pixels]:
-    """The images of a split in order, as views (n, H, W, 3) of at most `size` bytes (but at least one image)."""
+    """The images of a split in order, (n, H, W, 3) of at most `size` bytes (but at least one image); views where they lie in one
+    piece."""
     count = max(1, size // max(1, 3 * split.height * split.width))
     for start in range(0, len(split), count):
-        yield _hwc(split)[start : start + count]
+        yield _hwc(split, split.gather(slice(start, start + count)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,12 +168,9 @@ def with_statistics(
     Everything before the square root is computed in integers, so that no digits cancel. Raises DataError where a channel has
     the same value everywhere.
     """
-    values = range(256)
     mean, std = [], []
-    for channel, counts in zip(("red", "green", "blue"), channel_histogram(train).tolist(), strict=True):
-        total = sum(n * v for n, v in zip(counts, values, strict=True))
-        squares = sum(n * v * v for n, v in zip(counts, values, strict=True))
-        pixels = sum(counts)
+    pixels = len(train) * train.height * train.width
+    for channel, total, squares in zip(("red", "green", "blue"), *channel_sums(train), strict=True):
         if pixels * squares == total**2:
             raise DataError(f"{source}: every training pixel of the {channel} channel is the same: these are no images")
         mean.append(total / pixels)
@@ -157,6 +186,16 @@ def with_statistics(
         source=source,
         validation=validation,
     )
+
+
+def channel_sums(split: Split) -> tuple[list[int], list[int]]:
+    """For each channel the sum of all its values, and of their squares: exact."""
+    if split.facts is not None:
+        facts = split.facts if split.rows is None else split.facts.take(split.rows)
+        return facts.sums.sum(0).tolist(), facts.squares.sum(0).tolist()
+    values, histogram = range(256), channel_histogram(split).tolist()
+    sums = [sum(n * v for n, v in zip(counts, values, strict=True)) for counts in histogram]
+    return sums, [sum(n * v * v for n, v in zip(counts, values, strict=True)) for counts in histogram]
 
 
 def channel_histogram(split: Split) -> npt.NDArray[np.int64]:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from dali_pipeline.dataset import Split
 
+PIECE = 4096  # images that are copied at once
+
 
 def to_device(array: npt.NDArray[np.int64 | np.bool_ | np.uint8], device: torch.device) -> Tensor:
     """The array as a tensor on the device; the host does not wait for the copy."""
@@ -51,13 +53,13 @@ def resident_images(
     The border is black, or the image reflected without its edge. `mirrored` appends every image once more, flipped left
     to right, from slot N on. Slots beyond the images are black.
     """
-    pixels = upload(split.pixels, device)
     num_images, height, width = len(split), split.height, split.width
     out = empty_slots(split, device, border=border, mirrored=mirrored, slots=slots)
     images = out[:num_images]
-    images[:, border : border + height, border : border + width] = (
-        pixels.permute(0, 2, 3, 1) if split.planar else pixels
-    )
+    inner = images[:, border : border + height, border : border + width]
+    for start in range(0, num_images, PIECE):
+        pixels = upload(split.gather(slice(start, start + PIECE)), device)
+        inner[start : start + PIECE] = pixels.permute(0, 2, 3, 1) if split.planar else pixels
     if reflect:
         for axis, size in ((1, height), (2, width)):  # rows first, then columns with the corners
             first, last = border, border + size - 1
@@ -65,7 +67,7 @@ def resident_images(
                 images.select(axis, first - k).copy_(images.select(axis, first + k))
                 images.select(axis, last + k).copy_(images.select(axis, last - k))
     if mirrored:
-        for first in range(0, num_images, 4096):  # in pieces: flip() makes a copy
-            piece = images[first : first + 4096]
+        for first in range(0, num_images, PIECE):  # in pieces: flip() makes a copy
+            piece = images[first : first + PIECE]
             out[num_images + first :][: len(piece)] = piece.flip(2)
     return out

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
 from fake_cifar import (
     files_of,
     member,
@@ -39,8 +40,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import ROOT
 
-from dali_pipeline.dataset import DataError, Dataset, Split, channel_histogram, with_statistics
+from dali_pipeline.dataset import DataError, Dataset, Facts, Split, channel_histogram, with_statistics
+from dali_pipeline.hold_out import held_out
 from dali_pipeline.options import DataOptions, key
+from dali_pipeline.resident import resident_images
 from dali_pipeline.sources import SOURCES, Say, Source, data_sections, load, source_of
 from dali_pipeline.sources.cifar import CIFAR10_MEAN, CIFAR10_PIXELS, CIFAR10_STD, CIFARS, Cifar, load_cifar
 from dali_pipeline.sources.digits import _upscale
@@ -673,6 +676,53 @@ def test_the_fingerprint_takes_no_second_copy_of_the_pixels() -> None:
         assert tracemalloc.get_traced_memory()[1] < 12e6
     finally:
         tracemalloc.stop()
+
+
+def mapped(tmp_path: Path, count: int = 60, planar: bool = False) -> tuple[Split, Split]:
+    """The same random images in memory, and in a file that is only mapped."""
+    shape = (count, 3, 8, 16) if planar else (count, 8, 16, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    labels = np.arange(count, dtype=np.int64) % 3
+    pixels.tofile(tmp_path / "pixels")
+    there = np.memmap(tmp_path / "pixels", np.uint8, "r", shape=shape)
+    return Split(pixels, labels, planar=planar), Split(there, labels, planar=planar)
+
+
+@pytest.mark.parametrize("planar", [False, True])
+def test_images_taken_from_a_memory_map_are_those_taken_from_memory_and_stay_in_the_file(
+    tmp_path: Path, planar: bool
+) -> None:
+    ours, theirs = mapped(tmp_path, planar=planar)
+    mask = np.random.default_rng(1).random(60) < 0.4
+    for places in (mask, np.flatnonzero(mask)[::-1], slice(5, 40)):
+        for then in (slice(None), slice(2, 9), np.array([3, 0, 3])):
+            one, other = ours.take(places).take(then), theirs.take(places).take(then)
+            assert isinstance(other.pixels, np.memmap) and len(one) == len(other)
+            assert np.array_equal(one.images, other.images) and np.array_equal(one.labels, other.labels)
+            assert one.fingerprint == other.fingerprint
+            assert np.array_equal(one.gather(slice(1, 3)), other.gather(slice(1, 3)))
+            statistics = [with_statistics("x", split, split, ("a", "b", "c"), "a test") for split in (one, other)]
+            assert statistics[0].mean == statistics[1].mean and statistics[0].std == statistics[1].std
+            for mirrored in (False, True):
+                resident = [
+                    resident_images(split, torch.device("cpu"), border=2, mirrored=mirrored) for split in (one, other)
+                ]
+                assert torch.equal(*resident)
+
+
+def test_what_a_source_has_noted_of_its_images_stands_in_for_reading_them(tmp_path: Path) -> None:
+    ours, theirs = mapped(tmp_path)
+    values = ours.images.astype(np.int64)
+    digests = np.stack([np.frombuffer(hashlib.sha256(image).digest(), np.uint8) for image in ours.images])
+    facts = Facts(digests, values.sum((1, 2)), (values**2).sum((1, 2)))
+    silent = Split(np.zeros_like(theirs.pixels), ours.labels, facts=facts)  # whoever reads these pixels is wrong
+    mask = np.random.default_rng(1).random(60) < 0.4
+    for places in (slice(None), mask, slice(7, 50)):
+        one, other = ours.take(places), silent.take(places).take(slice(None))
+        statistics = [with_statistics("x", split, split, ("a", "b", "c"), "a test") for split in (one, other)]
+        assert statistics[0].mean == statistics[1].mean and statistics[0].std == statistics[1].std
+        for amount in (0.3, 6):
+            assert np.array_equal(held_out(one, amount, 3), held_out(other, amount, 3))
 
 
 # The registry of sources
