@@ -23,6 +23,12 @@ class DataError(UserError):
     and what to do."""
 
 
+class DataNotWritten(DataError):
+    """A download cannot be written: the disk is full, or the like."""
+
+    exit_code = 1
+
+
 @dataclass(frozen=True, eq=False)
 class Facts:
     """What a source has noted of M images, so that their pixels need not be read for it.

@@ -55,12 +55,28 @@ class _Latin1:
         raise pickle.UnpicklingError("_codecs.encode has no state")
 
 
+class _FromBuffer:
+    """Stands in for numpy's _frombuffer, with which NumPy writes arrays for protocol 5. An instance, as _Latin1 is."""
+
+    def __call__(self, buffer: object, dtype: object, shape: object, order: object) -> PickledArray:
+        if not isinstance(buffer, (bytes, bytearray)):
+            raise pickle.UnpicklingError(f"an array of a {type(buffer).__name__}")
+        array = PickledArray()
+        array.state = (None, shape, dtype, order != "C", bytes(buffer))
+        return array
+
+    def __setstate__(self, state: object) -> None:
+        raise pickle.UnpicklingError("_frombuffer has no state")
+
+
 class _ArrayUnpickler(pickle.Unpickler):
     """Accepts only the names that an array of numbers needs, and resolves them to the stand-ins. It imports nothing."""
 
     ADMITTED: ClassVar[dict[tuple[str, str], Any]] = {
         ("numpy.core.multiarray", "_reconstruct"): PickledArray,
         ("numpy._core.multiarray", "_reconstruct"): PickledArray,
+        ("numpy.core.numeric", "_frombuffer"): _FromBuffer(),
+        ("numpy._core.numeric", "_frombuffer"): _FromBuffer(),
         ("numpy", "ndarray"): PickledArray,
         ("numpy", "dtype"): PickledDtype,
         ("_codecs", "encode"): _Latin1(),  # how Python 3 writes bytes for the protocols of Python 2
@@ -76,7 +92,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 _VALUES = frozenset((
     "PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2",
     "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES",
-    "EMPTY_TUPLE", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "MEMOIZE", "GET", "BINGET", "LONG_BINGET",
+    "BYTEARRAY8", "EMPTY_TUPLE", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "MEMOIZE", "GET", "BINGET", "LONG_BINGET",
 ))
 _MEMO = frozenset(("PUT", "BINPUT", "LONG_BINPUT"))
 _STRUCTURE = frozenset((

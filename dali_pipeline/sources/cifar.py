@@ -2,8 +2,8 @@
 
 The folder `data.root` holds the first of these that is found: the unpacked binary folder, torchvision's unpacked folder of
 pickles, the official archive (checked against its SHA-256); else the archive is downloaded into it. `data.root` may also be
-the unpacked folder itself. The environment variable CIFAR_MIRRORS replaces the list of addresses: addresses separated
-by blanks or commas, one that ends in "/" gets the archive's name appended. A download that was interrupted (Ctrl-C
+the unpacked folder or the archive itself. The environment variable CIFAR_MIRRORS replaces the list of addresses: addresses
+separated by blanks or commas, one that ends in "/" gets the archive's name appended. A download that was interrupted (Ctrl-C
 included) leaves NAME.tar.gz.part, where the next one goes on.
 """
 
@@ -12,18 +12,20 @@ from __future__ import annotations
 import math
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from io import FileIO
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from dali_pipeline.dataset import DataError, Dataset, Split, with_statistics
+from dali_pipeline.dataset import DataError, DataNotWritten, Dataset, Split, with_statistics
+from dali_pipeline.regular import open_to_read, read_regular
 from dali_pipeline.sources.array_pickle import PickledArray, load_array_pickle
-from dali_pipeline.sources.download import GZIP_MAGIC, Archive, DownloadError, fetch, sha256_of
+from dali_pipeline.sources.download import GZIP_MAGIC, Archive, DiskFailed, DownloadError, fetch, sha256_of
 from dali_pipeline.sources.source import Say, Source
 
 MIRRORS_VARIABLE = "CIFAR_MIRRORS"
@@ -39,6 +41,7 @@ CIFAR10_STD = tuple(
     for total, squares in zip(CIFAR10_SUM, CIFAR10_SUM_OF_SQUARES, strict=True)
 )
 
+T = TypeVar("T")
 Records = npt.NDArray[np.uint8]
 
 
@@ -165,7 +168,7 @@ def load_cifar(
     """
     root = Path(root)
     archive = _with_mirrors(cifar.archive, mirrors)
-    path = root / archive.name
+    path = root if root.is_file() else root / archive.name
     try:
         files = (*cifar.train_files, cifar.test_file)
         if folder := _unpacked_in(root, cifar.binary_folder, [file.binary for file in files]):
@@ -177,6 +180,11 @@ def load_cifar(
                 raise DataError(_not_found(cifar, root, ["downloading is switched off"]))
             fetch(archive, root, say=say, timeout=timeout, pause=pause)
         return _dataset(cifar, _read_archive(cifar, path), f"{path} (sha256 {archive.sha256} verified)")
+    except DiskFailed as error:
+        raise DataNotWritten(
+            f"{error}; what came is kept. Make room or choose another data.root=, and start again: the download goes on "
+            "where it ended"
+        ) from error
     except DownloadError as error:
         raise DataError(_not_found(cifar, root, error.reasons)) from error
     except OSError as error:
@@ -231,7 +239,7 @@ def _read_binary_folder(cifar: Cifar, folder: Path) -> tuple[Records, Records]:
     train, test, slots = _slots(cifar)
     for file, rows in slots.items():
         path = folder / file.binary
-        with _open(path) as stream:
+        with _of_set(open_to_read, path) as stream:
             size = os.fstat(stream.fileno()).st_size
             if size != rows.nbytes:
                 raise DataError(
@@ -248,7 +256,7 @@ def _read_archive(cifar: Cifar, path: Path) -> tuple[Records, Records]:
     archive = cifar.archive
     train, test, slots = _slots(cifar)
     wanted = {f"{cifar.binary_folder}/{file.binary}": rows for file, rows in slots.items()}
-    with _open(path) as stream:
+    with open_to_read(path) as stream:
         _check_archive(stream, archive, path)
         stream.seek(0)
         try:
@@ -292,9 +300,10 @@ def _check_archive(stream: FileIO, archive: Archive, path: Path) -> None:
         raise DataError(f"{path}: sha256 {digest}, expected {archive.sha256}; {remedy}")
 
 
-def _open(path: Path) -> FileIO:
+def _of_set(read: Callable[[Path], T], path: Path) -> T:
+    """`read(path)` for a file that belongs to a set of them."""
     try:
-        return FileIO(path)
+        return read(path)
     except FileNotFoundError:
         raise DataError(f"{path}: missing; the folder holds others of its set, unpack the archive again") from None
 
@@ -334,11 +343,7 @@ def _read_pickled_folder(cifar: Cifar, folder: Path) -> tuple[Records, Records]:
     train, test, slots = _slots(cifar)
     for file, rows in slots.items():
         path = folder / file.pickled
-        with _open(path) as stream:
-            size, limit = os.fstat(stream.fileno()).st_size, 2 * rows.nbytes + 100_000
-            if size > limit:
-                raise DataError(f"{path}: {size:,} bytes, expected at most {limit:,}")
-            data = stream.read()
+        data = _of_set(partial(read_regular, at_most=2 * rows.nbytes + 100_000), path)
         try:
             _fill_from_pickle(cifar, rows, load_array_pickle(data))
         except DataError as error:

@@ -8,17 +8,17 @@ import re
 import sys
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from dali_pipeline.lock import NoLocks, is_still_at, try_lock
 from dali_pipeline.regular import open_regular
+from dali_pipeline.sources.http_request import SCHEMES, Deadline, open_url, proxy_for
 from dali_pipeline.sources.source import Say
 
 CHUNK = 1 << 18  # bytes asked of the socket or the disk at once
@@ -44,6 +44,10 @@ class DownloadError(Exception):
         self.reasons = tuple(reasons)
 
 
+class DiskFailed(DownloadError):
+    """The bytes came, and could not be written: a full disk, a quota, a limit of the file's size."""
+
+
 class _MirrorFailed(Exception):
     """This mirror cannot deliver; the next one is asked for the bytes that are still missing."""
 
@@ -65,13 +69,14 @@ def fetch(
     min_rate: float = 4096.0,
     pause: float = 1.0,
 ) -> Path:
-    """Download `archive` into `folder` and return its path; raises DownloadError when no mirror delivers.
+    """Download `archive` into `folder` and return its path; raises DownloadError when no mirror delivers, DiskFailed when what
+    one delivers cannot be written.
 
     Bytes collect in NAME.part, which survives failure, Ctrl-C and kill -9 and is resumed by the next call, from any
     mirror, with an HTTP Range request; NAME appears by `os.replace` after size and SHA-256 are right. A mirror is given
-    up when `timeout` seconds pass without a byte, or at less than `min_rate` bytes/s. `pause`: seconds between two
-    connections to the same mirror. `say` receives lines about the progress; where stderr is a terminal there is a progress
-    bar too. With None there is neither.
+    up when its answer has not begun, with all its headers, after `timeout` seconds, when as many pass without a byte of the
+    file, or at less than `min_rate` bytes/s. `pause`: seconds between two connections to the same mirror. `say` receives lines
+    about the progress; where stderr is a terminal there is a progress bar too. With None there is neither.
 
     Two processes may call this at once: the second waits for the first, by a lock on NAME.part. On a file system without
     locks `say` is told so; two downloads at once then fail by their checksum and never leave a wrong file.
@@ -98,6 +103,8 @@ def fetch(
                     part.replace(path)
                     _sync_folder(folder)
                     return path
+            except OSError as error:  # the disk: errors of the network have become _MirrorFailed
+                raise DiskFailed([*reasons, f"{part}: {error.strerror or error}"]) from error
             finally:
                 meter.close()
                 if not file.closed:
@@ -108,7 +115,7 @@ def fetch(
                         reasons.append(f"{part}: {kept:,} of {archive.size:,} bytes kept, to be resumed")
                     else:
                         part.unlink(missing_ok=True)
-    except OSError as error:  # the disk: errors of the network have become _MirrorFailed
+    except OSError as error:
         raise DownloadError([*reasons, f"{part}: {error.strerror or error}"]) from error
     raise DownloadError(reasons)
 
@@ -126,8 +133,7 @@ def _complete(
     url: str, file: FileIO, archive: Archive, meter: _Meter, timeout: float, min_rate: float, pause: float
 ) -> None:
     """Bring the partial file to its full, verified content from this mirror, or raise _MirrorFailed."""
-    scheme = url.partition(":")[0].lower()
-    if scheme not in ("http", "https"):
+    if url.partition(":")[0].lower() not in SCHEMES:
         raise _MirrorFailed("not an http or https address")
     own = False  # all bytes of the file came from this mirror
     for _ in range(MAX_CONNECTIONS):
@@ -160,17 +166,18 @@ def _transfer(
     headers = {"User-Agent": "cifar-throughput", "Accept-Encoding": "identity"}
     if have:
         headers["Range"] = f"bytes={have}-"
+    deadline = Deadline(timeout)
     try:
-        response: HTTPResponse = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
+        response = open_url(url, headers, deadline)
     except urllib.error.HTTPError as error:
         with error:
             total = _content_range(error.headers.get("Content-Range"))[1]
             if error.code == 416 and have and total in (None, archive.size):
                 file.truncate(0)
                 return True
-            raise _MirrorFailed(f"HTTP {error.code} {error.reason}") from error
+            raise _MirrorFailed(f"HTTP {error.code} {error.reason}{_through_proxy(url)}") from error
     except (OSError, HTTPException, ValueError) as error:
-        raise _MirrorFailed(_reason(error, timeout)) from error
+        raise _MirrorFailed(_reason(error, f"no answer within {timeout:g} s") + _through_proxy(url)) from error
     with response:
         kind = response.headers.get("Content-Type", "no content type")
         if response.status == 206 and have:
@@ -191,13 +198,15 @@ def _transfer(
         meter.say(f"{archive.name}: from {url}" + (f", resumed at {position:,} bytes" if position else ""))
         window_start, window_bytes = time.monotonic(), 0
         while position < archive.size:
+            deadline.extend(timeout)
             try:
                 # read1 returns what has arrived; read would wait for a full chunk, however slowly the bytes come
                 chunk = response.read1(CHUNK)
             except (OSError, HTTPException, ValueError) as error:
+                reason = _reason(error, f"no data for {timeout:g} s")
                 if isinstance(error, TimeoutError):
-                    raise _MirrorFailed(_reason(error, timeout)) from error
-                reason = f"{_reason(error, timeout)} at {position} of {archive.size} bytes"
+                    raise _MirrorFailed(reason) from error
+                reason = f"{reason} at {position} of {archive.size} bytes"
                 raise _ConnectionLost(reason, gained=position > have) from error
             if not chunk:
                 reason = f"connection closed after {position} of {archive.size} bytes"
@@ -230,11 +239,17 @@ def _content_range(header: str | None) -> tuple[int | None, int | None]:
     return start, total
 
 
-def _reason(error: Exception, timeout: float) -> str:
+def _through_proxy(url: str) -> str:
+    proxy = proxy_for(url)
+    return "" if proxy is None else f" (asked through the proxy {proxy})"
+
+
+def _reason(error: Exception, late: str) -> str:
+    """What went wrong, in one line; `late` where the time was up."""
     if isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception):
         error = error.reason
     if isinstance(error, TimeoutError):
-        return f"no data for {timeout:g} s"
+        return late
     return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
 
 

@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import re
+import stat
 import subprocess
 import sys
 import tarfile
@@ -181,6 +182,60 @@ def test_a_directory_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
     (folder / "data_batch_3.bin").unlink()
     (folder / "data_batch_3.bin").mkdir()
     refused(cifar, tmp_path, str(folder / "data_batch_3.bin"), "directory")
+
+
+@pytest.mark.parametrize("layout", ["binary", "pickled", "archive"])
+@pytest.mark.parametrize("kind", ["a named pipe", "a device", "a link to a device", "a link to a named pipe"])
+def test_a_data_file_that_is_no_regular_one_is_refused_without_waiting_or_reading(
+    tmp_path: Path, layout: str, kind: str
+) -> None:
+    cifar, data = packed(small(), content := random_records(small()))
+    if layout == "archive":
+        (victim := tmp_path / cifar.archive.name).write_bytes(data)
+    else:
+        folder = (write_binary_folder if layout == "binary" else write_pickles)(cifar, tmp_path, content)
+        victim = folder / getattr(cifar.train_files[2], layout)
+    victim.unlink()
+    if kind.startswith("a link"):
+        target = Path("/dev/zero") if kind.endswith("device") else tmp_path / "pipe"
+        victim.symlink_to(target)
+    else:
+        target = victim
+    if kind.endswith("pipe"):
+        os.mkfifo(target)
+    elif kind == "a device":
+        try:
+            os.mknod(target, 0o600 | stat.S_IFCHR, os.makedev(1, 5))
+        except PermissionError:
+            pytest.skip("only root makes devices")
+    refused(cifar, tmp_path, f"{victim}: is {kind.removeprefix('a link to ')}, not a regular file")
+
+
+def test_a_data_file_may_be_a_link_to_a_regular_one(tmp_path: Path) -> None:
+    cifar, content = small(), random_records(small())
+    folder = write_binary_folder(cifar, tmp_path, content)
+    (folder / "test_batch.bin").rename(tmp_path / "elsewhere")
+    (folder / "test_batch.bin").symlink_to(tmp_path / "elsewhere")
+    assert records_of(load_cifar(cifar, tmp_path).test).tobytes() == content["test_batch.bin"]
+
+
+def test_a_pickle_larger_than_any_of_its_kind_is_not_read(tmp_path: Path) -> None:
+    cifar = small()
+    victim = write_pickles(cifar, tmp_path, random_records(cifar)) / "test_batch"
+    with victim.open("r+b") as file:
+        file.truncate(10**12)  # sparse: reading it would take all memory
+    refused(cifar, tmp_path, f"{victim}: is of 1,000,000,000,000 bytes, expected at most")
+
+
+def test_root_may_be_the_archive_itself(tmp_path: Path) -> None:
+    cifar, data = packed(small(), content := random_records(small()))
+    path = tmp_path / "renamed.tgz"
+    path.write_bytes(data)
+    dataset = load_cifar(cifar, path, mirrors=[])
+    assert records_of(dataset.test).tobytes() == content["test_batch.bin"] and str(path) in dataset.source
+    path.write_bytes(data[:-1])
+    refused(cifar, path, f"{path}: ")
+    assert path.read_bytes() == data[:-1]
 
 
 def test_root_may_be_the_folder_itself_whatever_its_name(tmp_path: Path) -> None:
@@ -360,16 +415,21 @@ def test_pickles_of_python_2_give_the_records_of_the_binary_files(name: str, tmp
         assert "pickles" in dataset.source
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("key", [str, str.encode])
-def test_pickles_of_python_3_are_read_too(tmp_path: Path, protocol: int, key: Any) -> None:
+@pytest.mark.parametrize("held", ["an array of its own", "a read-only view of bytes", "a slice"])
+def test_pickles_of_python_3_are_read_too(tmp_path: Path, protocol: int, key: Any, held: str) -> None:
+    """NumPy writes the three kinds of array differently in protocol 5."""
     cifar = small()
     content = random_records(cifar)
     folder = tmp_path / cifar.pickled_folder
     folder.mkdir()
     for file in files_of(cifar):
         rows = np.frombuffer(content[file.binary], np.uint8).reshape(-1, 3073)
-        entries = {key("data"): rows[:, 1:].copy(), key("labels"): rows[:, 0].tolist(), key("filenames"): ["a", "b"]}
+        pixels = rows[:, 1:] if held == "a slice" else rows[:, 1:].copy()
+        if held == "a read-only view of bytes":
+            pixels = np.frombuffer(pixels.tobytes(), np.uint8).reshape(pixels.shape)
+        entries = {key("data"): pixels, key("labels"): rows[:, 0].tolist(), key("filenames"): ["a", "b"]}
         (folder / file.pickled).write_bytes(pickle.dumps(entries, protocol))
     assert records_of(load_cifar(cifar, tmp_path).test).tobytes() == content["test_batch.bin"]
 
@@ -415,6 +475,9 @@ def test_a_payload_is_refused_and_never_runs(tmp_path: Path, protocol: int) -> N
         (b"\x80\x02c_codecs\nencode\n}b.", "no state"),
         (b"\x80\x02c_codecs\nencode\nN}X\x08\x00\x00\x00__code__Ns\x86b.", "no state"),
         (b"\x80\x02cnumpy\nndarray\n}b.", "__setstate__"),
+        (b"\x80\x02cnumpy.core.numeric\n_frombuffer\n}b.", "no state"),
+        (b"\x80\x02cnumpy.core.numeric\n_frombuffer\n(NNNNtR.", "an array of a NoneType"),
+        (b"\x80\x05\x96" + bytes([255] * 7) + b"\x7fx.", ""),  # a bytearray of 2^63 bytes
         (b"\x80\x02}r\xff\xff\xff\x7f.", "memo index"),  # would have 32 GB of memo allocated
         (b"\x80\x02}p99999999999\n.", "memo index"),
         (b"\x80\x02" + b"\x8b\xff\xff\xff\x7f.", ""),

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_cifar import Server, packed, random_records, records_of, serve, small
+from fake_cifar import ENDLESS, REDIRECTS, Server, packed, random_records, records_of, serve, small
 from places import ROOT
 
 from dali_pipeline.dataset import DataError
@@ -173,6 +173,49 @@ def test_a_mirror_that_trickles_is_left_although_it_never_times_out(server: Serv
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.parametrize("what", ENDLESS)
+def test_an_answer_that_never_ends_is_left_for_the_next_mirror(server: Server, tmp_path: Path, what: str) -> None:
+    """Each read of it brings bytes in time; the whole never comes."""
+    get(tmp_path, server.url(f"endless-{what}"), server.url("good"), timeout=0.5)
+    assert_whole(tmp_path)
+    assert [path.split("/")[1] for path, _ in server.requests] == [f"endless-{what}", "good"]
+
+
+@pytest.mark.parametrize("what", REDIRECTS)
+def test_a_redirect_to_what_is_no_http_address_is_left_for_the_next_mirror(
+    server: Server, tmp_path: Path, what: str
+) -> None:
+    url = server.url(f"redirect-{what}")
+    with pytest.raises(DownloadError) as failed:
+        get(tmp_path, url)
+    (reason,) = failed.value.reasons
+    assert reason.startswith(f"{url}: ") and ("[" in REDIRECTS[what] or REDIRECTS[what] in reason)
+    get(tmp_path, url, server.url("good"))
+    assert_whole(tmp_path)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("refusal", ["nobody", "407"])
+def test_a_proxy_that_refuses_is_named_without_its_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, refusal: str
+) -> None:
+    monkeypatch.delenv("no_proxy")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with serve(CONTENT) as proxy:
+        place = f"127.0.0.1:{proxy.server_address[1]}"
+        monkeypatch.setenv(f"{scheme}_proxy", f"http://name:password@{place}/")
+        if refusal == "407":  # the fake server's answer to a request for a whole address, or to CONNECT, is a refusal
+            with pytest.raises(DownloadError) as failed:
+                get(tmp_path, f"{scheme}://mirror.invalid/file.tar.gz")
+    if refusal == "nobody":  # it has gone
+        with pytest.raises(DownloadError) as failed:
+            get(tmp_path, f"{scheme}://mirror.invalid/file.tar.gz")
+    (reason,) = failed.value.reasons
+    assert reason.endswith(f" (asked through the proxy {place} ({scheme}_proxy))")
+    assert "password" not in reason
+    assert ("Connection refused" if refusal == "nobody" else "407") in reason
+
+
 def test_a_wrong_part_is_replaced_from_the_same_mirror(server: Server, tmp_path: Path) -> None:
     part_of(tmp_path).write_bytes(b"\x1f\x8b" + bytes(300_000))
     get(tmp_path, server.url("good"))
@@ -205,7 +248,7 @@ def test_addresses_that_are_none_are_reasons_not_tracebacks(tmp_path: Path, url:
 SCRIPT = """
 import sys
 from pathlib import Path
-from dali_pipeline.sources.download import Archive, DownloadError, fetch
+from dali_pipeline.sources.download import Archive, DiskFailed, DownloadError, fetch
 url, name, size, digest, folder = sys.argv[1:6]
 if len(sys.argv) > 6:
     import resource
@@ -214,7 +257,7 @@ try:
     fetch(Archive(name, int(size), digest, (url,)), Path(folder))
 except DownloadError as error:
     print(error)
-    sys.exit(2)
+    sys.exit(3 if isinstance(error, DiskFailed) else 2)
 """
 
 
@@ -330,13 +373,30 @@ def test_only_a_regular_file_is_filled(server: Server, tmp_path: Path, kind: str
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.tar.gz.part", "mine"]
 
 
-def test_a_full_disk_is_one_line_that_names_the_file(server: Server, tmp_path: Path) -> None:
+def test_a_file_that_outgrows_the_disk_is_named_and_what_came_is_kept(server: Server, tmp_path: Path) -> None:
     process = start(server.url("good"), tmp_path, "100000")
     output = process.communicate()[0]
-    assert process.returncode == 2
-    assert output.splitlines() == [output.strip()]
-    assert str(part_of(tmp_path)) in output and "too large" in output
+    assert process.returncode == 3
+    assert output == f"{part_of(tmp_path)}: File too large\n"
+    assert part_of(tmp_path).read_bytes() == CONTENT[:100_000]
     assert not (tmp_path / "file.tar.gz").exists()
+
+
+def test_a_full_disk_ends_a_download_as_a_failed_write_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    cifar, data = packed(small(), random_records(small()))
+    with serve(data) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(
+                DataError, match=rf"{cifar.archive.name}.part: No space left on device; .* Make room"
+            ) as failed:
+                load_cifar(cifar, tmp_path, mirrors=[server.url("good")])
+        assert failed.value.exit_code == 1  # as documented for a failed write; 2 is for what is refused
+        load_cifar(cifar, tmp_path, mirrors=[server.url("good")])
+        assert len(server.requests) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_refused(server: Server, tmp_path: Path) -> None:

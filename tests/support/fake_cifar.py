@@ -151,13 +151,39 @@ class Server(ThreadingHTTPServer):
         pass  # clients that hang up are part of the tests
 
 
+# Answers that never come to an end: what is sent at once, and what then again and again.
+_CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+ENDLESS = {
+    "status": (b"HTTP/1.1 200 ", b"O"),
+    "header": (b"HTTP/1.1 200 OK\r\nServer: ", b"x"),
+    "headers": (b"HTTP/1.1 200 OK\r\n", b"A: b\r\n"),
+    "interim": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "redirect": (b"HTTP/1.1 302 Found\r\nLocation: /good/file.tar.gz\r\n\r\n", b"x"),
+    "refusal": (b"HTTP/1.1 403 Forbidden\r\nServer: ", b"x"),
+    "chunk": (_CHUNKED + b"1;", b"x"),
+    "trailer": (_CHUNKED + b"2\r\n\x1f\x8b\r\n0\r\n", b"A: b\r\n"),
+}
+REDIRECTS = {
+    "ftp": "ftp://127.0.0.1:1/file.tar.gz",
+    "file": "file:///etc/hostname",
+    "data": "data:application/gzip;base64,H4s=",
+    "unknown": "gopher://127.0.0.1/file.tar.gz",
+    "broken": "http://[127.0.0.1/file.tar.gz",
+}
+
+
 class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def log_message(self, format: str, *args: object) -> None:
         pass
 
+    def do_CONNECT(self) -> None:
+        self.send_error(407)  # asked for as a proxy, it refuses
+
     def do_GET(self) -> None:
+        if not self.path.startswith("/"):
+            return self.send_error(407)
         self.server.requests.append((self.path, self.headers.get("Range")))
         behaviour, _, argument = self.path.split("/")[1].partition("-")
         content = self.server.content
@@ -165,6 +191,13 @@ class Handler(BaseHTTPRequestHandler):
         start = int(match.group(1)) if match and behaviour not in ("norange", "norangedrop") else 0
         if behaviour == "status":
             return self.send_error(int(argument))
+        if behaviour == "endless":
+            return self._dribble(*ENDLESS[argument])
+        if behaviour == "redirect":
+            self.send_response(302)
+            self.send_header("Location", REDIRECTS[argument])
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         if behaviour in ("html", "htmlchunked"):
             page = b"<!DOCTYPE html><title>Log in to the network</title>"
             self.send_response(200)
@@ -217,6 +250,16 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.wfile.write(body)
         return None
+
+    def _dribble(self, begin: bytes, again: bytes) -> None:
+        """Send `begin`, then `again` twenty times a second for twenty seconds, or until the client or the test has gone."""
+        self.wfile.write(begin)
+        for _ in range(400):
+            self.wfile.write(again)
+            self.wfile.flush()
+            if self.server.released.wait(0.05):
+                break
+        self.close_connection = True
 
 
 @contextmanager
