@@ -42,6 +42,9 @@ class OptimOptions:
     muon_rescale: bool = key(
         True, "scale each convolution's filters to the norm sqrt(out_channels) before each step of Muon"
     )
+    class_weights: Literal["none", "balanced"] = key(
+        "none", "weights of the classes in the training loss; balanced is n / (C * n_c), so that each counts the same"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -165,6 +165,15 @@ def test_differences_pass_over_paths_and_found_rates() -> None:
     assert differences(old, new) == ["net.width: 16 -> 64"]
 
 
+def test_a_key_that_an_earlier_version_did_not_write_counts_as_its_default(quick_config: Config) -> None:
+    new = to_dict(quick_config)
+    old = {section: dict(keys) for section, keys in new.items()}
+    del old["optim"]["class_weights"], old["train"]["ema_every"]
+    assert differences(old, new) == []
+    balanced = to_dict(changed(quick_config, {"optim.class_weights": "balanced"}))
+    assert differences(old, balanced) == ["optim.class_weights: none -> balanced"]
+
+
 def test_differences_name_no_key_that_comes_and_goes_with_the_data_set(quick_config: Config) -> None:
     digits = to_dict(quick_config)
     noise = to_dict(changed(quick_config, {"data.name": "synthetic", "data.synthetic_size": 64}))

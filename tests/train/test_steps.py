@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from training import make_trainer
 
 from net.resnet import CustomResNet
+from train.config import Config, changed
 from train.step.evaluation import evaluate
-from train.step.steps import EvalStep, TrainStep
+from train.step.steps import EvalStep, TrainStep, balanced_weights
 from train.step.views import VIEWS
 
 MEAN, STD = (120.0, 100.0, 90.0), (60.0, 50.0, 40.0)
@@ -58,6 +60,64 @@ def test_training_loss_and_correct_count_equal_numpy(smoothing: float) -> None:
     logits = numpy_logits(net, images)
     assert loss.item() == pytest.approx(numpy_losses(logits, labels.numpy(), smoothing).mean(), rel=1e-5)
     assert correct.item() == (logits.argmax(1) == labels.numpy()).sum()
+
+
+def balanced_by_hand(labels: np.ndarray, classes: int) -> np.ndarray:
+    """n / (C * n_c) for every class that occurs."""
+    return np.array(
+        [len(labels) / (classes * (labels == c).sum()) if (labels == c).any() else 0 for c in range(classes)]
+    )
+
+
+def test_balanced_weights_give_each_class_the_same_share_and_a_mean_of_one() -> None:
+    labels = np.repeat([0, 1, 3], [60, 30, 10])
+    found = np.array(balanced_weights(labels, 4))
+    np.testing.assert_allclose(found, balanced_by_hand(labels, 4))
+    np.testing.assert_allclose(np.bincount(labels, found[labels], 4), [25, 25, 0, 25])
+    assert balanced_weights(np.arange(30) % 3, 3) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_class_weights_multiply_each_images_loss_and_its_gradient(smoothing: float) -> None:
+    torch.manual_seed(4)
+    net, images, labels = Flatten(), uint8_images(33), torch.randint(0, 4, (33,))
+    weights = [0.5, 3.0, 0.0, 1.25]
+    step = TrainStep(net, MEAN, STD, label_smoothing=smoothing, class_weights=weights)
+    loss, _ = step(images, labels)
+    loss.backward()
+    logits, of_image = numpy_logits(net, images), np.array(weights)[labels.numpy()]
+    assert loss.item() == pytest.approx((of_image * numpy_losses(logits, labels.numpy(), smoothing)).mean(), rel=1e-5)
+    # the gradient of a cross-entropy by its logits is softmax - target; that by the bias is its sum over the batch
+    target = np.eye(4)[labels.numpy()] * (1 - smoothing) + smoothing / 4
+    softmax = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert net.linear.bias.grad is not None
+    wanted = (of_image[:, None] * (softmax - target)).mean(0)
+    np.testing.assert_allclose(net.linear.bias.grad.numpy(), wanted, atol=1e-6)
+
+
+def test_class_weights_hold_in_a_compiled_step_and_are_no_part_of_a_checkpoint() -> None:
+    torch.manual_seed(5)
+    net, images, labels = Flatten(), uint8_images(12), torch.randint(0, 4, (12,))
+    step = TrainStep(net, MEAN, STD, class_weights=[2.0, 0.5, 1.0, 4.0])
+    plain = step(images, labels)[0].item()
+    step.compile(backend="aot_eager", dynamic=False)
+    assert step(images, labels)[0].item() == pytest.approx(plain, rel=1e-6)
+    assert set(step.state_dict()) == {"net.linear.weight", "net.linear.bias"}
+
+
+def test_a_trainer_weighs_its_classes_as_the_recipe_says(quick_config: Config) -> None:
+    balanced = changed(quick_config, {"optim.class_weights": "balanced", "data.validation": 0.3})
+    for config in (quick_config, balanced):
+        trainer = make_trainer(config)
+        images, labels = next(trainer.train_loader.epoch(0))
+        loss, _ = trainer.train_step(images, labels)
+        with torch.no_grad():
+            logits = trainer.train_step.logits(images).double().numpy()
+        of_class = np.ones(10) if config is quick_config else balanced_by_hand(trainer.dataset.train.labels, 10)
+        assert len(set(of_class)) > 1 or config is quick_config
+        wanted = (of_class[labels.numpy()] * numpy_losses(logits, labels.numpy())).mean()
+        assert loss.item() == pytest.approx(wanted, rel=1e-5)
+        trainer.close()
 
 
 def padded_batches(images: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

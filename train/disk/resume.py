@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from dali_pipeline.dataset import Dataset
-from train.config import Config, ConfigError, changes, own_keys, source_of_key, to_dict
+from train.config import KEYS, Config, ConfigError, changes, own_keys, source_of_key, to_dict
 from train.disk.atomic import write_atomic
 from train.disk.checkpoint import CheckpointError, load_checkpoint
 from train.disk.snapshot import Snapshot
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """ "section.key: old -> new" for every key that differs and changes what a run computes. Where data.name differs, the keys of
-    the two data sets are not listed as well."""
+    """ "section.key: old -> new" for every key that differs and changes what a run computes. A key that the old recipe does not
+    have, as an earlier version wrote it, counts as its default. Where data.name differs, the keys of the two data sets are not
+    listed as well."""
     found = []
     sources = (None, old.get("data", {}).get("name"))
     for section, keys in new.items():
         for key, value in keys.items():
-            name, before = f"{section}.{key}", old.get(section, {}).get(key)
+            name = f"{section}.{key}"
+            before = old.get(section, {}).get(key, KEYS[name][0].default)
             # the range test has since replaced "find" by a rate
             if before == value or (value == "find" and isinstance(before, float)):
                 continue

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -47,8 +49,22 @@ class _Normalised(nn.Module):
         return torch.autocast(device_type, dtype=self.autocast_dtype)
 
 
+def balanced_weights(labels: npt.NDArray[np.int64], num_classes: int) -> list[float]:
+    """For each class c n / (C * n_c), with n labels in all and n_c of that class: a class of half the mean size weighs 2, and
+    the mean weight over all labels is 1. A class without labels has weight 0."""
+    counts = np.bincount(labels, minlength=num_classes)
+    return [len(labels) / (num_classes * count) if count else 0.0 for count in counts.tolist()]
+
+
 class TrainStep(_Normalised):
-    """(images uint8 (N, 3, H, W), labels (N,)) to (mean cross-entropy, number of correct predictions), both scalars."""
+    """(images uint8 (N, 3, H, W), labels (N,)) to (mean cross-entropy, number of correct predictions), both scalars.
+
+    With `class_weights`, a number a class, the loss is the mean over the batch of each image's cross-entropy times the weight
+    of its class. It is not divided by the weights of the batch: their mean over the data set is 1, and the gradients of several
+    processes then average to those of the whole batch.
+    """
+
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -57,15 +73,22 @@ class TrainStep(_Normalised):
         std: Sequence[float],
         *,
         label_smoothing: float = 0.0,
+        class_weights: Sequence[float] | None = None,
         autocast_dtype: torch.dtype | None = None,
         channels_last: bool = True,
     ) -> None:
         super().__init__(net, mean, std, autocast_dtype, channels_last)
         self.label_smoothing = label_smoothing
+        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.register_buffer("class_weights", weights, persistent=False)
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.logits(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        if self.class_weights is None:
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        else:
+            losses = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="none")
+            loss = (losses * self.class_weights[labels]).mean()
         return loss, (logits.detach().argmax(1) == labels).sum()
 
 

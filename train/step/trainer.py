@@ -29,7 +29,7 @@ from train.step.measures import Measure, measures_of
 from train.step.meter import StepMeter
 from train.step.optim import Optimizers, parameter_groups
 from train.step.schedule import OneCycle, Rates
-from train.step.steps import EvalStep, TrainStep
+from train.step.steps import EvalStep, TrainStep, balanced_weights
 from train.step.sync_bn import synchronise_batch_norm
 from train.step.views import VIEWS, Views
 
@@ -137,8 +137,15 @@ class Trainer:
     def _build_steps(self, compile_mode: str | None) -> None:
         dataset, runtime = self.dataset, self.runtime
         common: dict[str, Any] = {"autocast_dtype": runtime.autocast_dtype, "channels_last": runtime.channels_last}
+        optim = self.config.optim
+        balanced = optim.class_weights == "balanced"
         self.train_step = TrainStep(
-            self.net, dataset.mean, dataset.std, label_smoothing=self.config.optim.label_smoothing, **common
+            self.net,
+            dataset.mean,
+            dataset.std,
+            label_smoothing=optim.label_smoothing,
+            class_weights=balanced_weights(dataset.train.labels, dataset.num_classes) if balanced else None,
+            **common,
         ).to(runtime.device)
         averaged = {} if self.ema is None else {"ema": self.ema.module}
         self.eval_steps = {
