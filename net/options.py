@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,4 +25,32 @@ class NetOptions:
             "above": 0.0,
             "at_most": 1000.0,
         },
+    )
+    activation: Literal["relu", "celu", "gelu", "silu"] = field(
+        default="relu", metadata={"help": "activation after each batch norm; celu has alpha 0.3"}
+    )
+    whitening: bool = field(
+        default=False,
+        metadata={"help": "a frozen first layer that whitens 3x3 patches, taken from 5,000 training images"},
+    )
+    whitening_eps: float = field(
+        default=5e-4,
+        metadata={"help": "added to the patches' variances by net.whitening", "above": 0.0, "at_most": 1000.0},
+    )
+    residual_init: Literal["random", "dirac"] = field(
+        default="random", metadata={"help": "how the residual convolutions begin: random, or dirac, the identity"}
+    )
+    norm_scale: Literal["trained", "frozen"] = field(
+        default="trained", metadata={"help": "whether batch norm's factors are trained, or frozen at 1"}
+    )
+    norm_momentum: float = field(
+        default=0.1,
+        metadata={
+            "help": "weight of a batch in batch norm's running statistics",
+            "above": 0.0,
+            "at_most": 1.0,
+        },
+    )
+    norm_eps: float = field(
+        default=1e-5, metadata={"help": "added to the variance by batch norm", "above": 0.0, "at_most": 1.0}
     )

@@ -1,7 +1,7 @@
 """python -m train.export runs/NAME [--torch-export] [--onnx]: the network of a run for use elsewhere.
 
 Writes runs/NAME/export/model.safetensors: the network's own tensors, under their names in net/resnet.py, contiguous; what is
-needed to use them (class names, mean, std, width) is JSON text in the file's metadata under "about". The normalisation
+needed to use them (class names, mean, std, keys of `net:`) is JSON text in the file's metadata under "about". The normalisation
 (pixels - mean) / std, per channel in units of 0..255, is NOT part of these weights. model.pt2 (torch.export) and model.onnx
 are whole programs from uint8 images (N, 3, H, W) of any N to logits (N, C), normalisation included. Each file is read back
 and must give the logits of the run's network on real test images before it gets its name.
@@ -17,6 +17,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def _safetensors(path: Path, snapshot: Snapshot, net: Network, images: Tensor) -
     about = {
         "architecture": "CustomResNet",
         "input": "(N, 3, H, W): pixels of 0..255 in RGB, minus mean, divided by std, per channel",
-        "width": options.width,
+        **asdict(options),
         "logit_scale": net.logit_scale,
         "height_and_width": [data.height, data.width],
         "data_name": data.data_name,
@@ -103,7 +104,7 @@ def _safetensors(path: Path, snapshot: Snapshot, net: Network, images: Tensor) -
     path.write_bytes(save(tensors, {"about": json.dumps(about)}))
     with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
         read = json.loads(file.metadata()["about"])
-    again = networks.build(NetOptions(width=read["width"], logit_scale=read["logit_scale"]), len(read["class_names"]))
+    again = networks.build(NetOptions(**{name: read[name] for name in asdict(options)}), len(read["class_names"]))
     again.load_state_dict(load_file(path))
     return EvalStep(again, read["mean"], read["std"], channels_last=False).eval()
 

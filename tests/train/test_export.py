@@ -179,3 +179,22 @@ def test_the_extra_names_every_package_that_an_export_needs() -> None:
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     extra = setup["options.extras_require"]["export"]
     assert all(package in extra for packages in train.export.REQUIRED_PACKAGES.values() for package in packages)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "activation", ["gelu", pytest.param("celu", marks=pytest.mark.long), pytest.param("silu", marks=pytest.mark.long)]
+)
+def test_every_export_holds_the_whitening_and_the_activation(
+    quick_config: Config, tmp_path: Path, activation: str
+) -> None:
+    pytest.importorskip("safetensors", reason="safetensors is not installed (extra: export)")
+    values = {"train.epochs": 1, "schedule.peak_epoch": 0.5, "data.backend": "torch", "net.whitening": True}
+    fit(changed(quick_config, {**values, "net.activation": activation}), tmp_path / "run", log=Log(quiet=True))
+    snapshot = load_snapshot(tmp_path / "run" / "best.pt")
+    net = network(snapshot)
+    assert torch.isfinite(net.state_dict()["whitening.weight"]).all()
+    for name in ("model.safetensors", "model.pt2", "model.onnx"):
+        for package in train.export.REQUIRED_PACKAGES[name]:
+            pytest.importorskip(package, reason=f"{package} is not installed (extra: export)")
+        assert export(tmp_path, name, snapshot, net, pixels()[:64]) <= train.export.TOLERANCES[name]

@@ -17,6 +17,10 @@ from train.step.trainer import Trainer
 OPTIONS: dict[str, dict[str, Any]] = {
     "alternating flip": {"augment.flip": True, "augment.flip_rule": "alternating"},
     "muon": {"optim.filters": "muon"},
+    "whitening": {"net.whitening": True},
+    "dirac": {"net.residual_init": "dirac"},
+    "activation": {"net.activation": "gelu"},
+    "norms": {"net.norm_scale": "frozen", "net.norm_momentum": 0.3, "net.norm_eps": 1e-3},
 }
 EVERYTHING = {key: value for options in OPTIONS.values() for key, value in options.items()}
 SETS = {**OPTIONS, "everything": EVERYTHING}

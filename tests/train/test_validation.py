@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from training import Lines, assert_equal_weights, make_trainer, weights
 
 import net as networks
@@ -22,12 +23,13 @@ from analysis.run import AnalysisError, load_run
 from dali_pipeline import sources
 from dali_pipeline.dataset import Dataset
 from dali_pipeline.plan import Augment
+from net.whitening import Whitening
 from train.config import Config, ConfigError, changed
 from train.disk.folder import read_metrics
 from train.disk.snapshot import load_snapshot
 from train.failpoints import arm, disarm
 from train.run import fit
-from train.step.trainer import Trainer
+from train.step.trainer import Trainer, new_network
 
 
 @pytest.fixture
@@ -301,3 +303,23 @@ def test_accuracy_measures_a_validation_split_that_the_source_has(
     words = [str(recipe), "--runs", "1", "--on", "validation", "--finished", str(tmp_path / "v.jsonl")]
     assert accuracy.main(words) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["on"] == "validation"
+
+
+def test_the_whitening_sees_no_held_out_image(config: Config) -> None:
+    """It is that of the training images, fewer here than the 5,000 that it asks for."""
+    config = changed(config, {"net.whitening": True})
+    dataset = sources.load(config.data)
+    expected = Whitening()
+    pixels = (dataset.train.images - np.array(dataset.mean)) / np.array(dataset.std)
+    expected.fit(torch.tensor(pixels, dtype=torch.float32).permute(0, 3, 1, 2))
+    found = new_network(config, dataset).state_dict()["whitening.weight"]
+
+    def squared(filters: Tensor) -> Tensor:
+        """Where eigenvalues are equal, as in grey images, the axes are not unique; this is."""
+        return filters.flatten(1).double().T @ filters.flatten(1).double()
+
+    wanted = squared(expected.weight.detach())
+    assert (squared(found) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    everything = changed(config, {"data.validation": None})
+    other = squared(new_network(everything, sources.load(everything.data)).state_dict()["whitening.weight"])
+    assert (other - wanted).abs().max() > 1e-4 * wanted.abs().max()

@@ -27,11 +27,13 @@ class ParameterGroup:
 
 
 def parameter_groups(net: Network, options: OptimOptions, lr_max: float | None = None) -> list[ParameterGroup]:
-    """One group for filters and matrices, with weight decay; one for normalisation layers and biases, with their own. The filters
-    are a group apart where another optimizer trains them, whose rate is to peak at its own value where the schedule's peaks at
-    `lr_max`."""
+    """The trained parameters: filters and matrices in a group with weight decay, normalisation layers and biases in one with
+    their own. The filters are a group apart where another optimizer trains them, whose rate is to peak at its own value where
+    the schedule's peaks at `lr_max`."""
     of: dict[str, list[nn.Parameter]] = {"kernels": [], "filters": [], "norms and biases": []}
     for name, parameter in net.named_parameters():
+        if not parameter.requires_grad:
+            continue
         role = net.role(name)
         if role == "filter" and options.filters != "sgd":
             of["filters"].append(parameter)

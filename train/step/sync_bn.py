@@ -74,6 +74,7 @@ def synchronise_batch_norm(net: nn.Module, device: torch.device) -> nn.Module:
         if isinstance(part, nn.BatchNorm2d):
             own = HostSyncBatchNorm(part.num_features, part.eps, part.momentum, device=device, dtype=part.weight.dtype)
             own.load_state_dict(part.state_dict())
+            own.weight.requires_grad_(part.weight.requires_grad)
             setattr(net, name, own)
         else:
             synchronise_batch_norm(part, device)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -65,14 +66,13 @@ def make_train_loader(
 
 def new_network(config: Config, dataset: Dataset) -> Network:
     """The network of a recipe, on the CPU. Its weights are drawn from torch's generator; a network that asks for it
-    (`images_to_prepare`) is initialised from the first training images."""
+    (`images_to_prepare`) is initialised from training images, evenly spread over the training split."""
     network = networks.build(config.net, dataset.num_classes)
     if network.images_to_prepare:
-        first = (
-            torch.from_numpy(dataset.train.take(slice(network.images_to_prepare)).images).permute(0, 3, 1, 2).float()
-        )
+        count = min(network.images_to_prepare, len(dataset.train))
+        some = dataset.train.take(np.arange(count) * len(dataset.train) // count)
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (dataset.mean, dataset.std))
-        network.prepare((first - mean) / std)
+        network.prepare((torch.from_numpy(some.images).permute(0, 3, 1, 2).float() - mean) / std)
     return network
 
 
