@@ -32,7 +32,13 @@ if TYPE_CHECKING:
 KIND = "accuracy"
 FIRST_LINE_START = '{"recipe": '  # identifies a file of finished runs
 TARGET_ACCURACY = 94.0  # percent; published training times are commonly the times to it
-ACCURACY_LABELS = {"tta_accuracy": "with flip TTA", "ema_accuracy": "EMA", "ema_tta_accuracy": "EMA, flip TTA"}
+ACCURACY_LABELS = {
+    "tta_accuracy": "with flip TTA",
+    "shift_accuracy": "with 6-view TTA",
+    "ema_accuracy": "EMA",
+    "ema_tta_accuracy": "EMA, flip TTA",
+    "ema_shift_accuracy": "EMA, 6-view TTA",
+}
 TIMES_COVER = {
     "lr_search": "the range test, where the recipe asks for one",
     "training": "the epochs: input, augmentation, steps, and whatever the host did meanwhile",

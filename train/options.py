@@ -95,7 +95,11 @@ class TrainOptions:
         0.0, "decay of the exponential moving average of the weights; 0 keeps none", at_least=0.0, below=1.0
     )
     ema_every: int = key(1, "steps between updates of the average", at_least=1, at_most=1_000_000)
-    tta: bool = key(False, "report flip test-time augmentation beside the plain accuracy", changes="speed")
+    tta: bool | Literal["shift"] = key(
+        False,
+        "test-time augmentation reported beside the plain accuracy: true is flip, shift is flip, and flip and shift (6 views)",
+        changes="speed",
+    )
     sync_bn: bool = key(False, "batch-norm statistics over all processes together (torchrun); else each its own")
     seed: int = key(0, "seed of the weights and of the augmentation plan", at_least=0, at_most=2**63 - 1)
     deterministic: bool = key(

@@ -11,6 +11,7 @@ from train.step.measures import Measure, measures_of, recorded
 
 KEYS = ["test", "test_tta", "ema_test", "ema_test_tta"]
 LABELS = ["test", "test, flip TTA", "test, EMA", "test, EMA and flip TTA"]
+SIX = ["test", "test_tta", "test_shift", "ema_test", "ema_test_tta", "ema_test_shift"]
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,13 @@ def test_measures_have_their_keys_and_labels_the_plain_one_first(ema_decay: floa
     assert [measure.key for measure in measures] == [KEYS[i] for i in which]
     assert [measure.label for measure in measures] == [LABELS[i] for i in which]
     assert [measure.kind for measure in measures] == [["", "flip TTA", "EMA", "EMA and flip TTA"][i] for i in which]
+
+
+def test_flip_and_shift_is_reported_beside_flip_and_the_plain_figure() -> None:
+    measures = measures_of(TrainOptions(ema_decay=0.9, tta="shift"))
+    assert [measure.key for measure in measures] == SIX
+    assert [measure.kind for measure in measures[:3]] == ["", "flip TTA", "flip and shift TTA"]
+    assert recorded([f"{key}_accuracy" for key in SIX]) == measures
 
 
 def test_measures_of_several_splits_keep_apart() -> None:

@@ -20,6 +20,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "whitening": {"net.whitening": True},
     "dirac": {"net.residual_init": "dirac"},
     "activation": {"net.activation": "gelu"},
+    "views": {"train.tta": "shift", "train.ema_decay": 0.9},
     "norms": {"net.norm_scale": "frozen", "net.norm_momentum": 0.3, "net.norm_eps": 1e-3},
 }
 EVERYTHING = {key: value for options in OPTIONS.values() for key, value in options.items()}

@@ -92,6 +92,18 @@ def test_flip_tta_is_half_the_sum_of_the_two_answers_to_the_bit() -> None:
     assert torch.equal(both, (a + b) / 2)
 
 
+def test_flip_and_shift_is_the_mean_of_six_crops_of_the_reflected_image() -> None:
+    torch.manual_seed(0)
+    net, images = LeftHalf(), uint8_images(9)
+    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="reflect")
+    crops = [padded[:, :, k : k + 32, k : k + 32] for k in (1, 0, 2)]  # as it is, and moved by one pixel each way
+    both = [(net.numpy(crop) + net.numpy(crop[..., ::-1])) / 2 for crop in crops]
+    with torch.no_grad():
+        _, flip, six = EvalStep(net, MEAN, STD, views=list(VIEWS.values()))(images)
+    np.testing.assert_allclose(flip.numpy(), both[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(six.numpy(), both[0] / 2 + (both[1] + both[2]) / 4, rtol=1e-5, atol=1e-6)
+
+
 def test_views_that_share_a_look_ask_the_network_once() -> None:
     net = LeftHalf()
     asked: list[object] = []

@@ -22,7 +22,7 @@ class Measure:
 
     @property
     def key(self) -> str:
-        """Its name in metrics.jsonl, before _loss and _accuracy: test, test_tta, ema_test, ema_test_tta."""
+        """Its name in metrics.jsonl, before _loss and _accuracy: test, test_tta, test_shift, ema_test ..."""
         parts = [self.weights, self.split, "" if self.views == "plain" else self.views]
         return "_".join(part for part in parts if part)
 
@@ -43,7 +43,7 @@ SPLITS = ("validation", "test")
 def measures_of(options: TrainOptions, split: str = "test") -> tuple[Measure, ...]:
     """The measures of a recipe on a split, first the one with the network's own weights and plain views."""
     weights = ["", *(["ema"] if options.ema_decay > 0 else [])]
-    views = ["plain", *(["tta"] if options.tta else [])]
+    views = ["plain", *(["tta"] if options.tta else []), *(["shift"] if options.tta == "shift" else [])]
     return tuple(Measure(split, w, v) for w in weights for v in views)
 
 

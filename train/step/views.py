@@ -34,8 +34,16 @@ Views = tuple[View, ...]
 VIEWS: dict[str, Views] = {
     "plain": (View(),),
     "tta": (View(0.5), View(0.5, mirror=True)),
+    # those of airbench94: half of the weight for the image and its mirror, half for the image moved by a pixel up left and down
+    # right and the mirrors of these, which a mirrored image shows when it moves the other way
+    "shift": (
+        View(0.25),
+        View(0.25, mirror=True),
+        *(View(0.125, shift=(k, k)) for k in (-1, 1)),
+        *(View(0.125, mirror=True, shift=(k, -k)) for k in (-1, 1)),
+    ),
 }
-LABELS = {"plain": "", "tta": "flip TTA"}
+LABELS = {"plain": "", "tta": "flip TTA", "shift": "flip and shift TTA"}
 
 
 def mean_over(views: Views, answers: dict[tuple[bool, tuple[int, int]], Tensor]) -> Tensor:
