@@ -76,10 +76,13 @@ def method_class(method: str) -> Any:
         import pytorch_grad_cam
     except (ImportError, RuntimeError, AttributeError) as error:  # RuntimeError: torchvision made for another torch
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise GradCamUnavailable(
-            f"pytorch_grad_cam does not import ({reason}); torch {torch.__version__} wants the torchvision of its release: "
-            "pip install --upgrade grad-cam torchvision"
-        ) from None
+        remedy = (
+            "OpenCV with windows needs that library of the system, OpenCV without does not: pip uninstall opencv-python; "
+            "pip install --force-reinstall opencv-python-headless"
+            if "shared object file" in reason  # libGL.so.1, libgthread-2.0.so.0 and their like, in containers
+            else f"torch {torch.__version__} wants the torchvision of its release: pip install --upgrade grad-cam torchvision"
+        )
+        raise GradCamUnavailable(f"pytorch_grad_cam does not import ({reason}); {remedy}") from None
     found = getattr(pytorch_grad_cam, METHODS[method.lower()], None)
     if found is None:
         raise AnalysisError(f"--method {method}: the installed grad-cam has none; pip install --upgrade grad-cam")

@@ -20,7 +20,8 @@ from dali_pipeline.dataset import Dataset
 from dali_pipeline.loader import GRAPHS
 from train.config import Config, changed
 from train.disk.atomic import write_atomic
-from train.machine.runtime import find_compiler, prepare
+from train.machine.compiler import find_compiler
+from train.machine.runtime import prepare
 from train.screen.log import Log
 from train.session import Session
 

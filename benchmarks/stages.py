@@ -19,7 +19,7 @@ from dali_pipeline.feed import FeedOrder
 from dali_pipeline.loader import TrainLoader
 from dali_pipeline.plan import NO_AUGMENT, Augment
 from net.interface import Network
-from train.machine.runtime import find_compiler
+from train.machine.compiler import find_compiler
 from train.session import Session
 from train.step.meter import StepMeter
 from train.step.schedule import OneCycle

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.config import Config, ConfigError, find_recipe, help_text, load_config, recipes, to_yaml
+from train.machine.place import GroupError, place_from_environment, speaks_for_machine
 
 USAGE = 2
 COMMAND = "cifar-train"  # the console command of setup.cfg
@@ -29,7 +30,7 @@ examples:
   torchrun --nproc-per-node=4 -m train --config configs/onecycle.yaml
 
 exit codes: 0 done; 2 the configuration, the data or the machine does not allow the run; 3 the loss became NaN or infinite;
-130 and 143 interrupted (SIGINT, SIGTERM) with the state saved; 1 anything else.
+130, 143 and 138 interrupted (SIGINT, SIGTERM, SIGUSR1) with the state saved; 1 anything else.
 """
 
 
@@ -74,18 +75,19 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         recipe = find_recipe(options.config)
         config = load_config(recipe, options.overrides, _note)
-    except ConfigError as error:
+        if options.print_config:
+            print(to_yaml(config), end="")
+            return 0
+        first = place_from_environment().first
+    except (ConfigError, GroupError) as error:
         return _fail(str(error))
-    if options.print_config:
-        print(to_yaml(config), end="")
-        return 0
     try:
-        return _run(options, config, recipe)
+        return _run(options, config, recipe, first)
     except KeyboardInterrupt:  # while torch was imported
         return 130
 
 
-def _run(options: argparse.Namespace, config: Config, recipe: Path) -> int:
+def _run(options: argparse.Namespace, config: Config, recipe: Path, first: bool) -> int:
     # torch is imported from here on: --help, --print-config and a wrong key answer without waiting for it
     from dali_pipeline.errors import at_home
     from train.disk.folder import default_run_dir
@@ -93,7 +95,7 @@ def _run(options: argparse.Namespace, config: Config, recipe: Path) -> int:
     from train.run import find_rates_only, fit
     from train.screen.log import Log
 
-    log = Log(quiet=os.environ.get("RANK", "0") != "0")
+    log = Log(quiet=not first)
     train = config.train
     lower = (
         f" at train.batch_size={train.batch_size}, train.eval_batch_size={train.eval_batch_size}, "
@@ -155,7 +157,7 @@ def _note(message: str) -> None:
 
 
 def _tell(line: str) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes on this machine would print the same
+    if speaks_for_machine():  # the other processes on this machine would print the same
         print(line, file=sys.stderr)
 
 

@@ -67,8 +67,8 @@ def fit(
     them.
 
     Raises UserError (ConfigError, DataError, NonFiniteLoss ...) with a one-line message for what a user can correct; OSError
-    and torch.OutOfMemoryError where disk or memory fail; KeyboardInterrupt where SIGINT, SIGTERM or SIGHUP ended the training,
-    after a whole step and with a checkpoint. It never ends the process, handles signals in the main thread only, and
+    and torch.OutOfMemoryError where disk or memory fail; KeyboardInterrupt where SIGINT, SIGTERM, SIGHUP or SIGUSR1 ended the
+    training, after a whole step and with a checkpoint. It never ends the process, handles signals in the main thread only, and
     restores the signal handlers, the number of threads, torch's global flags and the default generators. Only one call at a
     time.
     """

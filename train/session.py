@@ -18,8 +18,9 @@ from dali_pipeline.dataset import Dataset
 from train.compiling import Choice
 from train.config import Config, ConfigError
 from train.failpoints import failpoint
-from train.machine.distributed import from_environment, process_group, under_torchrun
+from train.machine.distributed import from_environment, process_group
 from train.machine.environment import git_commit, system_facts, versions
+from train.machine.place import under_torchrun
 from train.machine.runtime import RuntimeUnavailable, prepare, seed_everything
 from train.machine.signals import SignalWatch
 from train.screen.clock import Times
@@ -36,9 +37,9 @@ class Session:
             session.warm_up()              # compilation
             session.trainer ...
 
-    `times` counts what the time goes into. With `handle_signals`, SIGINT, SIGTERM and SIGHUP end the training after a step and
-    with a checkpoint; with `owns_process` false, for a process that does other things too, a second signal does not end the
-    process. Raises UserError for what a user can correct.
+    `times` counts what the time goes into. With `handle_signals`, SIGINT, SIGTERM, SIGHUP and SIGUSR1 end the training after a
+    step and with a checkpoint; with `owns_process` false, for a process that does other things too, a second signal does not end
+    the process. Raises UserError for what a user can correct.
     """
 
     def __init__(
@@ -214,9 +215,14 @@ class Session:
                 try:
                     self.trainer.warm_up()
                 except Exception as error:
-                    if self.config.train.compile != "auto" or not _is_compile_failure(error):
+                    if not _is_compile_failure(error):
                         raise
-                    reason = str(error).strip().splitlines()[0]
+                    reason = _reason(error)
+                    if self.config.train.compile != "auto":
+                        raise RuntimeUnavailable(
+                            f"train.compile={mode}: torch.compile failed: {reason}; or use train.compile=auto, which then goes "
+                            "on uncompiled"
+                        ) from error
             failures = [found for found in self.group.gather(reason) if found is not None]
             if failures:
                 self.trainer.compiled_off()
@@ -254,6 +260,7 @@ class Session:
 
     def machine(self) -> dict[str, Any]:
         """What is no key of the recipe and changes a run's results, if only by rounding: `Snapshot.machine`."""
+        on_cpu = self.runtime.device.type == "cpu"
         return {
             "device": self.runtime.device.type,
             "precision": self.runtime.precision,
@@ -261,6 +268,8 @@ class Session:
             "channels_last": self.runtime.channels_last,
             "processes": self.group.world_size,
             "torch": str(torch.__version__),
+            # they share out sums, which then round differently
+            **({"threads": torch.get_num_threads()} if on_cpu else {}),
         }
 
     def environment(self) -> dict[str, Any]:
@@ -287,3 +296,10 @@ class Session:
 def _is_compile_failure(error: Exception) -> bool:
     compilers = ("torch._dynamo", "torch._inductor", "triton")
     return type(error).__module__.startswith(compilers) or "Triton Error" in str(error)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of the error, and the next one where it only introduces that ("backend='inductor' raised:")."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    count = next((n for n, line in enumerate(lines, 1) if not line.endswith(":")), len(lines))
+    return " ".join(lines[:count])

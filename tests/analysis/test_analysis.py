@@ -489,16 +489,29 @@ def test_grad_cam_that_cannot_be_imported_leaves_the_rest(
     assert (copied / "analysis" / "misclassified.png").exists()
 
 
-def test_an_import_error_of_grad_cam_names_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (RuntimeError("operator torchvision::nms does not exist"), "torchvision"),
+        (
+            ImportError("libGL.so.1: cannot open shared object file: No such file or directory"),
+            "opencv-python-headless",
+        ),
+        (ImportError("libgthread-2.0.so.0: cannot open shared object file: No such file"), "opencv-python-headless"),
+    ],
+)
+def test_an_import_error_of_grad_cam_names_the_package_to_install(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, remedy: str
+) -> None:
     class Refuses:
         def find_spec(self, name: str, path: object, target: object = None) -> None:
             if name == "pytorch_grad_cam":
-                raise RuntimeError("operator torchvision::nms does not exist")
+                raise error
 
     for name in [name for name in sys.modules if name.split(".")[0] == "pytorch_grad_cam"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Refuses(), *sys.meta_path])
-    with pytest.raises(grad_cam.GradCamUnavailable, match="torchvision"):
+    with pytest.raises(grad_cam.GradCamUnavailable, match=rf"{error}.*pip install .*{remedy}"):
         grad_cam.method_class("gradcam")
 
 

@@ -179,6 +179,7 @@ def test_an_answer_that_never_ends_is_left_for_the_next_mirror(server: Server, t
     get(tmp_path, server.url(f"endless-{what}"), server.url("good"), timeout=0.5)
     assert_whole(tmp_path)
     assert [path.split("/")[1] for path, _ in server.requests] == [f"endless-{what}", "good"]
+    assert server.held_up == []
 
 
 @pytest.mark.parametrize("what", REDIRECTS)

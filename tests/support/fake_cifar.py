@@ -142,6 +142,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.content = content
         self.requests: list[tuple[str, str | None]] = []
+        self.held_up: list[str] = []  # by endless answers
         self.released = threading.Event()
 
     def url(self, behaviour: str, name: str = "file.tar.gz") -> str:
@@ -252,14 +253,16 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def _dribble(self, begin: bytes, again: bytes) -> None:
-        """Send `begin`, then `again` twenty times a second for twenty seconds, or until the client or the test has gone."""
+        """Send `begin`, then `again` twenty times a second, until the client or the test has gone; one that stays for ten seconds
+        has been held up."""
+        self.close_connection = True
         self.wfile.write(begin)
-        for _ in range(400):
+        for _ in range(200):
             self.wfile.write(again)
             self.wfile.flush()
             if self.server.released.wait(0.05):
-                break
-        self.close_connection = True
+                return
+        self.server.held_up.append(self.path)
 
 
 @contextmanager

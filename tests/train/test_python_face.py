@@ -315,7 +315,7 @@ def test_a_reader_that_went_away_costs_the_lines_and_not_the_callers_standard_ou
 
 @pytest.mark.slow
 def test_many_shapes_in_one_process_are_all_compiled(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    from train.machine.runtime import find_compiler
+    from train.machine.compiler import find_compiler
 
     if not find_compiler(torch.device("cpu"))[0]:
         pytest.skip("needs a C++ compiler")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 
 from train.machine import environment
 from train.machine.runtime import RuntimeUnavailable, prepare, seed_everything
@@ -31,16 +35,90 @@ def test_cuda_on_request_is_refused_without_a_device() -> None:
         prepare(device="cpu", precision="fp16")
 
 
-def test_without_a_compiler_auto_goes_on_loudly_and_a_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.which", lambda name: None)
+def refused_by_auto_and_on_request(reason: str) -> str:
+    """What both say: auto goes on uncompiled with that reason, an explicit mode is refused in one line with the same."""
+    note = notes(device="cpu", precision="fp32")["compile"]
+    assert note.startswith("off (") and reason in note, note
     assert prepare(device="cpu", precision="fp32").compile_mode is None
-    assert "no C++ compiler" in notes(device="cpu", precision="fp32")["compile"]
-    with pytest.raises(RuntimeUnavailable, match=r"train\.compile=default: no C\+\+ compiler"):
+    with pytest.raises(RuntimeUnavailable) as refused:
         prepare(device="cpu", compile="default")
+    text = str(refused.value)
+    assert text.startswith("train.compile=default: ") and reason in text and "\n" not in text
+    return text
+
+
+def test_without_a_compiler_auto_goes_on_loudly_and_a_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "install one" in refused_by_auto_and_on_request("no C++ compiler")
+
+
+def script(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(("#!/bin/sh", *lines, "")))
+    path.chmod(0o755)
+    return path
+
+
+def test_a_stale_cxx_is_named_although_another_compiler_is_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """torch takes what CXX names and nothing else."""
+    script(tmp_path / "g++", "exit 0")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for stale in ("/nowhere/c++", str(tmp_path), "g++ -O2"):
+        monkeypatch.setenv("CXX", stale)
+        refused_by_auto_and_on_request(f"CXX={stale} is no program")
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        (("echo 'x.cpp:1: fatal error: Python.h: No such file' >&2", "exit 1"), "fatal error: Python.h: No such file"),
+        (("exit 1",), "fails to compile"),
+        (("kill -SEGV $$",), "fails to compile"),
+        (("exit 0",), "fails to compile"),  # and writes nothing
+        (('for last; do :; done', 'while [ "$1" != -o ]; do shift; done', 'echo junk > "$2"'), "cannot be loaded"),
+    ],
+)  # fmt: skip
+def test_a_compiler_that_does_not_work_is_told_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lines: tuple[str, ...], reason: str
+) -> None:
+    compiler = script(tmp_path / "c++", *lines)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    assert str(compiler) in refused_by_auto_and_on_request(reason)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_compile_cache_that_is_no_folder_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CXX", str(script(tmp_path / "c++", "exit 0")))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file"))
+    assert "TORCHINDUCTOR_CACHE_DIR" in refused_by_auto_and_on_request(f"the compile cache {tmp_path / 'file'}")
+
+
+def test_a_compile_cache_that_may_not_execute_is_named(tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("needs a compiler")
+    # a mount of its own, seen by this one process alone
+    program = (
+        "import torch\nfrom train.machine.compiler import find_compiler\nprint(*find_compiler(torch.device('cpu')))"
+    )
+    command = 'mount -t tmpfs -o noexec none "$1" && shift && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "--mount", "--map-root-user", "sh", "-c", command, "-", str(tmp_path), sys.executable, "-c", program],
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CXX": "", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    if done.returncode:
+        pytest.skip(f"no mount of its own is allowed here: {done.stderr.strip()[:200]}")
+    assert done.stdout.startswith("False ") and f"compile cache {tmp_path}" in done.stdout, done.stdout
+    assert "TORCHINDUCTOR_CACHE_DIR" in done.stdout
 
 
 def test_auto_compiles_fp32_on_the_cpu_and_leaves_bf16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/g++")
+    monkeypatch.setattr("train.machine.runtime.find_compiler", lambda device: (True, "g++ found"))
     assert prepare(device="cpu", precision="fp32").compile_mode == "default"
     assert prepare(device="cpu", precision="bf16").compile_mode is None
     assert prepare(device="cpu", precision="bf16", compile="default").compile_mode == "default"

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dali_pipeline.errors import UserError
+from train.machine.place import GroupError, Place, place_from_environment
 
 TIMEOUT_VARIABLE = "TRAIN_DISTRIBUTED_TIMEOUT"
 TIMEOUT_SECONDS = 1800.0  # for one wait; the longest is for the first process's download of the data
@@ -20,25 +20,13 @@ TIMEOUT_SECONDS = 1800.0  # for one wait; the longest is for the first process's
 T = TypeVar("T")
 
 
-class GroupError(UserError):
-    """The processes cannot work together. The message is one line: cause and remedy."""
-
-
 class OtherProcessFailed(Exception):
     """Another process failed and reports its error itself; this one only ends."""
 
 
 @dataclass(frozen=True)
-class Group:
+class Group(Place):
     """This process's place among the processes that train together, and what they exchange."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, in the order of their ranks. They are pickled, so this is for small plain values."""
@@ -89,16 +77,9 @@ class Group:
 
 
 def from_environment() -> Group:
-    """What torchrun's RANK, WORLD_SIZE and LOCAL_RANK say; a group of one without them."""
-    env = os.environ
-    if "RANK" not in env or "WORLD_SIZE" not in env:
-        return Group()
-    return Group(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", env["RANK"])))
-
-
-def under_torchrun() -> bool:
-    """Whether torchrun started this process, and passes on the signals that it gets."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    """The group of `place_from_environment`, not connected yet. Raises GroupError."""
+    place = place_from_environment()
+    return Group(place.rank, place.world_size, place.local_rank)
 
 
 def _timeout() -> timedelta:

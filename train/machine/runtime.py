@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import random
 import re
-import shutil
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import numpy as np
 import torch
 
 from dali_pipeline.errors import UserError
+from train.machine.compiler import find_compiler
 
 
 class RuntimeUnavailable(UserError):
@@ -112,19 +110,6 @@ def _has_amx() -> bool:
         return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
     except OSError:
         return False
-
-
-def find_compiler(device: torch.device) -> tuple[bool, str]:
-    """Whether torch.compile has what it needs for the device, and what was found or is missing."""
-    if sys.platform == "win32":
-        found = shutil.which("cl")
-    else:
-        found = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
-    if found is None:
-        return False, "no C++ compiler on the PATH (install g++ or clang)"
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return False, "the package triton is missing"
-    return True, f"{Path(found).name} found"
 
 
 def _compile(requested: str, device: torch.device, precision: str) -> tuple[str | None, str]:

@@ -27,7 +27,7 @@ class Interrupted(BaseException):
 
 
 class SignalWatch:
-    """SIGINT, SIGTERM and SIGHUP raise Interrupted at once; inside `deferring` the first one is only kept in `received`.
+    """SIGINT, SIGTERM, SIGHUP and SIGUSR1 raise Interrupted at once; inside `deferring` the first one is only kept in `received`.
 
     A second signal has its default action and ends the process at once. That damages nothing: a checkpoint that is being
     written is a temporary file until it is complete. With `repeats` one request may arrive twice (torchrun passes on the
@@ -41,6 +41,7 @@ class SignalWatch:
         self._repeats, self._announce, self._owns_process = repeats, announce, owns_process
         self._deferring = False
         self._since = 0.0
+        self._watched: list[int] = []
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -54,7 +55,7 @@ class SignalWatch:
             return
         self.received, self._since = number, now
         if self._owns_process and not self._repeats:
-            for watched in _watched():
+            for watched in self._watched:
                 signal.signal(watched, signal.SIG_DFL)
         if not self._deferring:
             raise Interrupted(number, saved=False)
@@ -72,7 +73,8 @@ class SignalWatch:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = {number: signal.signal(number, self._note) for number in _watched()}
+        self._watched = _watched()
+        before = {number: signal.signal(number, self._note) for number in self._watched}
         try:
             yield self
         finally:
@@ -96,5 +98,8 @@ def _watched() -> list[int]:
     watched: list[int] = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
         watched.append(signal.SIGHUP)
+    # schedulers announce their time limit by it; a program around the training may have another use for it
+    if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+        watched.append(signal.SIGUSR1)
     # a handler that was not set from Python, as where Python is embedded, could not be given back
     return [number for number in watched if signal.getsignal(number) is not None]

@@ -33,8 +33,9 @@ def test_resuming_under_other_conditions_is_said(runs: Zygote, recipe: Path, tmp
     state = load_checkpoint(tmp_path / "run" / "last.pt")
     state["machine"]["processes"] = 4
     save_checkpoint(tmp_path / "run" / "last.pt", state)
-    code, out, _ = runs.run(*words, "--resume")
-    assert code == 0 and "WARNING: resumed under other conditions" in out and "processes 4 -> 1" in out
+    code, out, _ = runs.run(*words, "--resume", before="import torch; torch.set_num_threads(2)")
+    assert code == 0 and "WARNING: resumed under other conditions" in out
+    assert "processes 4 -> 1" in out and "threads 1 -> 2" in out
 
 
 @pytest.mark.parametrize("words", [["--fallback"], ["--extend"], ["--find-lr", "--resume"]])

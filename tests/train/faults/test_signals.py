@@ -22,7 +22,10 @@ from train.screen.log import Log
 from train.step.evaluation import evaluate
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 128 + signal.SIGUSR1)],
+)
 def test_a_signal_finishes_the_step_saves_and_the_rest_of_the_run_has_the_same_bits(
     runs: Zygote, recipe: Path, tmp_path: Path, number: int, code: int
 ) -> None:
@@ -43,7 +46,7 @@ def test_a_signal_finishes_the_step_saves_and_the_rest_of_the_run_has_the_same_b
     assert equal(load_checkpoint(tmp_path / "whole" / "last.pt"), load_checkpoint(tmp_path / "parts" / "last.pt"))
 
 
-@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_second_signal_ends_at_once_and_spoils_nothing(
     runs: Zygote, recipe: Path, tmp_path: Path, second: int
 ) -> None:
@@ -153,6 +156,18 @@ def test_signals_are_left_alone_outside_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+def test_a_program_that_has_its_own_use_for_sigusr1_keeps_it() -> None:
+    received: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: received.append(number))
+    try:
+        watch = SignalWatch()
+        with watch.watching(), watch.deferring():
+            signal.raise_signal(signal.SIGUSR1)
+        assert received == [signal.SIGUSR1] and watch.received is None
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_a_handler_that_was_not_set_from_python_stays(monkeypatch: pytest.MonkeyPatch) -> None:
