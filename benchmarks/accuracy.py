@@ -1,4 +1,4 @@
-"""A recipe over N seeds: mean accuracy with a 95% interval, with and without flip TTA, and what the time went into.
+"""A recipe over N seeds: mean accuracy with a 95% interval, with and without TTA, and what the time went into.
 
 python benchmarks/accuracy.py configs/onecycle.yaml --runs 10 [--json FILE] [section.key=value ...]
 
@@ -43,7 +43,7 @@ TIMES_COVER = {
     "lr_search": "the range test, where the recipe asks for one",
     "training": "the epochs: input, augmentation, steps, and whatever the host did meanwhile",
     "evaluation": "the test set (or validation split) after each epoch, without TTA unless the recipe has it",
-    "tta": "flip TTA once, at the end",
+    "tta": "flip TTA and 6-view TTA, which share two views, once, at the end",
     "once": "loading the data, building, compiling: once for all runs, in no run's time",
 }
 
@@ -222,15 +222,16 @@ class Campaign:
         self.trainer, runtime, dataset = session.trainer, session.runtime, session.dataset
         self.on = on
         self._each_epoch = on == self.trainer.measures[0].split
-        # flip TTA is measured once, after the training, where the recipe does not have it after every epoch
-        self._tta = Measure(on, views="tta")
+        # test-time augmentation is measured once, after the training, where the recipe does not have it after every epoch
+        had = {measure.views for measure in self.trainer.measures}
+        self._tta = [Measure(on, views=views) for views in VIEWS if views not in had]
         self._tta_step: EvalStep | None = None
-        if not session.config.train.tta:
+        if self._tta:
             self._tta_step = EvalStep(
                 self.trainer.net,
                 dataset.mean,
                 dataset.std,
-                views=(VIEWS[self._tta.views],),
+                views=[VIEWS[measure.views] for measure in self._tta],
                 autocast_dtype=runtime.autocast_dtype,
                 channels_last=runtime.channels_last,
             ).to(runtime.device)
@@ -240,16 +241,16 @@ class Campaign:
                     self._measure_tta(self._tta_step)
         self._once = session.times
 
-    def _measure_tta(self, step: EvalStep) -> float:
+    def _measure_tta(self, step: EvalStep) -> dict[str, float]:
         from train.step.evaluation import evaluate
 
         loader = self.trainer.eval_loader if self._each_epoch else self.trainer.make_eval_loader(self.on)
         try:
-            (score,) = evaluate(step, loader).scores
+            scores = evaluate(step, loader).scores
         finally:
             if not self._each_epoch:
                 loader.close()
-        return score.accuracy
+        return {accuracy_name(measure): score.accuracy for measure, score in zip(self._tta, scores, strict=True)}
 
     def environment(self) -> dict[str, Any]:
         from benchmarks.machine import machine_facts
@@ -292,7 +293,7 @@ class Campaign:
         if self._tta_step is not None:
             tta_times = Times()
             with tta_times.on("evaluation", device):
-                accuracies[accuracy_name(self._tta)] = self._measure_tta(self._tta_step)
+                accuracies |= self._measure_tta(self._tta_step)
             seconds["tta"] = tta_times.evaluation
         return {
             "seed": seed,
