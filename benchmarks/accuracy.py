@@ -71,6 +71,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
+    from train.machine.openmp import wait_passively
+
+    wait_passively()  # before torch is imported
     if options.runs < 1:
         print(f"error: --runs {options.runs}, expected 1 or more", file=sys.stderr)
         return 2

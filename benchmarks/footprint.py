@@ -163,6 +163,9 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--config", default=str(ROOT / "configs" / "onecycle.yaml"))
     options = parser.parse_intermixed_args()
+    from train.machine.openmp import wait_passively
+
+    wait_passively()  # before torch is imported
     from benchmarks.outcome import explained
     from train.config import load_config
 

@@ -32,6 +32,9 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, help="write the result here")
     options = parser.parse_intermixed_args()
+    from train.machine.openmp import wait_passively
+
+    wait_passively()  # before torch is imported
     from benchmarks.outcome import explained, write_report
 
     with explained() as outcome:

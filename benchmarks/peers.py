@@ -29,6 +29,7 @@ from torch import Tensor
 from benchmarks.measure import CannotMeasure
 from dali_pipeline.dataset import Split
 from dali_pipeline.plan import NO_AUGMENT, Augment
+from dali_pipeline.processors import usable_processors
 
 Images = npt.NDArray[np.uint8]  # (N, H, W, 3)
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -77,10 +78,6 @@ class Peer:
     cuda_only: bool = False
 
 
-def usable_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def peers() -> dict[str, Peer]:
     """All peers by name. Those with a DataLoader have 0, 2, and as many workers as there are CPUs."""
     found: dict[str, Peer] = {}
@@ -90,7 +87,7 @@ def peers() -> dict[str, Peer]:
         ("albumentations", ("albumentations",), _albumentations, "DataLoader, albumentations"),
     ]
     for name, packages, transform, what in loaders:
-        for workers in sorted({0, 2, usable_cpus()}):
+        for workers in sorted({0, 2, usable_processors()[0]}):
             found[f"{name}_{workers}_workers"] = Peer(
                 packages, partial(_data_loader, transform, workers), _planar, f"{what}, {workers} workers", workers
             )

@@ -79,6 +79,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
+    from train.machine.openmp import wait_passively
+
+    wait_passively()  # before torch is imported
     from benchmarks.machine import command  # imports torch, for which --help need not wait
     from benchmarks.outcome import explained, write_report
 

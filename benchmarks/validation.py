@@ -40,6 +40,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
+    from train.machine.openmp import wait_passively
+
+    wait_passively()  # before torch is imported
     from benchmarks.accuracy import append, check_same_machine, comparable, read_environment, read_finished
     from benchmarks.machine import command, machine_facts
     from benchmarks.outcome import explained, write_report

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dali_pipeline.dali import backend_of, device_id, import_dali
 from dali_pipeline.dataset import Pixels, Split
+from dali_pipeline.processors import usable_processors
 from dali_pipeline.resident import empty_slots, upload
 
 # A sample holds as many images as both limits allow: 10,000 of CIFAR's, fewer of larger ones. DALI's GPU flip launches a grid
@@ -105,4 +106,4 @@ def _build(split: Split, device: torch.device, *, border: int, reflect: bool, mi
 
 def _threads(device: torch.device) -> int:
     """How many threads DALI gets. Each works on one sample, and on a GPU there is only one at a time."""
-    return 1 if device.type == "cuda" else 2
+    return 1 if device.type == "cuda" else min(2, usable_processors()[0])

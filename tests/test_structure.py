@@ -169,6 +169,7 @@ WITHOUT_TORCH = (
     "dali_pipeline.options",
     "dali_pipeline.dataset",
     "dali_pipeline.plan",
+    "dali_pipeline.processors",
     "dali_pipeline.layout",
     "dali_pipeline.sources",
     "net",
@@ -176,6 +177,7 @@ WITHOUT_TORCH = (
     "train.options",
     "train.config",
     "train.failpoints",
+    "train.machine.openmp",
 )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.config import Config, ConfigError, find_recipe, help_text, load_config, recipes, to_yaml
+from train.machine.openmp import wait_passively
 from train.machine.place import GroupError, place_from_environment, speaks_for_machine
 
 USAGE = 2
@@ -88,6 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, config: Config, recipe: Path, first: bool) -> int:
+    wait_passively()
     # torch is imported from here on: --help, --print-config and a wrong key answer without waiting for it
     from dali_pipeline.errors import at_home
     from train.disk.folder import default_run_dir

@@ -41,7 +41,18 @@ def test_a_recorded_command_names_no_folder_of_this_machine(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "script",
-    ["throughput", "accuracy", "smoke", "tables", "footprint", "lr_finder", "roofline", "precision", "dali_candidates"],
+    [
+        "throughput",
+        "accuracy",
+        "smoke",
+        "tables",
+        "footprint",
+        "lr_finder",
+        "roofline",
+        "precision",
+        "waiting",
+        "dali_candidates",
+    ],
 )
 def test_scripts_start_anywhere_without_being_installed(script: str, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

@@ -13,6 +13,8 @@ import torch
 from places import ROOT
 
 from train.machine import environment
+from train.machine.openmp import CHOSEN_BY, wait_passively
+from train.machine.process import process_as_found
 from train.machine.runtime import RuntimeUnavailable, prepare, seed_everything
 
 
@@ -25,6 +27,24 @@ def test_every_choice_is_noted_with_its_reason() -> None:
     assert found.keys() == {"device", "precision", "compile", "channels-last"}
     assert found["device"].startswith("cpu (")
     assert found["precision"].startswith("fp32 (")
+
+
+def test_torch_gets_no_more_threads_than_the_process_may_use_unless_the_user_says_how_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    with process_as_found():
+        for before, after in ((8, 2), (2, 2), (1, 1)):
+            torch.set_num_threads(before)
+            said = notes(device="cpu")["device"]
+            assert torch.get_num_threads() == after and f"{after} threads" in said
+            assert ("affinity" in said) == (before > after)
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        torch.set_num_threads(3)
+        assert "; 3 threads)" in notes(device="cpu")["device"] and torch.get_num_threads() == 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
@@ -190,3 +210,40 @@ def test_the_commit_is_that_of_this_source_and_of_no_repository_around_it(
     assert environment.git_commit() == git("rev-parse", "HEAD")
     source.write_text("changed")
     assert environment.git_commit() == git("rev-parse", "HEAD") + "+changes"
+
+
+# what a command has in its environment when torch is first imported
+AT_TORCH = """
+import os, sys
+
+def look(event, arguments):
+    if event == "import" and arguments[0] == "torch":
+        print(os.environ.get("OMP_WAIT_POLICY"), flush=True)
+        os._exit(0)
+
+sys.addaudithook(look)
+from train.__main__ import main
+main(["--config", "configs/quickstart.yaml"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "active"), ({"GOMP_SPINCOUNT": "1000"}, "None")],
+)
+def test_the_command_has_threads_wait_passively_from_before_torch_is_imported_unless_the_user_chose(
+    chosen: dict[str, str], expected: str
+) -> None:
+    kept = {key: value for key, value in os.environ.items() if key not in CHOSEN_BY}
+    done = subprocess.run(
+        [sys.executable, "-c", AT_TORCH], cwd=ROOT, env=kept | chosen, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == f"{expected}\n", done.stderr
+
+
+def test_once_torch_is_imported_a_process_keeps_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in CHOSEN_BY:
+        monkeypatch.delenv(name, raising=False)
+    before = dict(os.environ)
+    wait_passively()
+    assert os.environ == before

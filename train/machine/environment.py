@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from dali_pipeline.processors import usable_processors
+
 
 def versions() -> dict[str, str | None]:
     """Versions of the packages that a result depends on, for environment.json."""
@@ -71,7 +73,7 @@ def system_facts() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
-        "cpus_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus_usable": usable_processors()[0],
     }
 
 

@@ -13,7 +13,10 @@ import numpy as np
 import torch
 
 from dali_pipeline.errors import UserError
+from dali_pipeline.processors import usable_processors
 from train.machine.compiler import find_compiler
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # how many threads the user wants
 
 
 class RuntimeUnavailable(UserError):
@@ -64,6 +67,7 @@ def old_driver() -> str | None:
 
 
 def _device(requested: str, local_rank: int) -> tuple[torch.device, str]:
+    threads = _threads()
     old = old_driver() if requested in ("auto", "cuda") else None
     if requested == "cuda" and not torch.cuda.is_available():
         raise RuntimeUnavailable(
@@ -87,7 +91,18 @@ def _device(requested: str, local_rank: int) -> tuple[torch.device, str]:
     if requested == "mps" or (requested == "auto" and mps):
         return torch.device("mps"), "Apple GPU"
     why = "as asked" if requested == "cpu" else "no GPU found" if old is None else f"not the GPU: {old}"
-    return torch.device("cpu"), f"{why}; {torch.get_num_threads()} threads"
+    return torch.device("cpu"), f"{why}; {threads}"
+
+
+def _threads() -> str:
+    """torch's number of threads, for the log: as many as THREAD_VARIABLES or torch say, but where those are not set no more than
+    the processors that this process may use. torch counts the processors of its affinity; it does not know a container's quota,
+    beyond which all threads are stopped for the rest of every tenth of a second."""
+    usable, limit = usable_processors()
+    if torch.get_num_threads() <= usable or any(os.environ.get(name) for name in THREAD_VARIABLES):
+        return f"{torch.get_num_threads()} threads"
+    torch.set_num_threads(usable)
+    return f"{usable} threads: {limit}"
 
 
 def _precision(requested: str, device: torch.device) -> tuple[str, str]:
