@@ -277,13 +277,17 @@ def _in_words_of_python() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        text = re.sub(r"--(checkpoint|device) (\w+)", r'\1="\2"', str(error))
-        for option, argument in (
-            ("--data-root DIR", "data_root="),
-            ("--data-root", "data_root="),
-            ("--download", "download=True"),
-            ("--checkpoint", "checkpoint="),
-        ):
-            text = text.replace(option, argument)
-        error.args = (text,)
+        error.args = tuple(_in_python(str(line)) for line in error.args)
         raise
+
+
+def _in_python(text: str) -> str:
+    text = re.sub(r"--(checkpoint|device) (\w+)", r'\1="\2"', text)
+    for option, argument in (
+        ("--data-root DIR", "data_root="),
+        ("--data-root", "data_root="),
+        ("--download", "download=True"),
+        ("--checkpoint", "checkpoint="),
+    ):
+        text = text.replace(option, argument)
+    return text

@@ -15,6 +15,7 @@ from analysis.run import LoadedRun, Say, load_run
 from train.errors import explained
 from train.screen.log import Log
 from train.screen.progress import duration
+from train.screen.streams import Parser, standard_streams
 
 Item = TypeVar("Item")
 
@@ -35,7 +36,7 @@ def progress(items: Iterable[Item], total: int, title: str, say: Say, every: flo
 
 def parser(module: str, description: str, *, data: bool = True, one_run: bool = True) -> argparse.ArgumentParser:
     """The options that all modules share."""
-    result = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    result = Parser(prog=f"python -m {module}", description=description)
     if one_run:
         result.add_argument("run", type=Path, metavar="runs/NAME", help="the run folder")
     result.add_argument(
@@ -82,8 +83,9 @@ def command(
     body: Callable[[argparse.Namespace, Log], int | None],
 ) -> int:
     """Parse the arguments and call `run`. An error that a user can correct becomes one line on stderr and exit code 2."""
-    options = arguments_parser.parse_args(arguments)
-    log = Log()
-    with explained(log, out_of_memory="; try --device cpu", reads_files=True) as outcome:
-        outcome.code = body(options, log) or 0
-    return outcome.code
+    with standard_streams():
+        options = arguments_parser.parse_args(arguments)
+        log = Log()
+        with explained(log, out_of_memory="; try --device cpu", reads_files=True) as outcome:
+            outcome.code = body(options, log) or 0
+        return outcome.code

@@ -23,6 +23,7 @@ from analysis.predictions import Floats
 from analysis.run import AnalysisError
 from analysis.style import BLUE, GREY, Pixels, Tile, draw_sheet, percent, plain, pretty
 from dali_pipeline.errors import UserError
+from dali_pipeline.words import to_stderr
 from train.screen.log import Log
 
 
@@ -178,7 +179,7 @@ def _predict(options: argparse.Namespace, log: Log) -> int:
             paths.append(path)
         except ImageError as error:
             failures += 1
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            to_stderr(f"error: {error}")
     if images:
         mean, std = run.snapshot.data.mean, run.snapshot.data.std
         found = predict_images(run.net, np.stack(images), mean, std)

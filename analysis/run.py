@@ -299,9 +299,8 @@ def _load_data(
             config.data, sources.to_stderr, root=None if root is None else Path(root), download=download
         )
     except DataError as error:
-        raise DataError(
-            f"{error}\n  --data-root DIR names the folder here that holds the data; --download fetches it"
-        ) from None
+        where = "  --data-root DIR names the folder here that holds the data; --download fetches it"
+        raise DataError(*error.args, where) from None
     fit_data(dataset, snapshot, where)
     if dataset.mean != snapshot.data.mean or dataset.std != snapshot.data.std:
         notes.append(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ from dali_pipeline.errors import UserError
 from train import errors
 from train.disk.atomic import write_atomic
 from train.screen.log import Log
+from train.screen.streams import standard_streams
 
 
-def explained(log: Log | None = None) -> AbstractContextManager[errors.Outcome]:
-    """train.errors.explained for a measurement."""
+@contextmanager
+def explained(log: Log | None = None) -> Iterator[errors.Outcome]:
+    """train.errors.explained for a measurement, and its standard streams made safe."""
     lower = "; lower train.batch_size, train.eval_batch_size or net.width"
-    return errors.explained(log or Log(), out_of_memory=lower, place="the disk")
+    with standard_streams(), errors.explained(log or Log(), out_of_memory=lower, place="the disk") as outcome:
+        yield outcome
 
 
 def write_report(path: Path, report: dict[str, Any], indent: int = 1) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dali_pipeline.words import to_stderr
 from train.config import Config, ConfigError, find_recipe, help_text, load_config, recipes, to_yaml
 from train.machine.openmp import wait_passively
 from train.machine.place import GroupError, place_from_environment, speaks_for_machine
+from train.machine.signals import Interrupted, ending_at_once
+from train.screen.streams import Parser, standard_streams, write_out
 
 USAGE = 2
 COMMAND = "cifar-train"  # the console command of setup.cfg
@@ -36,7 +39,7 @@ exit codes: 0 done; 2 the configuration, the data or the machine does not allow 
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog=COMMAND if Path(sys.argv[0]).stem == COMMAND else "python -m train",
         description="Train an image classifier from a recipe. Every key of the recipe can be overridden by section.key=value.",
         epilog=f"keys, with their defaults:\n\n{help_text()}\n{EXAMPLES}",
@@ -66,7 +69,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    _open_standard_streams()
+    with standard_streams():
+        return _command(arguments)
+
+
+def _command(arguments: list[str] | None) -> int:
     options = parser().parse_intermixed_args(arguments)
     for flag in ("fallback", "extend"):
         if getattr(options, flag) and not options.resume:
@@ -77,15 +84,17 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = find_recipe(options.config)
         config = load_config(recipe, options.overrides, _note)
         if options.print_config:
-            print(to_yaml(config), end="")
-            return 0
+            return write_out(to_yaml(config))
         first = place_from_environment().first
     except (ConfigError, GroupError) as error:
         return _fail(str(error))
-    try:
-        return _run(options, config, recipe, first)
-    except KeyboardInterrupt:  # while torch was imported
-        return 130
+    with ending_at_once():
+        try:
+            return _run(options, config, recipe, first)
+        except (KeyboardInterrupt, Interrupted) as error:  # while torch was imported
+            number = error.code - 128 if isinstance(error, Interrupted) else signal.SIGINT
+            _tell(f"{signal.Signals(number).name}: ended before the training began")
+            return 128 + number
 
 
 def _run(options: argparse.Namespace, config: Config, recipe: Path, first: bool) -> int:
@@ -160,17 +169,7 @@ def _note(message: str) -> None:
 
 def _tell(line: str) -> None:
     if speaks_for_machine():  # the other processes on this machine would print the same
-        print(line, file=sys.stderr)
-
-
-def _open_standard_streams() -> None:
-    """Open the null device in place of a standard stream that is closed (`>&-`). Otherwise the next file opened would get the
-    stream's number, and what a library prints would be written into that file."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+        to_stderr(line)
 
 
 if __name__ == "__main__":

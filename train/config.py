@@ -29,9 +29,6 @@ from train.options import CHECKPOINT_EVERY, Changes, OptimOptions, RunOptions, S
 class ConfigError(UserError, ValueError):
     """A configuration that cannot be used. The message is one line: the file or override, the key, the value and the remedy."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))
-
 
 def checkpoint_interval(every: str | int) -> tuple[int | None, float | None]:
     """run.checkpoint_every as (steps, seconds), both None for "epoch". Raises ConfigError for anything else."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,10 +11,12 @@ from dataclasses import dataclass
 import torch
 
 from dali_pipeline.errors import UserError
+from dali_pipeline.words import to_stderr
 from train.disk.atomic import WriteError
 from train.machine.distributed import OtherProcessFailed, from_environment, is_lost
 from train.machine.signals import Interrupted
 from train.screen.log import Log
+from train.screen.streams import say_error, share_a_reader
 from train.step.meter import NonFiniteLoss
 
 __all__ = ["Outcome", "UserError", "explained"]
@@ -24,6 +24,7 @@ __all__ = ["Outcome", "UserError", "explained"]
 # "out of memory" in the words of allocators other than torch's own for CUDA
 _NO_MEMORY = ("can't allocate memory", "ALLOC_FAILED", "cudaErrorMemoryAllocation", "bad_alloc", "out of memory")
 _REMEDY = "; make room or choose another run.dir=, then continue with --resume"
+_REMEDY_OF_FILES = "; make room or write into another folder"  # of commands that train nothing
 
 
 @dataclass
@@ -41,15 +42,15 @@ def explained(
     raised on.
 
     `out_of_memory` says which keys to lower where memory does not suffice; `place` names what was being written where the
-    error does not. With `reads_files`, any error about a named file counts as one that the user can correct, and messages
-    keep their line breaks. An error that all processes of a run raise alike is printed by the first one only.
+    error does not. With `reads_files`, any error about a named file counts as one that the user can correct. An error that
+    all processes of a run raise alike is printed by the first one only.
     """
     outcome = Outcome()
+    remedy = _REMEDY_OF_FILES if reads_files else _REMEDY
 
-    def end(code: int, message: str) -> None:
+    def end(code: int, *lines: str) -> None:
         outcome.code = code
-        with contextlib.suppress(OSError, ValueError):  # stderr may be closed
-            print("error:", message if reads_files else " ".join(message.split("\n")), file=sys.stderr, flush=True)
+        say_error(*lines)
 
     try:
         yield outcome
@@ -57,22 +58,25 @@ def explained(
         if log.quiet_by_rank:
             outcome.code = error.exit_code
         else:
-            end(error.exit_code, str(error))
+            end(error.exit_code, *str(error).split("\n"))
     except UserError as error:
-        end(error.exit_code, str(error))
+        end(error.exit_code, *str(error).split("\n"))
     except Interrupted as error:
         outcome.code = error.code
-        log(
+        line = (
             f"{error}: stopped after a whole step; the run folder is good, continue with --resume"
             if error.saved
             else f"{error}: stopped, nothing was trained since the last checkpoint"
         )
+        log(line)
+        if not log.quiet_by_rank and not share_a_reader():  # Ctrl-C ends a `| tee` too
+            to_stderr(line)
     except KeyboardInterrupt:
         end(130, "interrupted")
     except OtherProcessFailed:
         outcome.code = 1
     except WriteError as error:
-        end(1, f"{error.filename}: cannot be written: {error.strerror}; what was saved before is intact{_REMEDY}")
+        end(1, f"{error.filename}: cannot be written: {error.strerror}; what was saved before is intact{remedy}")
     except (MemoryError, torch.OutOfMemoryError) as error:
         end(1, _out_of_memory(out_of_memory, error))
     except RuntimeError as error:
@@ -83,6 +87,8 @@ def explained(
             end(1, f"process {rank} lost the others ({_first_line(error)}); continue from last.pt with --resume")
         else:
             raise
+    except BrokenPipeError:
+        end(1, "standard output: nobody reads it any more")
     except OSError as error:
         if reads_files and error.filename is not None:
             end(1, f"{error.filename}: {error.strerror}")
@@ -90,7 +96,7 @@ def explained(
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         where = error.filename or place or "the run folder"
-        end(1, f"{where}: {error.strerror}; what was saved before is intact{_REMEDY}")
+        end(1, f"{where}: {error.strerror}; what was saved before is intact{remedy}")
 
 
 def _first_line(error: BaseException) -> str:

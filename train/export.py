@@ -26,13 +26,16 @@ from torch import Tensor
 
 import net as networks
 from dali_pipeline import sources
-from dali_pipeline.errors import UserError
+from dali_pipeline.errors import UserError, at_home
 from net.interface import Network
 from net.options import NetOptions
 from train.config import from_record
 from train.disk.atomic import fsync_folder, open_new
 from train.disk.folder import own_folder
 from train.disk.snapshot import Snapshot, load_snapshot
+from train.errors import explained
+from train.screen.log import Log
+from train.screen.streams import Parser, standard_streams
 from train.step.steps import EvalStep
 
 IMAGES = 256  # test images that every export is verified on
@@ -82,8 +85,7 @@ def first_test_images(snapshot: Snapshot, root: Path | None) -> Tensor:
 
 
 def _safetensors(path: Path, snapshot: Snapshot, net: Network, images: Tensor) -> Callable[[Tensor], Tensor]:
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save
+    from safetensors.torch import load, save
 
     data, options = snapshot.data, from_record(snapshot.config).net
     about = {
@@ -102,18 +104,21 @@ def _safetensors(path: Path, snapshot: Snapshot, net: Network, images: Tensor) -
     # safetensors refuses channels-last weights: it stores contiguous tensors only
     tensors = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
     path.write_bytes(save(tensors, {"about": json.dumps(about)}))
-    with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
-        read = json.loads(file.metadata()["about"])
+    content = path.read_bytes()  # by its content, as safetensors opens no name that is not UTF-8
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    read = json.loads(header["__metadata__"]["about"])
     again = networks.build(NetOptions(**{name: read[name] for name in asdict(options)}), len(read["class_names"]))
-    again.load_state_dict(load_file(path))
+    again.load_state_dict(load(content))
     return EvalStep(again, read["mean"], read["std"], channels_last=False).eval()
 
 
 def _torch_export(path: Path, snapshot: Snapshot, net: Network, images: Tensor) -> Callable[[Tensor], Tensor]:
     batch = {0: torch.export.Dim("batch", min=1)}
     exported = torch.export.export(program(snapshot, net), (images[:4],), dynamic_shapes=(batch,))
-    torch.export.save(exported, path)
-    return torch.export.load(path).module()
+    with path.open("wb") as file:
+        torch.export.save(exported, file)
+    with path.open("rb") as file:
+        return torch.export.load(file).module()
 
 
 def _onnx(path: Path, snapshot: Snapshot, net: Network, images: Tensor) -> Callable[[Tensor], Tensor]:
@@ -186,7 +191,7 @@ def export(
 
 def parser() -> argparse.ArgumentParser:
     summary, _, rest = (__doc__ or "").partition("\n\n")
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="python -m train.export", description=summary, epilog=rest, formatter_class=argparse.RawTextHelpFormatter
     )
     result.add_argument("run", type=Path, help="the run folder")
@@ -199,29 +204,30 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
+    with standard_streams():
+        options = parser().parse_args(arguments)
+        log = Log()
+        with explained(log, out_of_memory="", place=f"{options.run}", reads_files=True) as outcome:
+            _export(options, log)
+        return outcome.code
+
+
+def _export(options: argparse.Namespace, log: Log) -> None:
     names = ["model.safetensors"]
     names += ["model.pt2"] * options.torch_export + ["model.onnx"] * options.onnx
-    try:
-        for name in names:
-            require(name)
-        snapshot = load_snapshot(options.run / options.checkpoint)
-        net = network(snapshot, options.ema)
-        images = first_test_images(snapshot, options.data_root)
-        folder = own_folder(options.run, "export")
-        folder.mkdir(exist_ok=True)
-        for name in names:
-            difference = export(folder, name, snapshot, net, images)
-            print(
-                f"{folder / name}: equals the network's logits on {len(images)} test images to {difference:.1e} of the largest"
-            )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {error.filename or options.run}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    return 0
+    for name in names:
+        require(name)
+    run = at_home(options.run, "run folder", ExportError)
+    snapshot = load_snapshot(run / options.checkpoint)
+    net = network(snapshot, options.ema)
+    images = first_test_images(snapshot, options.data_root)
+    folder = own_folder(run, "export")
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        difference = export(folder, name, snapshot, net, images)
+        log(
+            f"{folder / name}: equals the network's logits on {len(images)} test images to {difference:.1e} of the largest"
+        )
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from dali_pipeline.hold_out import hold_out
 from dali_pipeline.options import DataOptions
 from dali_pipeline.sources.cifar import Cifar10, Cifar100
 from dali_pipeline.sources.digits import Digits
-from dali_pipeline.sources.download import to_stderr
 from dali_pipeline.sources.source import Say, Source
 from dali_pipeline.sources.synthetic import Synthetic
+from dali_pipeline.words import to_stderr
 
 __all__ = ["SOURCES", "Say", "Source", "data_sections", "load", "source_of", "to_stderr"]
 

@@ -177,7 +177,7 @@ def load_cifar(
             return _dataset(cifar, _read_pickled_folder(cifar, folder), f"{folder} (pickles, {_UNCHECKED})")
         if not path.exists():
             if not download:
-                raise DataError(_not_found(cifar, root, ["downloading is switched off"]))
+                raise DataError(*_not_found(cifar, root, ["downloading is switched off"]))
             fetch(archive, root, say=say, timeout=timeout, pause=pause)
         return _dataset(cifar, _read_archive(cifar, path), f"{path} (sha256 {archive.sha256} verified)")
     except DiskFailed as error:
@@ -186,7 +186,7 @@ def load_cifar(
             "where it ended"
         ) from error
     except DownloadError as error:
-        raise DataError(_not_found(cifar, root, error.reasons)) from error
+        raise DataError(*_not_found(cifar, root, error.reasons)) from error
     except OSError as error:
         raise DataError(f"{error.filename or root}: {error.strerror or error}") from error
 
@@ -200,9 +200,10 @@ def _with_mirrors(archive: Archive, mirrors: Sequence[str] | None) -> Archive:
     return replace(archive, urls=tuple(url + archive.name if url.endswith("/") else url for url in mirrors))
 
 
-def _not_found(cifar: Cifar, root: Path, tried: Sequence[str]) -> str:
+def _not_found(cifar: Cifar, root: Path, tried: Sequence[str]) -> list[str]:
+    """The lines of the error."""
     archive = cifar.archive
-    lines = [
+    return [
         f"{cifar.name} is not there and could not be fetched",
         f"looked in {root.absolute()} for {cifar.binary_folder}/, {cifar.pickled_folder}/ and {archive.name}",
         *(f"tried {reason}" for reason in tried),
@@ -211,7 +212,6 @@ def _not_found(cifar: Cifar, root: Path, tried: Sequence[str]) -> str:
         f"  point data.root=DIR to a folder that holds {cifar.binary_folder}/, {cifar.pickled_folder}/ or the archive",
         "  start with data that needs no network: python -m train --config configs/quickstart.yaml",
     ]
-    return "\n".join(lines)
 
 
 def _unpacked_in(root: Path, name: str, files: Sequence[str]) -> Path | None:

@@ -295,13 +295,6 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def to_stderr(line: str) -> None:
-    """Print the line to stderr; an stderr that is closed or missing is ignored."""
-    if sys.stderr is not None:
-        with suppress(OSError, ValueError):
-            print(line, file=sys.stderr, flush=True)
-
-
 class _Meter:
     """Progress: a bar where stderr is a terminal, elsewhere a line to `say` every LINE_SECONDS; without `say` neither."""
 

@@ -94,6 +94,29 @@ class SignalWatch:
             raise Interrupted(self.received, saved=True)
 
 
+_ENDING = (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Inside the block SIGTERM and SIGHUP raise Interrupted, as SIGINT raises KeyboardInterrupt: for the time before and after a
+    training, when they would end the process without a word. Does nothing outside the main thread."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number, saved=False)
+
+    watched = [n for n in _watched() if n in _ENDING and signal.getsignal(n) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        watched = []
+    for number in watched:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in watched:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def _watched() -> list[int]:
     watched: list[int] = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it

@@ -1,15 +1,16 @@
-"""Lines for a person. A reader that goes away does not stop the run."""
+"""Lines for a person. Neither a reader that goes away nor a character that cannot be written stops the run."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-from pathlib import Path
+
+from dali_pipeline.words import encodable, printable
+from train.screen.streams import to_nowhere
 
 
 class Log:
-    """Prints lines on the first rank and nothing on the others. A closed pipe (nobody reads any more) is no error.
+    """Prints lines on the first rank and nothing on the others. A closed pipe (nobody reads any more) is no error. Control
+    characters, and what the stream's encoding lacks, are printed as escapes.
 
     With `owns_process` a closed standard output is replaced by the null device, so that prints of libraries do not fail either.
     """
@@ -25,16 +26,15 @@ class Log:
         if self.quiet or sys.stdout is None:
             return
         try:
+            shown = encodable(printable(line), sys.stdout)
             if self.terminal:
                 from tqdm import tqdm
 
-                tqdm.write(line)
+                tqdm.write(shown)
             else:
-                print(line, flush=True)
-        except (BrokenPipeError, ValueError, OSError):
+                print(shown, flush=True)
+        except (ValueError, OSError):
             # nobody reads any more; the run goes on without its messages
             self.quiet = True
-            if not self._owns_process:
-                return
-            with Path(os.devnull).open("w") as null, contextlib.suppress(OSError):
-                os.dup2(null.fileno(), 1)
+            if self._owns_process:
+                to_nowhere(1)

@@ -16,7 +16,7 @@ from zygote import Zygote
 
 from train.config import Config
 from train.disk.checkpoint import load_checkpoint
-from train.machine.signals import Interrupted, SignalWatch
+from train.machine.signals import Interrupted, SignalWatch, ending_at_once
 from train.run import fit
 from train.screen.log import Log
 from train.step.evaluation import evaluate
@@ -41,6 +41,7 @@ def test_a_signal_finishes_the_step_saves_and_the_rest_of_the_run_has_the_same_b
     state = load_checkpoint(tmp_path / "parts" / "last.pt")
     assert (state["epoch"], state["step"]) == (1, 4)
     assert "continue with --resume" in job.stdout and "ending after this step" in job.stderr
+    assert "continue with --resume" in job.stderr  # where `| tee` was ended by the same Ctrl-C
     assert runs.run(*words, f"run.dir={tmp_path / 'parts'}", "--resume")[0] == 0
     assert runs.run(*words, f"run.dir={tmp_path / 'whole'}")[0] == 0
     assert equal(load_checkpoint(tmp_path / "whole" / "last.pt"), load_checkpoint(tmp_path / "parts" / "last.pt"))
@@ -116,8 +117,18 @@ def test_a_signal_before_the_training_ends_at_once_and_leaves_no_folder(
         job.until("now")
         job.kill(number)
         assert job.wait(timeout=60) == 128 + number
-        assert "Traceback" not in job.stderr
+        (line,) = job.stderr.splitlines()
+        assert line.startswith(f"{signal.Signals(number).name}: stopped, nothing was trained")
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_beside_the_training_is_said_and_its_default_action_comes_back(number: signal.Signals) -> None:
+    with pytest.raises(Interrupted, match=number.name) as ended, ending_at_once():
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+    assert ended.value.code == 128 + number and not ended.value.saved
+    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 def test_a_signal_in_the_save_at_an_epochs_end_stops_after_it(quick_config: Config, tmp_path: Path, arm: Arm) -> None:

@@ -1,4 +1,4 @@
-"""Standard streams that are closed, and a terminal that goes away: the run goes on."""
+"""Standard streams that are closed, full or without a character, and a terminal that goes away: the run goes on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from places import ROOT
+from zygote import Zygote
 
 from train.disk.checkpoint import load_checkpoint
 from train.screen.log import Log
@@ -39,6 +40,43 @@ def test_a_run_goes_on_when_nobody_reads_it(recipe: Path, tmp_path: Path, end: s
     assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1
     assert (tmp_path / "run" / ".lock").read_bytes() == b""  # nothing that was printed
     assert (tmp_path / "run" / "analysis" / "report.html").exists() == analyse
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_run_prints_every_line_where_its_characters_cannot_be_encoded(
+    runs: Zygote, recipe: Path, tmp_path: Path, encoding: str
+) -> None:
+    """The pictures' captions hold a middle dot, the folder's name what cp1252 lacks."""
+    folder = tmp_path / "läuft 走"
+    words = ["--config", recipe, "train.epochs=1", "schedule.peak_epoch=0.5", "run.analyse=true", f"run.dir={folder}"]
+    before = f"import sys; sys.stdout.reconfigure(encoding={encoding!r}, errors='strict')"
+    job = runs.start(*words, before=before)
+    assert job.wait() == 0, job.stderr
+    lines = job.out.read_bytes().decode(encoding).splitlines()
+    assert lines[-1].startswith("next ") and "\\u8d70" in lines[-1]
+    assert any("best.pt" in line and ("·" if encoding == "cp1252" else "\\xb7") in line for line in lines)
+    assert (folder / "analysis" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "end", "code", "said"),
+    [
+        ("--print-config", ">/dev/full", 1, "error: standard output: cannot be written: No space left on device"),
+        ("--print-config", ">&-", 1, "error: standard output: cannot be written"),
+        ("--print-config", "| head -n 1", 0, ""),
+        ("--help", ">/dev/full", 1, "error: standard output: cannot be written: No space left on device"),
+        ("train.epochs=none", "2>/dev/full", 2, ""),
+        ("train.epochs=none", "2>&-", 2, ""),
+        ("--nonsense", "2>/dev/full", 2, ""),
+    ],
+)
+def test_a_stream_that_takes_nothing_changes_no_other_exit_code(
+    recipe: Path, words: str, end: str, code: int, said: str
+) -> None:
+    script = f"{command(recipe, words)} {end}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code
+    assert done.stderr.startswith(said) and len(done.stderr.splitlines()) == bool(said)
 
 
 def test_a_terminal_that_goes_away_stops_the_bar_and_not_the_run() -> None:
