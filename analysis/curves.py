@@ -23,7 +23,7 @@ from analysis.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, new_fi
 from train.screen.log import Log
 from train.step.measures import recorded
 from train.step.range_test import RangeTest, RangeTestError, Suggestion, suggest
-from train.step.schedule import OneCycle, one_cycle
+from train.step.schedule import OneCycle, make_schedule
 
 Metrics = Sequence[dict[str, Any]]
 # colours and line styles of the measures after the first, in the order in which they are reported
@@ -178,7 +178,7 @@ def draw_lr_finder(
 def schedule_of(run: LoadedRun) -> OneCycle:
     """The schedule that the run used."""
     config, snapshot = run.config, run.snapshot
-    return one_cycle(snapshot.rates, config.schedule.peak_epoch, config.train.epochs, snapshot.steps_per_epoch)
+    return make_schedule(config.schedule, snapshot.rates, config.train.epochs, snapshot.steps_per_epoch)
 
 
 def draw_all(run: LoadedRun, folder: Path, say: Say = print) -> list[Path]:

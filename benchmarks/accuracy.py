@@ -271,7 +271,7 @@ class Campaign:
         from train.run import find_rates
         from train.screen.clock import Times
         from train.screen.notice import LongRunNotice
-        from train.step.schedule import Rates, one_cycle
+        from train.step.schedule import Rates, make_schedule
 
         session, trainer = self.session, self.trainer
         config, device = session.config, session.runtime.device
@@ -280,7 +280,7 @@ class Campaign:
         times = session.times = Times()
         notice = LongRunNotice(trainer.total_steps, config, session.runtime, session.log)
         rates = Rates.given(config.schedule) or find_rates(session, None, notice)
-        schedule = one_cycle(rates, config.schedule.peak_epoch, config.train.epochs, trainer.steps_per_epoch)
+        schedule = make_schedule(config.schedule, rates, config.train.epochs, trainer.steps_per_epoch)
         position = Position()
         Run(session, schedule, None, position, notice).train()
         last = position.metrics[-1]

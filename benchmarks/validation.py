@@ -89,7 +89,7 @@ def by_epoch(session: Session, seed: int) -> list[dict[str, float]]:
     from train.loop import Run
     from train.run import find_rates
     from train.screen.notice import LongRunNotice
-    from train.step.schedule import Rates, one_cycle
+    from train.step.schedule import Rates, make_schedule
 
     trainer, config = session.trainer, session.config
     trainer.start_over(seed)
@@ -107,7 +107,7 @@ def by_epoch(session: Session, seed: int) -> list[dict[str, float]]:
 
     trainer.evaluate = both  # type: ignore[method-assign]
     try:
-        schedule = one_cycle(rates, config.schedule.peak_epoch, config.train.epochs, trainer.steps_per_epoch)
+        schedule = make_schedule(config.schedule, rates, config.train.epochs, trainer.steps_per_epoch)
         Run(session, schedule, None, Position(), notice).train()
     finally:
         trainer.evaluate = evaluate  # type: ignore[method-assign]

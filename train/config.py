@@ -261,6 +261,15 @@ def _check_together(config: Config) -> None:
             f"schedule.peak_epoch: {schedule.peak_epoch:g} lies after the end of the training "
             f"(train.epochs={train.epochs}); lower it or train longer"
         )
+    if schedule.hold_epochs and schedule.shape != "trapezoid":
+        raise ConfigError(
+            f"schedule.hold_epochs: {schedule.hold_epochs:g} belongs to schedule.shape=trapezoid, here {schedule.shape}"
+        )
+    if schedule.peak_epoch + schedule.hold_epochs > train.epochs:
+        raise ConfigError(
+            f"schedule.hold_epochs: {schedule.hold_epochs:g} after schedule.peak_epoch={schedule.peak_epoch:g} lies beyond the "
+            f"end of the training (train.epochs={train.epochs}); lower one of them or train longer"
+        )
     if isinstance(schedule.lr_max, float) and isinstance(schedule.lr_min, float) and schedule.lr_min > schedule.lr_max:
         raise ConfigError(f"schedule.lr_min: {schedule.lr_min:g} is above schedule.lr_max={schedule.lr_max:g}")
     if schedule.find_start >= schedule.find_end:

@@ -32,6 +32,21 @@ class OptimOptions:
         0.0, "weight decay of batch-norm parameters and biases", at_least=0.0, at_most=1.0
     )
     label_smoothing: float = key(0.0, "label smoothing of the cross-entropy", at_least=0.0, below=1.0)
+    decoupled_weight_decay: bool = key(
+        False, "scale weights by 1 - rate * decay in each step of SGD, instead of decaying through the momentum"
+    )
+    norm_bias_rate: float = key(
+        1.0, "factor on the learning rate of batch norm's biases", above=0.0, at_most=1_000_000.0
+    )
+    lookahead_every: int = key(
+        0,
+        "steps between moves of Lookahead's slow weights (arXiv:1907.08610); 0 keeps none",
+        at_least=0,
+        at_most=MOST_STEPS,
+    )
+    lookahead_part: float = key(
+        0.5, "part of the way to the weights that Lookahead's slow weights go", above=0.0, at_most=1.0
+    )
     filters: Literal["sgd", "muon"] = key(
         "sgd", "which optimizer trains the filters of the convolutions; SGD trains the rest"
     )
@@ -49,7 +64,7 @@ class OptimOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleOptions:
-    """OneCycle, linear, per step: lr_min up to lr_max at peak_epoch, back down to lr_min at the end, not below."""
+    """The learning rate, linear, per step: lr_min up to lr_max at peak_epoch, and down again until the end."""
 
     lr_max: float | Literal["find"] = key(
         "find", "peak learning rate, or 'find' for the range test", above=0.0, at_most=HIGHEST_RATE
@@ -60,6 +75,11 @@ class ScheduleOptions:
     peak_epoch: float = key(
         5.0, "epoch at whose end the rate peaks; must lie within the training", above=0.0, at_most=float(MOST_EPOCHS)
     )
+    shape: Literal["onecycle", "triangle", "trapezoid"] = key(
+        "onecycle",
+        "how the rate falls: onecycle back to lr_min, triangle to zero, trapezoid to zero after hold_epochs at its peak",
+    )
+    hold_epochs: float = key(0.0, "epochs at the peak, with shape=trapezoid", at_least=0.0, at_most=float(MOST_EPOCHS))
     find_start: float = key(1e-4, "lowest rate of the range test", above=0.0, at_most=HIGHEST_RATE)
     find_end: float = key(10.0, "highest rate of the range test", above=0.0, at_most=HIGHEST_RATE)
     find_steps: int = key(100, "steps of the range test", at_least=20, at_most=10_000)

@@ -17,7 +17,7 @@ from train.screen.notice import LongRunNotice
 from train.screen.summary import summary_lines
 from train.session import Session
 from train.step.range_test import RangeTestError, range_test, suggest
-from train.step.schedule import Rates, one_cycle
+from train.step.schedule import Rates, make_schedule
 
 MAX_NAMES_SHOWN = 10  # file names in one line of the log
 
@@ -79,7 +79,7 @@ def fit(
                 # environment.json first: it proves that a run lies here, so that after a kill the folder can be overwritten
                 folder.write_json("environment.json", session.environment())
                 folder.write_text("config.yaml", to_yaml(session.config))
-        schedule = one_cycle(rates, config.schedule.peak_epoch, config.train.epochs, trainer.steps_per_epoch)
+        schedule = make_schedule(config.schedule, rates, config.train.epochs, trainer.steps_per_epoch)
         run = Run(session, schedule, folder, position, notice)
         session.at_end(run.close)
         run.train()

@@ -191,6 +191,7 @@ BAD_OVERRIDES = {
     "train.precision=fp8": "fp32 | bf16 | fp16",
     "optim.momentum=1": "below 1",
     "schedule.peak_epoch=99": "after the end",
+    "schedule.hold_epochs=1": "schedule.hold_epochs: 1 belongs to schedule.shape=trapezoid, here onecycle",
     "augment.cutout=100000000000000000000": "augment.cutout: 100000000000000000000 is out of range, must be at most 1024",
     "train.eval_batch_size=100000000000000000000": "out of range, must be at most 1000000",
     "run.checkpoint_every=" + "9" * 5000: "a number of 5000 digits is out of range",

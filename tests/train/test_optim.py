@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,10 +13,11 @@ from torch import nn
 from training import assert_same
 
 from net.resnet import CustomResNet
-from train.options import OptimOptions
+from train.options import OptimOptions, ScheduleOptions
 from train.step import optim
+from train.step.decoupled import DecoupledSGD
 from train.step.optim import Optimizers, ParameterGroup, parameter_groups
-from train.step.schedule import OneCycle, Rates, one_cycle
+from train.step.schedule import OneCycle, Rates, Trapezoid, make_schedule
 
 
 def torch_one_cycle(lr_max: float, lr_min: float, peak: int, total: int) -> list[float]:
@@ -70,7 +72,27 @@ def test_steps_outside_the_schedule_are_refused() -> None:
 
 
 def test_a_schedule_is_laid_over_whole_epochs() -> None:
-    assert one_cycle(Rates(0.4, 0.01), 5.0, 24, 97) == OneCycle(0.4, 0.01, 5 * 97, 24 * 97)
+    rates, between = Rates(0.4, 0.01), (0.4, 0.01, 5 * 97, 24 * 97)
+    assert make_schedule(ScheduleOptions(peak_epoch=5.0), rates, 24, 97) == OneCycle(*between)
+    triangle = ScheduleOptions(peak_epoch=5.0, shape="triangle")
+    assert make_schedule(triangle, rates, 24, 97) == Trapezoid(*between, hold_steps=0)
+    trapezoid = ScheduleOptions(peak_epoch=5.0, shape="trapezoid", hold_epochs=7.5)
+    assert make_schedule(trapezoid, rates, 24, 97) == Trapezoid(*between, hold_steps=7.5 * 97)
+
+
+@pytest.mark.parametrize(
+    ("peak", "hold", "total"), [(20, 0, 100), (20, 30, 100), (1.5, 3.25, 11), (100, 0, 100), (40, 60, 100)]
+)
+def test_a_trapezoid_interpolates_between_its_corners(peak: float, hold: float, total: int) -> None:
+    schedule = Trapezoid(0.4, 0.1, peak, total, hold_steps=hold)
+    last = min(peak, total - 1)
+    corners = sorted({(0.0, 0.1), (last, 0.4), (peak + hold, 0.4), (float(total), 0.0 if peak + hold < total else 0.4)})
+    places, values = zip(*corners, strict=True)
+    expected = np.interp(np.arange(total), places, values)
+    np.testing.assert_allclose([schedule(step) for step in range(total)], expected, rtol=1e-12)
+    for step in (-1, total):
+        with pytest.raises(ValueError, match=f"of a schedule of {total} steps"):
+            schedule(step)
 
 
 CPU = torch.device("cpu")
@@ -200,3 +222,56 @@ def test_optimizers_that_start_over_are_as_new_ones() -> None:
     take_steps(optimizers, weights, [0.1, 0.2])
     optimizers.start_over()
     assert_same(optimizers.state_dict(), two_groups(options)[0].state_dict())
+
+
+def test_decoupled_decay_scales_by_the_rate_and_stays_out_of_the_momentum() -> None:
+    momentum, decay = 0.8, 0.1
+    options = OptimOptions(momentum=momentum, nesterov=False, decoupled_weight_decay=True)
+    weight = nn.Parameter(torch.full((2,), 2.0, dtype=torch.float64))
+    optimizers = Optimizers([ParameterGroup("all", (weight,), decay, rate_factor=2.0)], options, CPU)
+    expected = 2.0
+    for n, rate in enumerate((0.1, 0.2, 0.05), 1):
+        take_steps(optimizers, [weight], [rate], gradient=3.0)
+        velocity = 3.0 * (1 - momentum**n) / (1 - momentum)
+        expected = expected * (1 - 2 * rate * decay) - 2 * rate * velocity
+    torch.testing.assert_close(weight.detach(), torch.full((2,), expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_decoupled_step_that_overflows_does_not_decay_either(fused: bool) -> None:
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = DecoupledSGD([{"params": [weight], "weight_decay": 0.1}], lr=0.5, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for gradient, after in ((float("inf"), 1.0), (1.0, 0.95 - 0.5)):
+        scaler.scale(torch.zeros(()))
+        weight.grad = torch.full_like(weight, gradient * scaler.get_scale())
+        scaler.step(optimizer)
+        scaler.update()
+        torch.testing.assert_close(weight.detach(), torch.full((3,), after))
+
+
+def test_lookahead_goes_a_part_of_the_way_every_few_steps() -> None:
+    options = OptimOptions(momentum=0.0, nesterov=False, lookahead_every=3, lookahead_part=0.25)
+    optimizers, weights = two_groups(options)
+    fast, slow = [1.0, 1.0], [1.0, 1.0]
+    for n in range(1, 9):
+        take_steps(optimizers, weights, [0.1], gradient=3.0)
+        fast = [fast[0] - 0.3, fast[1] - 0.6]
+        if n % 3 == 0:
+            fast = slow = [s + 0.25 * (f - s) for s, f in zip(slow, fast, strict=True)]
+        for weight, value in zip(weights, fast, strict=True):
+            torch.testing.assert_close(weight.detach(), torch.full((2,), value, dtype=torch.float64))
+
+
+def test_norm_biases_have_their_own_rate_where_the_recipe_says_so() -> None:
+    net = CustomResNet(10, 2)
+    options = OptimOptions(norm_bias_rate=64.0, norm_bias_weight_decay=0.25)
+    optimizers = Optimizers(parameter_groups(net, options), options, CPU)
+    optimizers.set_rate(0.5)
+    found = {id(p): g["lr"] for g in optimizers.by_kind["sgd"].param_groups for p in g["params"]}
+    norms = {f"{name}.bias" for name, part in net.named_modules() if isinstance(part, nn.BatchNorm2d)}
+    assert len(norms) == 8
+    assert {name: found[id(p)] for name, p in net.named_parameters()} == {
+        name: 32.0 if name in norms else 0.5 for name, _ in net.named_parameters()
+    }
+    assert [group["weight_decay"] for group in optimizers.by_kind["sgd"].param_groups] == [5e-4, 0.25, 0.25]

@@ -11,16 +11,20 @@ from training import assert_same, make_trainer
 from train.config import Config, changed
 from train.step.borrow import borrowed_state
 from train.step.meter import StepMeter
-from train.step.schedule import OneCycle
+from train.step.schedule import Rates, make_schedule
 from train.step.trainer import Trainer
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "alternating flip": {"augment.flip": True, "augment.flip_rule": "alternating"},
+    "decoupled": {"optim.decoupled_weight_decay": True},
+    "lookahead": {"optim.lookahead_every": 3},
+    "norm bias rate": {"optim.norm_bias_rate": 8.0},
     "muon": {"optim.filters": "muon"},
     "whitening": {"net.whitening": True},
     "dirac": {"net.residual_init": "dirac"},
     "activation": {"net.activation": "gelu"},
     "views": {"train.tta": "shift", "train.ema_decay": 0.9},
+    "trapezoid": {"schedule.shape": "trapezoid", "schedule.hold_epochs": 0.5},
     "norms": {"net.norm_scale": "frozen", "net.norm_momentum": 0.3, "net.norm_eps": 1e-3},
 }
 EVERYTHING = {key: value for options in OPTIONS.values() for key, value in options.items()}
@@ -34,7 +38,9 @@ def make(config: Config, options: dict[str, Any], seed: int = 0) -> Trainer:
 def steps(trainer: Trainer, epoch: int, first: int, last: int) -> list[float]:
     """Train steps `first` up to `last` of an epoch; the losses."""
     meter = StepMeter(epoch, trainer.steps_per_epoch, trainer.runtime.device)
-    schedule = OneCycle(0.1, 0.01, 5, trainer.total_steps)
+    config = trainer.config
+    rates = Rates(0.1, 0.01)
+    schedule = make_schedule(config.schedule, rates, config.train.epochs, trainer.steps_per_epoch)
 
     class Enough(Exception):
         pass

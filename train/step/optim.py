@@ -11,6 +11,8 @@ from torch import nn
 
 from net.interface import Network
 from train.options import OptimOptions
+from train.step.decoupled import DecoupledSGD
+from train.step.lookahead import Lookahead
 from train.step.muon import Muon
 
 
@@ -28,21 +30,26 @@ class ParameterGroup:
 
 def parameter_groups(net: Network, options: OptimOptions, lr_max: float | None = None) -> list[ParameterGroup]:
     """The trained parameters: filters and matrices in a group with weight decay, normalisation layers and biases in one with
-    their own. The filters are a group apart where another optimizer trains them, whose rate is to peak at its own value where
-    the schedule's peaks at `lr_max`."""
-    of: dict[str, list[nn.Parameter]] = {"kernels": [], "filters": [], "norms and biases": []}
+    their own. Norm biases with a rate of their own are a group apart, and so are filters that another optimizer trains, whose
+    rate is to peak at its own value where the schedule's peaks at `lr_max`."""
+    of: dict[str, list[nn.Parameter]] = {"kernels": [], "filters": [], "norms and biases": [], "norm biases": []}
     for name, parameter in net.named_parameters():
         if not parameter.requires_grad:
             continue
         role = net.role(name)
         if role == "filter" and options.filters != "sgd":
             of["filters"].append(parameter)
+        elif role == "norm_bias" and options.norm_bias_rate != 1:
+            of["norm biases"].append(parameter)
         else:
             of["kernels" if role in ("filter", "matrix") else "norms and biases"].append(parameter)
     groups = [
         ParameterGroup("kernels", tuple(of["kernels"]), options.weight_decay),
         ParameterGroup("norms and biases", tuple(of["norms and biases"]), options.norm_bias_weight_decay),
     ]
+    if options.norm_bias_rate != 1:
+        decay, factor = options.norm_bias_weight_decay, options.norm_bias_rate
+        groups.append(ParameterGroup("norm biases", tuple(of["norm biases"]), decay, rate_factor=factor))
     if options.filters != "sgd":
         assert lr_max is not None, "the configuration is refused without"
         factor = options.muon_lr / lr_max
@@ -52,7 +59,8 @@ def parameter_groups(net: Network, options: OptimOptions, lr_max: float | None =
 
 def _sgd(groups: list[dict[str, Any]], options: OptimOptions, device: torch.device) -> torch.optim.Optimizer:
     """SGD; on CUDA as one fused kernel."""
-    return torch.optim.SGD(
+    make = DecoupledSGD if options.decoupled_weight_decay else torch.optim.SGD
+    return make(
         groups, lr=0.0, momentum=options.momentum, nesterov=options.nesterov, fused=device.type == "cuda" or None
     )
 
@@ -84,6 +92,10 @@ class Optimizers:
             )
             for kind, of_kind in self._groups.items()
         }
+        self.lookahead: Lookahead | None = None
+        if options.lookahead_every:
+            everything = [parameter for group in groups for parameter in group.parameters]
+            self.lookahead = Lookahead(everything, options.lookahead_every, options.lookahead_part)
         self.start_over()
 
     def start_over(self) -> None:
@@ -99,6 +111,8 @@ class Optimizers:
                 if group.get("momentum", 0) > 0:
                     for parameter in group["params"]:
                         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        if self.lookahead is not None:
+            self.lookahead.start_over()
 
     def set_rate(self, rate: float) -> None:
         """Set the schedule's learning rate for this step; each group uses it times its `rate_factor`."""
@@ -110,6 +124,8 @@ class Optimizers:
         """One update of all parameters. The scaler skips it where gradients have overflowed in fp16."""
         for optimizer in self.by_kind.values():
             scaler.step(optimizer)
+        if self.lookahead is not None:
+            self.lookahead.step()
 
     def zero_grad(self) -> None:
         """Remove all gradients."""
@@ -117,13 +133,18 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of each optimizer, by its kind."""
-        return {kind: optimizer.state_dict() for kind, optimizer in self.by_kind.items()}
+        """The state of each optimizer, by its kind, and that of Lookahead where there is one."""
+        return {name: part.state_dict() for name, part in self._parts().items()}
+
+    def _parts(self) -> dict[str, torch.optim.Optimizer | Lookahead]:
+        return {**self.by_kind, **({} if self.lookahead is None else {"lookahead": self.lookahead})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a `state_dict`; the kernel stays the one for this device. ValueError for other kinds of optimizers."""
-        if state.keys() != self.by_kind.keys():
-            raise ValueError(f"optimizers {', '.join(state)} in the state, {', '.join(self.by_kind)} here")
+        if state.keys() != self._parts().keys():
+            raise ValueError(f"optimizers {', '.join(state)} in the state, {', '.join(self._parts())} here")
+        if self.lookahead is not None:
+            self.lookahead.load_state_dict(state["lookahead"])
         for kind, optimizer in self.by_kind.items():
             fused = [group.get("fused") for group in optimizer.param_groups]
             optimizer.load_state_dict(state[kind])

@@ -48,6 +48,28 @@ class OneCycle:
         return self.lr_min + (self.lr_max - self.lr_min) * done
 
 
-def one_cycle(rates: Rates, peak_epoch: float, epochs: int, steps_per_epoch: int) -> OneCycle:
-    """The schedule of a training."""
-    return OneCycle(rates.lr_max, rates.lr_min, peak_epoch * steps_per_epoch, epochs * steps_per_epoch)
+@dataclass(frozen=True)
+class Trapezoid(OneCycle):
+    """Linear from lr_min up to lr_max at `peak_step`, constant for `hold_steps`, and linear down to zero, which the step after
+    the last one would have. Without `hold_steps` a triangle."""
+
+    hold_steps: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        """The rate of step 0 .. total_steps - 1; ValueError beyond."""
+        fall = self.peak_step + self.hold_steps
+        if step <= self.peak_step or not 0 <= step < self.total_steps:
+            return super().__call__(step)
+        return (
+            self.lr_max * min(1.0, (self.total_steps - step) / (self.total_steps - fall))
+            if step > fall
+            else self.lr_max
+        )
+
+
+def make_schedule(options: ScheduleOptions, rates: Rates, epochs: int, steps_per_epoch: int) -> OneCycle:
+    """The schedule of a training between these rates, in the shape of the recipe."""
+    between = rates.lr_max, rates.lr_min, options.peak_epoch * steps_per_epoch, epochs * steps_per_epoch
+    if options.shape == "onecycle":
+        return OneCycle(*between)
+    return Trapezoid(*between, hold_steps=options.hold_epochs * steps_per_epoch)
