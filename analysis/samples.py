@@ -19,6 +19,7 @@ from analysis.style import BLUE, Pixels, Tile, draw_sheet, pretty
 from dali_pipeline.backend import BackendChoice
 from dali_pipeline.loader import TrainLoader
 from dali_pipeline.plan import Augment
+from train.config import changed
 from train.screen.log import Log
 from train.step.trainer import make_train_loader
 
@@ -27,8 +28,10 @@ def augmented_images(run: LoadedRun, count: int, epoch: int = 0) -> tuple[Pixels
     """The first `count` images (N, H, W, 3) uint8 and labels (N,) of an epoch (from 0), as the run's training saw them."""
     cpu = torch.device("cpu")
 
+    config = changed(run.config, {"data.resident": "never"})  # only the first batches are wanted
+
     def make(backend: BackendChoice | str) -> TrainLoader:
-        return make_train_loader(run.config, run.dataset, cpu, backend)
+        return make_train_loader(config, run.dataset, cpu, backend)
 
     loader = loader_of(run, make) if run.runtime.device.type == "cpu" else make("torch")
     images, labels = [], []

@@ -3,7 +3,8 @@
 At 32 x 32 pixels most of DALI's time is bookkeeping for each sample. So a sample here is not an image but a strip: images
 stacked on top of each other (dali_pipeline/layout.py has a drawing). The data set lies on the device as a few strips, decoded
 once (dali_pipeline/dali_decode.py). The operator `multi_paste` builds a batch as a few strips too, by pasting one rectangle for
-each image. It gathers, flips (every image is stored mirrored as well), pads, crops and cuts out.
+each image. It gathers, flips (every image is stored mirrored as well), pads, crops and cuts out. Where the data set does not lie
+on the device (data.resident), the strips hold the images of one batch, gathered on the host.
 benchmarks/dali_candidates.py compares its speed with other graphs.
 """
 
@@ -14,7 +15,6 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from dali_pipeline.dataset import Split
 from dali_pipeline.feed import FeedOrder
 from dali_pipeline.layout import MAX_STRIPS, StripLayout
 from dali_pipeline.plan import Plan
+from dali_pipeline.streamed import Stream, left_to_apply
 
 PREFETCH_DEPTH = 2  # batches that DALI builds ahead of the one in use
 # DALI's GPU kernel copies a row in blocks of this many bytes, one thread for each byte. Where the last block of a row has fewer
@@ -61,14 +62,15 @@ class DaliGraph:
         cutout_by: Literal["paste", "erase"] = "paste",
         padded: bool | None = None,
     ) -> None:
-        augment, self._device = order.augment, order.device
+        streamed = order.resident == "never"
+        augment, self._device = left_to_apply(order.augment) if streamed else order.augment, order.device
         on_gpu = self._device.type == "cuda"
         if on_gpu and 0 < 3 * split.width % _BLOCK_BYTES < _WARP:
             raise Unsupported(
                 f"DALI's GPU multi_paste reads beyond its tables at image width {split.width}; use data.backend=torch"
             )
         layout = StripLayout(
-            len(split),
+            order.batch_size if streamed else len(split),
             split.height,
             split.width,
             order.batch_size,
@@ -81,22 +83,44 @@ class DaliGraph:
             count = len(split) * (2 if augment.flip else 1)
             raise Unsupported(
                 f"{count} images of {layout.pitch} x {width} in {layout.strips} strips exceed DALI's 2 GiB a strip; "
-                f"take a batch size divisible by {MAX_STRIPS}, or data.backend=torch"
+                f"take a batch size divisible by {MAX_STRIPS}, data.resident=never, or data.backend=torch"
             )
-        images = decode_images(
-            split,
-            self._device,
-            border=layout.border,
-            reflect=layout.reflect,
-            mirrored=augment.flip,
-            slots=layout.slots,
-        )
-        if layout.patch is not None:
-            images[layout.patch] = torch.tensor(order.fill, dtype=torch.uint8, device=self._device)
-        self._resident = images.view(layout.resident_shape)
         self._shape = (order.batch_size, split.height, split.width, 3)
         self._strips_shape = layout.batch_shape
-        self._pipe: Any = _build(self._resident, layout, lambda: layout.rectangles(source()), order.fill)
+        self._resident: Tensor | None = None
+        self._stream: Stream | None = None
+        if streamed:
+            self._stream = stream = Stream(
+                split,
+                order.augment,
+                source,
+                target=torch.device("cpu"),
+                border=layout.border,
+                slots=layout.slots,
+                spare=order.fill,
+            )
+
+            def pull() -> tuple[npt.NDArray[Any], ...]:
+                with stream.next() as staged:  # DALI copies what it is fed before it asks again
+                    return staged.images.view(layout.resident_shape).numpy(), *layout.rectangles(staged.plan)
+
+        else:
+
+            def pull() -> tuple[npt.NDArray[Any], ...]:
+                return layout.rectangles(source())
+
+            images = decode_images(
+                split,
+                self._device,
+                border=layout.border,
+                reflect=layout.reflect,
+                mirrored=augment.flip,
+                slots=layout.slots,
+            )
+            if layout.patch is not None:
+                images[layout.patch] = torch.tensor(order.fill, dtype=torch.uint8, device=self._device)
+            self._resident = images.view(layout.resident_shape)
+        self._pipe: Any = _build(self._device, layout, self._resident, pull, order.fill)
         if on_gpu:
             self._copy = importlib.import_module("nvidia.dali.plugin.pytorch").feed_ndarray
 
@@ -124,30 +148,39 @@ class DaliGraph:
         """Stops DALI's threads and frees its memory, except for batches still held."""
         if self._pipe is not None:
             self._pipe = None
+            if self._stream is not None:
+                self._stream.close()
             if self._device.type == "cuda":  # batches under way read the resident images, which torch owns
                 torch.cuda.synchronize(self._device)
 
 
 def _build(
-    resident: Tensor,
+    device: torch.device,
     layout: StripLayout,
-    pull: Callable[[], tuple[npt.NDArray[np.int32 | np.float32], ...]],
+    resident: Tensor | None,
+    pull: Callable[[], tuple[npt.NDArray[Any], ...]],
     fill: tuple[int, int, int],
 ) -> Any:
-    """DALI's pipeline. Its inputs are the `resident` strips and the rectangles of a batch, its output the strips of the batch."""
+    """DALI's pipeline. Its inputs are strips of images and the rectangles of a batch, its output the strips of the batch. The
+    images are the `resident` ones; where there are none, `pull` gives those of each batch, on the host."""
     dali, fn = import_dali()
     pipe = dali.Pipeline(
         batch_size=layout.strips,
         num_threads=1,  # a batch is well below a millisecond of copying, too little to share
-        device_id=device_id(resident.device),
+        device_id=device_id(device),
         prefetch_queue_depth=PREFETCH_DEPTH,
     )
     _, height, width, _ = layout.batch_shape
     with pipe:
-        images = fn.external_source(
-            name="resident", device=backend_of(resident.device), layout="HWC", no_copy=True, repeat_last=True
-        )
-        rectangles = fn.external_source(pull, num_outputs=6 if layout.erases else 4)
+        count = 6 if layout.erases else 4
+        if resident is None:
+            images, *rectangles = fn.external_source(pull, num_outputs=1 + count, layout=["HWC"] + [""] * count)
+            images = images.gpu() if device.type == "cuda" else images
+        else:
+            images = fn.external_source(
+                name="resident", device=backend_of(device), layout="HWC", no_copy=True, repeat_last=True
+            )
+            rectangles = fn.external_source(pull, num_outputs=count)
         ids, source, shape, target = rectangles[:4]
         out = fn.multi_paste(
             images, in_ids=ids, in_anchors=source, shapes=shape, out_anchors=target, output_size=[height, width]
@@ -157,7 +190,9 @@ def _build(
             out = fn.erase(out, anchor=anchor, shape=hole, axis_names="HW", fill_value=[float(v) for v in fill])
         pipe.set_outputs(out)
     pipe.build()
-    if resident.device.type == "cuda":
+    if resident is None:
+        return pipe
+    if device.type == "cuda":
         # The strips are fed once. DALI's own streams read them for every batch, so they must be complete before that.
         torch.cuda.current_stream(resident.device).synchronize()
         pipe.feed_input("resident", resident, layout="HWC")

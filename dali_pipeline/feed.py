@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dali_pipeline.dataset import Split
+from dali_pipeline.memory import Resident
 from dali_pipeline.plan import Augment, Plan
 
 
@@ -18,7 +19,8 @@ class FeedOrder:
     """How the images of a split are to be fed: `batch_size` at a time, augmented, on `device`.
 
     fill: the colour (R, G, B) that cutout paints. compiled: fuse the torch graph's operations by torch.compile; DALI's graph
-    has nothing to compile.
+    has nothing to compile. resident: whether the graph keeps the images on the device, or ("never") gathers each batch from host
+    memory; "auto" is settled by `memory.choose_residence` before a graph is made.
     """
 
     batch_size: int
@@ -26,10 +28,11 @@ class FeedOrder:
     fill: tuple[int, int, int]
     device: torch.device
     compiled: bool = False
+    resident: Resident = "auto"
 
 
 class Graph(Protocol):
-    """Applies plans to the images of one split, which it keeps on the device."""
+    """Applies plans to the images of one split, which it keeps on the device or gathers batch by batch."""
 
     def run(self) -> Tensor:
         """The images of the oldest plan that it has pulled and not yet delivered: (n, 3, H, W) uint8, channels-last, in

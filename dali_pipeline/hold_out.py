@@ -11,17 +11,16 @@ import numpy.typing as npt
 from dali_pipeline.dataset import DataError, Dataset, Split, pieces, with_statistics
 
 
-def digests(split: Split) -> list[bytes]:
-    """SHA-256 of each image's file where the source has noted it, else of its pixels, (H, W, 3) in C order, whatever the order of
-    the axes in memory."""
+def digests(split: Split) -> npt.NDArray[np.uint8]:
+    """uint8 (N, 32): SHA-256 of each image's file where the source has noted it, else of its pixels, (H, W, 3) in C order,
+    whatever the order of the axes in memory."""
     if split.facts is not None:
-        facts = split.facts if split.rows is None else split.facts.take(split.rows)
-        return [bytes(digest) for digest in facts.digests]
-    return [
-        hashlib.sha256(image.data).digest()
-        for piece in pieces(split, 1 << 22)
-        for image in np.ascontiguousarray(piece).reshape(len(piece), -1)
-    ]
+        return split.facts.digests if split.rows is None else split.facts.digests[split.rows]
+    found = np.empty((len(split), 32), np.uint8)
+    images = (image for piece in pieces(split, 1 << 22) for image in np.ascontiguousarray(piece))
+    for digest, image in zip(found, images, strict=True):
+        digest[:] = np.frombuffer(hashlib.sha256(image.data).digest(), np.uint8)
+    return found
 
 
 def held_out(split: Split, amount: float, num_classes: int) -> npt.NDArray[np.bool_]:
@@ -34,15 +33,15 @@ def held_out(split: Split, amount: float, num_classes: int) -> npt.NDArray[np.bo
     """
     found = digests(split)
     if amount < 1:
-        numbers = np.array([int.from_bytes(digest[:8], "big") for digest in found], np.uint64)
+        numbers = np.ascontiguousarray(found[:, :8]).view(">u8")[:, 0]
         mask: npt.NDArray[np.bool_] = numbers < np.uint64(min(int(amount * 2**64), 2**64 - 1))
         return mask
     chosen: set[bytes] = set()
     each, more = divmod(int(amount), num_classes)
     for label in range(num_classes):
-        of_class = sorted({found[i] for i in np.flatnonzero(split.labels == label)})
+        of_class = sorted({found[i].tobytes() for i in np.flatnonzero(split.labels == label)})
         chosen.update(of_class[: each + (label < more)])
-    return np.array([digest in chosen for digest in found], bool)
+    return np.fromiter((digest.tobytes() in chosen for digest in found), bool, len(found))
 
 
 def hold_out(dataset: Dataset, amount: float) -> Dataset:

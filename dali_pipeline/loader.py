@@ -1,4 +1,5 @@
-"""Device batches of images and labels by DALI or by torch: the same pixels from either, for any (seed, epoch, step)."""
+"""Device batches of images and labels by DALI or by torch, of images that lie on the device or are sent there batch by batch: the
+same pixels in each way, for any (seed, epoch, step)."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from dali_pipeline.backend import Backend, BackendChoice, BackendError, choose_b
 from dali_pipeline.dali_graph import DaliGraph, Unsupported
 from dali_pipeline.dataset import Split
 from dali_pipeline.feed import FeedOrder, Graph, MakeGraph
+from dali_pipeline.memory import Residence, Resident, choose_residence
 from dali_pipeline.plan import NO_AUGMENT, Plan, Stream, Tail, check_shard, identity_plan
 from dali_pipeline.resident import to_device, upload
 from dali_pipeline.torch_graph import TorchGraph
@@ -62,7 +64,11 @@ class Pump:
 
 
 class Engine:
-    """The images and labels of one split on the device, by one backend: the batch of a key is what `plan_of` says."""
+    """The images and labels of one split on the device, by one backend: the batch of a key is what `plan_of` says.
+
+    `residence`: whether all of the images lie on the device, or each batch is sent there. `processes`: how many of them share the
+    host's memory, each with an engine of its own.
+    """
 
     def __init__(
         self,
@@ -72,7 +78,10 @@ class Engine:
         *,
         plan_of: Callable[[Key], Plan],
         follow: Callable[[int, int], Key],
+        processes: int = 1,
     ) -> None:
+        self.residence = choose_residence(order.resident, split, order.augment, order.device, processes)
+        order = replace(order, resident="always" if self.residence.resident else "never")
         name = backend.name if isinstance(backend, BackendChoice) else choose_backend(backend, order.device).name
         self.plan_of = plan_of
         self._pid = os.getpid()
@@ -142,7 +151,13 @@ class TrainLoader:
             backend,
             plan_of=lambda key: stream.batch(*key),
             follow=stream.next_step,
+            processes=world_size,
         )
+
+    @property
+    def residence(self) -> Residence:
+        """Whether the images lie on the device, and why."""
+        return self._engine.residence
 
     def plan(self, epoch: int, step: int) -> Plan:
         """Which images this rank gets at a step, and how they are augmented."""
@@ -173,6 +188,7 @@ class EvalLoader:
         batch_size: int,
         device: torch.device,
         backend: BackendChoice | str,
+        resident: Resident = "auto",
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -184,11 +200,23 @@ class EvalLoader:
         indices = np.where(positions < num_images, positions, 0)
         self._engine = Engine(
             split,
-            FeedOrder(batch_size=batch_size // world_size, augment=NO_AUGMENT, fill=(0, 0, 0), device=device),
+            FeedOrder(
+                batch_size=batch_size // world_size,
+                augment=NO_AUGMENT,
+                fill=(0, 0, 0),
+                device=device,
+                resident=resident,
+            ),
             backend,
             plan_of=lambda key: identity_plan(indices[key[1]]),
             follow=lambda epoch, step: (epoch, (step + 1) % num_steps),
+            processes=world_size,
         )
+
+    @property
+    def residence(self) -> Residence:
+        """Whether the images lie on the device, and why."""
+        return self._engine.residence
 
     def __len__(self) -> int:
         return self._num_steps

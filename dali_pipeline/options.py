@@ -24,6 +24,12 @@ class DataOptions:
     backend: Literal["auto", "dali", "torch"] = key(
         "auto", "input pipeline; auto takes DALI wherever it gives the right pixels", changes="speed"
     )
+    resident: Literal["auto", "always", "never"] = key(
+        "auto",
+        "whether all decoded images lie on the device; never sends each batch from host memory, auto where they take more than "
+        "half of what is free",
+        changes="speed",
+    )
     validation: int | float | None = key(
         None,
         "training images held out to choose best.pt by: a fraction (0.1) or a count (5000); null holds out none",

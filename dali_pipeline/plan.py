@@ -117,21 +117,23 @@ def draw_plan(seed: int, epoch: int, num_images: int, augment: Augment, size: in
     epoch: of two epochs in a row each image is mirrored in one (arXiv:2404.00498).
     """
     height, width = image_size(size)
+    alternating = augment.flip and augment.flip_rule == "alternating"
+    first = _mirrored(_words(seed, 0, num_images)) if alternating else None
     words = _words(seed, epoch, num_images)
     indices = _order(words[:, 0])
-    words = words[indices]
+    # a word at a time, as the words of all images in their new order would be the largest array of an epoch
     if augment.crop:
-        offset = _below(words[:, 1], augment.offsets**2)
+        offset = _below(words[indices, 1], augment.offsets**2)
         dy, dx = offset // augment.offsets, offset % augment.offsets
     else:
         dy = dx = np.full(num_images, augment.pad, np.int64)
     if not augment.flip:
         flip = np.zeros(num_images, bool)
-    elif augment.flip_rule == "alternating":
-        flip = _mirrored(_words(seed, 0, num_images))[indices] ^ bool(epoch % 2)
+    elif first is not None:
+        flip = first[indices] ^ bool(epoch % 2)
     else:
-        flip = _mirrored(words)
-    centre = _below(words[:, 3], height * width)
+        flip = _mirrored(words)[indices]
+    centre = _below(words[indices, 3], height * width)
     return Plan(indices, dy, dx, flip, centre // width, centre % width)
 
 
@@ -224,9 +226,9 @@ class Stream:
     def _epoch(self, epoch: int) -> Plan:
         plan = self._drawn.get(epoch)
         if plan is None:
-            plan = draw_plan(self._seed, epoch, self.num_images, self._augment, self._size)
-            # A batch spans at most two epochs, and prefetching reaches at most one epoch ahead.
+            # A batch spans at most two epochs, and prefetching reaches at most one epoch ahead. What goes, goes first.
             self._drawn = {e: p for e, p in self._drawn.items() if abs(e - epoch) <= 1}
+            plan = draw_plan(self._seed, epoch, self.num_images, self._augment, self._size)
             self._drawn[epoch] = plan
         return plan
 

@@ -61,13 +61,18 @@ def resident_images(
         pixels = upload(split.gather(slice(start, start + PIECE)), device)
         inner[start : start + PIECE] = pixels.permute(0, 2, 3, 1) if split.planar else pixels
     if reflect:
-        for axis, size in ((1, height), (2, width)):  # rows first, then columns with the corners
-            first, last = border, border + size - 1
-            for k in range(1, border + 1):
-                images.select(axis, first - k).copy_(images.select(axis, first + k))
-                images.select(axis, last + k).copy_(images.select(axis, last - k))
+        reflect_borders(images, border)
     if mirrored:
         for first in range(0, num_images, PIECE):  # in pieces: flip() makes a copy
             piece = images[first : first + PIECE]
             out[num_images + first :][: len(piece)] = piece.flip(2)
     return out
+
+
+def reflect_borders(images: Tensor, border: int) -> None:
+    """Fill the borders of images (N, H + 2*border, W + 2*border, 3) with the image reflected without its edge."""
+    for axis in (1, 2):  # rows first, then columns with the corners
+        first, last = border, images.shape[axis] - border - 1
+        for k in range(1, border + 1):
+            images.select(axis, first - k).copy_(images.select(axis, first + k))
+            images.select(axis, last + k).copy_(images.select(axis, last - k))

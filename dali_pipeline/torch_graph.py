@@ -17,6 +17,7 @@ from dali_pipeline.feed import FeedOrder
 from dali_pipeline.layout import resident_windows
 from dali_pipeline.plan import Plan
 from dali_pipeline.resident import resident_images, to_device
+from dali_pipeline.streamed import Kept, Stream, left_to_apply
 
 
 class TorchGraph:
@@ -28,24 +29,24 @@ class TorchGraph:
 
     def __init__(self, split: Split, order: FeedOrder, source: Callable[[], Plan]) -> None:
         augment = order.augment
-        self._source = source
         self._device = order.device
-        self._augment = augment
         self._num_images = len(split)
-        self._border = augment.pad if augment.crop else 0
-        images = resident_images(
-            split,
-            order.device,
-            border=self._border,
-            reflect=augment.padding_mode == "reflect",
-            mirrored=augment.flip,
-        )
-        slots, self._rows, self._columns, _ = images.shape
         self._height, self._width = split.height, split.width
-        starts = slots * self._rows * self._columns - (self._height - 1) * self._columns - self._width + 1
-        self._windows: Tensor | None = images.view(-1).as_strided(
-            (starts, self._height, self._width * 3), (3, self._columns * 3, 1)
-        )
+        self._border = augment.pad if augment.crop else 0
+        self._images: Stream | Kept | None
+        if order.resident == "never":
+            self._augment = left_to_apply(augment)
+            self._images = Stream(split, augment, source, target=order.device, border=self._border)
+        else:
+            self._augment = augment
+            images = resident_images(
+                split,
+                order.device,
+                border=self._border,
+                reflect=augment.padding_mode == "reflect",
+                mirrored=augment.flip,
+            )
+            self._images = Kept(images, source)
         self._fill = torch.tensor(order.fill, dtype=torch.uint8, device=self._device).repeat(self._width)
         self._row_hole = _holes(self._height, augment.cutout).to(self._device)
         self._column_hole = _holes(self._width, augment.cutout).repeat_interleave(3, 1).to(self._device)
@@ -54,21 +55,27 @@ class TorchGraph:
 
     def run(self) -> Tensor:
         """The images of the next plan, (n, 3, H, W) uint8, channels-last."""
-        if self._windows is None:
+        if self._images is None:
             raise RuntimeError("the graph is closed")
-        plan = self._source()
-        slot, window = resident_windows(plan, self._num_images, self._augment)
-        window += self._border
-        start = (slot * self._rows + window[:, 0]) * self._columns + window[:, 1]
-        staged = to_device(np.stack([start, plan.cy, plan.cx]), self._device)
-        arguments = (self._windows, staged, self._fill, self._row_hole, self._column_hole)
-        with torch.no_grad():
-            images = self._run(*arguments).view(-1, self._height, self._width, 3)
-        return images.permute(0, 3, 1, 2)
+        with self._images.next() as staged, torch.no_grad():
+            images = self._apply_plan(staged.images, staged.plan)
+        return images.view(-1, self._height, self._width, 3).permute(0, 3, 1, 2)
 
     def close(self) -> None:
-        """Frees the resident images."""
-        self._windows = None
+        """Frees the resident images, or stops gathering."""
+        if self._images is not None:
+            self._images.close()
+        self._images = None
+
+    def _apply_plan(self, images: Tensor, plan: Plan) -> Tensor:
+        slots, rows, columns, _ = images.shape
+        starts = slots * rows * columns - (self._height - 1) * columns - self._width + 1
+        windows = images.view(-1).as_strided((starts, self._height, self._width * 3), (3, columns * 3, 1))
+        slot, window = resident_windows(plan, self._num_images, self._augment)
+        window += self._border
+        start = (slot * rows + window[:, 0]) * columns + window[:, 1]
+        where = to_device(np.stack([start, plan.cy, plan.cx]), self._device)
+        return self._run(windows, where, self._fill, self._row_hole, self._column_hole)
 
     def _run(self, *arguments: Tensor) -> Tensor:
         if self._compiled is not None:
@@ -80,7 +87,7 @@ class TorchGraph:
                 Exception
             ) as error:  # inductor looks for its compiler at the first call, and raises errors of many kinds
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                warnings.warn(f"the torch input pipeline runs eagerly: {reason}", RuntimeWarning, stacklevel=5)
+                warnings.warn(f"the torch input pipeline runs eagerly: {reason}", RuntimeWarning, stacklevel=6)
                 self._compiled = None
         return self._apply(*arguments)
 

@@ -81,7 +81,7 @@ def program(snapshot: Snapshot, net: Network) -> EvalStep:
 def first_test_images(snapshot: Snapshot, root: Path | None) -> Tensor:
     """(IMAGES, 3, H, W) uint8: the first test images of the data set that the run was trained on. Raises DataError."""
     dataset = sources.load(from_record(snapshot.config).data, root=root, download=False)
-    return torch.from_numpy(dataset.test.images[:IMAGES]).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(dataset.test.take(slice(IMAGES)).images).permute(0, 3, 1, 2).contiguous()
 
 
 def _safetensors(path: Path, snapshot: Snapshot, net: Network, images: Tensor) -> Callable[[Tensor], Tensor]:

@@ -184,6 +184,9 @@ class Session:
             with self.group.together():
                 trainer = self._make_trainer(dataset)
         assert trainer is not None
+        for images, loader in (("training", trainer.train_loader), (trainer.measures[0].split, trainer.eval_loader)):
+            if not loader.residence.resident:
+                self.log(f"{images} images: sent to {self.runtime.device} batch by batch ({loader.residence.reason})")
         tail = len(dataset.train) % self.config.train.batch_size
         if tail:
             what = (

@@ -1,4 +1,5 @@
-"""Both backends against a NumPy loop over single images, pixel for pixel; loaders, ranks, resuming, choosing, closing."""
+"""Both backends, with images that lie on the device and with streamed ones, against a NumPy loop over single images, pixel for
+pixel; loaders, ranks, resuming, choosing, closing."""
 
 from __future__ import annotations
 
@@ -24,12 +25,14 @@ from dali_pipeline.dataset import Split
 from dali_pipeline.feed import FeedOrder
 from dali_pipeline.layout import StripLayout
 from dali_pipeline.loader import GRAPHS, Engine, EvalLoader, TrainLoader
+from dali_pipeline.memory import Resident
 from dali_pipeline.plan import NO_AUGMENT, Augment, Plan, draw_plan
 from dali_pipeline.resident import upload
 from dali_pipeline.torch_graph import TorchGraph
 
 CPU = torch.device("cpu")
 BACKENDS = ("dali", "torch")
+WAYS = (*BACKENDS, "dali streamed", "torch streamed")
 FILL = (125, 122, 113)
 Pixels = npt.NDArray[np.uint8]
 
@@ -95,10 +98,17 @@ def order(**options: Any) -> FeedOrder:
     return FeedOrder(**{"batch_size": 16, "augment": Augment(), "fill": FILL, "device": CPU, **options})
 
 
-def make_loader(split: Split, backend: str, **options: Any) -> TrainLoader:
+def settings_of(way: str) -> tuple[str, Resident]:
+    """(backend, resident) of one of WAYS, or of a backend."""
+    backend, _, streamed = way.partition(" ")
+    return backend, "never" if streamed else "always"
+
+
+def make_loader(split: Split, way: str, **options: Any) -> TrainLoader:
+    backend, resident = settings_of(way) if isinstance(way, str) else (way, "always")
     options = {"seed": 3, **options}
     of_order = {key: options.pop(key) for key in ("batch_size", "augment", "device", "compiled") if key in options}
-    return TrainLoader(split, order(**of_order), backend=backend, **options)
+    return TrainLoader(split, order(resident=resident, **of_order), backend=backend, **options)
 
 
 def hwc(images: torch.Tensor) -> Pixels:
@@ -123,9 +133,9 @@ SWITCHES = [
 
 @pytest.mark.parametrize("augment", SWITCHES, ids=str)
 @pytest.mark.parametrize(("batch_size", "num_images"), [(1, 40), (7, 75), (128, 400), (512, 1100)])
-def test_backends_equal_the_loop_over_whole_epochs(batch_size: int, num_images: int, augment: Augment) -> None:
+def test_every_way_equals_the_loop_over_whole_epochs(batch_size: int, num_images: int, augment: Augment) -> None:
     split = make_split(num_images)
-    loaders = [make_loader(split, backend, batch_size=batch_size, augment=augment) for backend in BACKENDS]
+    loaders = [make_loader(split, backend, batch_size=batch_size, augment=augment) for backend in WAYS]
     for epoch in (0, 1):
         expected = expected_batches(split, augment, 3, epoch, batch_size)
         for loader in loaders:
@@ -149,7 +159,7 @@ def test_backends_equal_the_loop_over_whole_epochs(batch_size: int, num_images: 
         cutout=st.integers(0, 25),
     ),
 )
-def test_backends_equal_the_loop_for_any_size(
+def test_every_way_equals_the_loop_for_any_size(
     height: int, width: int, label_bytes: int, batch_size: int, augment: Augment
 ) -> None:
     split = make_split(22, height, width, label_bytes)
@@ -158,7 +168,7 @@ def test_backends_equal_the_loop_for_any_size(
             make_loader(split, "torch", batch_size=batch_size, augment=augment)
         return
     expected = expected_batches(split, augment, 3, 0, batch_size)
-    for backend in BACKENDS:
+    for backend in WAYS:
         loader = make_loader(split, backend, batch_size=batch_size, augment=augment)
         assert_epoch(loader, 0, expected)
         loader.close()
@@ -188,7 +198,7 @@ def test_dali_refuses_strips_that_its_gpu_kernel_cannot_address(monkeypatch: pyt
     make_loader(make_split(64), "dali", batch_size=16).close()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WAYS)
 def test_batches_are_channels_last_without_a_copy(backend: str) -> None:
     loader = make_loader(make_split(64, 8, 6), backend, batch_size=16)
     for images, labels in loader.epoch(0):
@@ -198,7 +208,7 @@ def test_batches_are_channels_last_without_a_copy(backend: str) -> None:
     loader.close()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WAYS)
 def test_held_batches_are_never_overwritten(backend: str) -> None:
     split = make_split(300)
     loader = make_loader(split, backend, batch_size=20)
@@ -211,7 +221,7 @@ def test_held_batches_are_never_overwritten(backend: str) -> None:
         assert torch.equal(images, images_then) and torch.equal(labels, labels_then)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WAYS)
 @pytest.mark.parametrize("tail", ["drop", "endless"])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_interleave_to_the_single_process_batches(backend: str, tail: Any, world_size: int) -> None:
@@ -237,7 +247,7 @@ def test_starting_anywhere_equals_running_up_to_it(tail: Any) -> None:
     split = make_split(100)
     straight = make_loader(split, "torch", batch_size=16, tail=tail)
     expected = {epoch: list(straight.epoch(epoch)) for epoch in range(4)}
-    for backend in BACKENDS:
+    for backend in WAYS:
         loader = make_loader(split, backend, batch_size=16, tail=tail)
         for epoch, start, stop in [
             (2, 3, 6),
@@ -277,7 +287,7 @@ def test_read_only_data_is_left_alone(label_bytes: int) -> None:
     split = make_split(40, label_bytes=label_bytes)
     split.pixels.flags.writeable = split.labels.flags.writeable = False
     before, labels_before = split.pixels.copy(), split.labels.copy()
-    for backend in BACKENDS:
+    for backend in WAYS:
         loader = make_loader(split, backend)
         assert_epoch(loader, 0, expected_batches(split, Augment(), 3, 0, 16))
         loader.close()
@@ -285,12 +295,15 @@ def test_read_only_data_is_left_alone(label_bytes: int) -> None:
     np.testing.assert_array_equal(split.labels, labels_before)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WAYS)
 @pytest.mark.parametrize(("batch_size", "world_size"), [(1, 1), (30, 1), (50, 1), (77, 1), (12, 3), (64, 4)])
 def test_evaluation_sees_every_image_exactly_once(backend: str, batch_size: int, world_size: int) -> None:
     split = make_split(50, 10, 14, 2)
+    name, resident = settings_of(backend)
     loaders = [
-        EvalLoader(split, batch_size=batch_size, device=CPU, backend=backend, rank=rank, world_size=world_size)
+        EvalLoader(
+            split, batch_size=batch_size, device=CPU, backend=name, resident=resident, rank=rank, world_size=world_size
+        )
         for rank in range(world_size)
     ]
     assert {loader.num_images for loader in loaders} == {50} and len({len(loader) for loader in loaders}) == 1
@@ -319,7 +332,7 @@ def test_evaluation_refuses_a_batch_that_does_not_divide() -> None:
         EvalLoader(make_split(20), batch_size=10, device=CPU, backend="torch", world_size=3)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WAYS)
 def test_closed_loader_says_so(backend: str) -> None:
     loader = make_loader(make_split(40), backend)
     next(loader.epoch(0))
@@ -465,9 +478,12 @@ def run_script(body: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_interpreter_exits_with_loaders_left_open() -> None:
-    done = run_script(
-        "other = EvalLoader(split, batch_size=8, device=torch.device('cpu'), backend='dali'); iter(other)"
-    )
+    done = run_script("""
+        how = {"batch_size": 8, "device": torch.device("cpu")}
+        others = [EvalLoader(split, backend="dali", **how), EvalLoader(split, backend="torch", resident="never", **how)]
+        for other in others:
+            next(iter(other))
+    """)
     assert done.returncode == 0 and done.stderr == "", done.stderr
 
 
@@ -504,11 +520,11 @@ def gpu_batches(split: Split, backend: str, augment: Augment, epoch: int = 0, **
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("augment", SWITCHES, ids=str)
-def test_gpu_backends_equal_dali_on_the_cpu(augment: Augment) -> None:
+def test_gpu_every_way_equals_dali_on_the_cpu(augment: Augment) -> None:
     split = make_split(1000)
     on_cpu = make_loader(split, "dali", batch_size=128, augment=augment)
     wanted = list(on_cpu.epoch(0))
-    for backend in BACKENDS:
+    for backend in WAYS:
         for (images, labels), (wanted_images, wanted_labels) in zip(
             gpu_batches(split, backend, augment), wanted, strict=True
         ):
@@ -616,7 +632,7 @@ def test_torch_graph_takes_any_plan_length() -> None:
     np.testing.assert_array_equal(labels.numpy(), split.labels[plan.indices])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WAYS)
 def test_planar_and_hwc_splits_give_the_same_batches(backend: str) -> None:
     planar = make_split(100, 12, 20)
     assert planar.planar
@@ -645,9 +661,10 @@ def test_gpu_pixels_lie_contiguous_on_the_device(label_bytes: int) -> None:
     np.testing.assert_array_equal(on_gpu.cpu().numpy(), pixels)
 
 
-def test_a_batch_that_failed_can_be_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["torch", "torch streamed"])
+def test_a_batch_that_failed_can_be_asked_for_again(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     split = make_split(64)
-    loader = make_loader(split, "torch")
+    loader = make_loader(split, way)
     expected = expected_batches(split, Augment(), 3, 0, 16)
     next(loader.epoch(0))
     with monkeypatch.context() as patch:
@@ -659,9 +676,12 @@ def test_a_batch_that_failed_can_be_asked_for_again(monkeypatch: pytest.MonkeyPa
     np.testing.assert_array_equal(labels.numpy(), expected[2][1])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_closed_graph_says_so(backend: str) -> None:
-    graph = GRAPHS[backend](make_split(32), order(), lambda: draw_plan(0, 0, 32, Augment()).take(slice(16)))  # type: ignore[index]
+@pytest.mark.parametrize("way", WAYS)
+def test_a_closed_graph_says_so(way: str) -> None:
+    backend, resident = settings_of(way)
+    graph = GRAPHS[backend](
+        make_split(32), order(resident=resident), lambda: draw_plan(0, 0, 32, Augment()).take(slice(16))
+    )
     graph.run()
     graph.close()
     graph.close()

@@ -55,6 +55,7 @@ def make_train_loader(
             fill=dataset.fill,
             device=device,
             compiled=compiled,
+            resident=config.data.resident,
         ),
         seed=config.train.seed if seed is None else seed,
         backend=backend,
@@ -130,6 +131,7 @@ class Trainer:
             batch_size=self.config.train.eval_batch_size,
             device=self.runtime.device,
             backend=self.backend,
+            resident=self.config.data.resident,
             rank=self.group.rank,
             world_size=self.group.world_size,
         )
