@@ -18,12 +18,15 @@ from typing import Any, Literal, cast
 
 import yaml
 
-from dali_pipeline.errors import UserError
+from dali_pipeline.errors import UserError, path_problem
 from dali_pipeline.options import DataOptions
 from dali_pipeline.plan import Augment
+from dali_pipeline.regular import NotARegularFile, TooLarge, read_regular
 from dali_pipeline.sources import data_sections, source_of
 from net.options import NetOptions
 from train.options import CHECKPOINT_EVERY, Changes, OptimOptions, RunOptions, ScheduleOptions, TrainOptions
+
+MOST_CHARACTERS = 100_000  # of a recipe
 
 
 class ConfigError(UserError, ValueError):
@@ -196,6 +199,8 @@ def _check_value(name: str, value: Any) -> None:
         wanted = f"one of {wanted}" if "|" in wanted else f"of type {wanted}"
         found = _TYPE_NAMES.get(type(value), type(value).__name__)
         raise ConfigError(f"{name}: {_shown(value)} ({found}) is not {wanted}")
+    if isinstance(value, str) and (problem := path_problem(value)):
+        raise ConfigError(f"{name}: {_shown(value)}: {problem}")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
     if isinstance(value, float) and not math.isfinite(value):
@@ -217,6 +222,8 @@ def _check_tree(tree: Any) -> dict[str, dict[str, Any]]:
         if section not in SECTIONS:
             word = _word(section)
             raise ConfigError(f"{word}: unknown section{_nearest(word, list(SECTIONS))}")
+        if content is None:  # all its keys are commented out
+            tree[section] = content = {}
         if not isinstance(content, dict):
             raise ConfigError(f"{section}: expected keys below it, found {_shown(content)}")
         for key, value in content.items():
@@ -321,11 +328,11 @@ def find_recipe(name: str | Path) -> Path:
 
 def _read_yaml(path: Path) -> Any:
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = read_regular(path, at_most=4 * MOST_CHARACTERS).decode("utf-8")
     except FileNotFoundError:
         raise ConfigError("no such file") from None
-    except IsADirectoryError:
-        raise ConfigError("is a folder, expected a YAML file") from None
+    except (NotARegularFile, TooLarge) as error:
+        raise ConfigError(f"{error.strerror}; expected a YAML file of a few kilobytes") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"is not UTF-8 text (byte {error.start})") from None
     except OSError as error:
@@ -334,14 +341,37 @@ def _read_yaml(path: Path) -> Any:
 
 
 class StrictLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, stricter. PyYAML's own keeps the last of two equal keys, reads 1e-3 as text, and for a number of
-    more than 4,300 digits raises an error about the interpreter's settings."""
+    """PyYAML's safe loader, stricter, and with the plain scalars of YAML 1.2: numbers are decimal, with or without an exponent.
+
+    By YAML 1.1, PyYAML's own reads 010 as 8, 1:30 as 90, 2024_05_01 as 20240501, 1e-3 as text and 2024-05-01 as a date. It keeps
+    the last of two equal keys, expands aliases without bound ("billion laughs"), and for tags raises whatever comes.
+    """
+
+    yaml_implicit_resolvers = {}  # type: ignore[misc]  # noqa: RUF012 - PyYAML's name for them, filled below
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        problem = None
+        if isinstance(event, yaml.AliasEvent):
+            problem = "aliases (*name) are not accepted"
+        elif getattr(event, "tag", None) is not None:
+            problem = "tags (such as !!int) are not accepted"
+        elif self._depth > 10:
+            problem = "is nested too deeply"
+        if problem:
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         if len(node.value) > 1000:
             problem = f"a number of {len(node.value)} digits is out of range"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-        return super().construct_yaml_int(node)
+        return int(node.value)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names: set[str] = set()
@@ -355,36 +385,49 @@ class StrictLoader(yaml.SafeLoader):
 
 
 StrictLoader.add_constructor("tag:yaml.org,2002:int", StrictLoader.construct_yaml_int)
-# YAML 1.2's floats: an exponent needs neither a point nor a sign
-StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
+for _kind, _pattern, _first in (
+    ("null", r"(~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    # a bare off or on is a boolean here, and is given back where a key wants the word
+    ("bool", r"(?i:yes|no|true|false|on|off)$", list("yYnNtTfFoO")),
+    ("int", r"[-+]?[0-9]+$", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$", list("-+.0123456789")),
+    ("float", r"([-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$", list("-+.")),
+):
+    StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(_pattern), _first)
 
 
 def _parse_yaml(text: str) -> Any:
+    if len(text) > MOST_CHARACTERS:  # the parser takes seconds for a megabyte
+        raise ConfigError(f"has {len(text):,} characters, and no recipe needs more than {MOST_CHARACTERS:,}")
     try:
-        # an alias can be expanded without bound ("billion laughs"), and no recipe needs one
-        depth = 0
-        for token in yaml.scan(text):
-            if isinstance(token, yaml.AliasToken):
-                raise ConfigError("YAML aliases (*name) are not accepted")
-            depth += type(token).__name__.endswith("StartToken") - type(token).__name__.endswith("EndToken")
-            if depth > 10:
-                raise ConfigError("is nested too deeply")
-        return yaml.load(text, StrictLoader)
+        loader = StrictLoader(text)
+        try:
+            node = loader.get_single_node()
+            _keep_text(node)
+            return None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(f"{where}{problem}") from None
-    except RecursionError:
-        raise ConfigError("is nested too deeply") from None
-    except ConfigError:
-        raise
-    except ValueError as error:  # an impossible date
-        raise ConfigError(f"is not a configuration: {str(error).splitlines()[0]}") from None
+
+
+def _keep_text(node: Any) -> None:
+    """Mark the values of keys that take text as text, so that a folder called 007, 1e3 or true keeps its name."""
+    for section, keys in _pairs(node):
+        for key, value in _pairs(keys):
+            hint = KEYS[name][1] if (name := f"{section.value}.{key.value}") in KEYS else None
+            takes_text = str in (hint, *typing.get_args(hint)) and int not in typing.get_args(hint)
+            if takes_text and isinstance(value, yaml.ScalarNode) and value.tag != "tag:yaml.org,2002:null":
+                value.tag = "tag:yaml.org,2002:str"
+
+
+def _pairs(node: Any) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
+    """The keys that are words, with their values, of a node that is a mapping; else none."""
+    found = node.value if isinstance(node, yaml.MappingNode) else []
+    return [pair for pair in found if isinstance(pair[0], yaml.ScalarNode)]
 
 
 def _parse_override(word: str) -> tuple[str, Any]:

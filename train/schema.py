@@ -67,6 +67,8 @@ def schema() -> dict[str, Any]:
         if "source" in f.metadata:
             owned[f.metadata["source"]].append(key)
     sections["data"]["allOf"] = [_only_with(source, names) for source, names in owned.items() if names]
+    for content in sections.values():
+        content["type"] = ["object", "null"]  # null: all keys of the section are commented out
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A recipe of python -m train"}
     return {**head, **_object(sections, "Sections of keys; what is left out keeps its default.")}
 

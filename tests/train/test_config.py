@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -62,7 +63,7 @@ BAD_FILES = {
     "duplicate section": ("train: {epochs: 1}\ntrain: {epochs: 2}", "train: given twice"),
     "unknown section": ("trian: {epochs: 1}", "did you mean train?"),
     "unknown key": ("optim: {weight_decy: 1}", "optim.weight_decy: unknown key, did you mean weight_decay?"),
-    "section without keys": ("train:\n", "train: expected keys below it"),
+    "a word for a section": ("train: many\n", "train: expected keys below it, found 'many'"),
     "number for text": ("train: {precision: 16}", "train.precision: 16"),
     "text for number": ("train: {epochs: many}", "train.epochs: 'many'"),
     "quoted number": ("train: {epochs: '3'}", "train.epochs: '3' (text)"),
@@ -82,14 +83,28 @@ BAD_FILES = {
     "lr_min above lr_max": ("schedule: {lr_max: 0.1, lr_min: 0.2}", "is above"),
     "nesterov without momentum": ("optim: {momentum: 0}", "needs optim.momentum"),
     "alias bomb": (BOMB, "aliases"),
-    "python object": ("train: !!python/object:os.system {}", "tag"),
+    "python object": ("train: !!python/object:os.system {}", "tags"),
+    "a tag on nothing": ('train: {epochs: !!int ""}', "tags"),
+    "a tag on a word": ("data: {download: !!bool maybe}", "tags"),
+    "a tag on a key": ("train: {!!float epochs: 3}", "tags"),
+    "a directive": ("%TAG ! tag:yaml.org,2002:\n---\ntrain: {epochs: !int 3}", "tags"),
+    "a character NUL": ('run: {dir: "a\\0b"}', "run.dir: 'a\\x00b': a name cannot hold the character NUL"),
+    "half a surrogate pair": (
+        'data: {root: "a\\ud800"}',
+        "data.root: 'a\\ud800': no file can bear this name, its character 2",
+    ),
+    "base sixty": ("train: {epochs: 1:30}", "train.epochs: '1:30' (text)"),
+    "underscores": ("train: {epochs: 1_0}", "train.epochs: '1_0' (text)"),
+    "hexadecimal": ("train: {epochs: 0x10}", "train.epochs: '0x10' (text)"),
+    "a date": ("train: {seed: 2001-01-01}", "train.seed: '2001-01-01' (text)"),
+    "too long": (f"train: {{epochs: 3}}\n#{'x' * 100_000}", "characters, and no recipe needs more than 100,000"),
     "deep nesting": ("[" * 100_000, "nested too deeply"),
     "a list as key": ("train: {? [1, 2] : 3}", "plain word"),
     "null": ("train: {epochs: }", "train.epochs: None"),
     "bad interval": ("run: {checkpoint_every: 10m}", "checkpoint_every"),
-    "impossible date": ("train: {seed: 2001-99-99}", "month"),
+    "impossible date": ("train: {seed: 2001-99-99}", "train.seed: '2001-99-99' (text)"),
     "5000 digits": (f"run: {{checkpoint_every: {'9' * 5000}}}", "column 25: a number of 5000 digits is out of range"),
-    "hexadecimal without end": (f"train: {{seed: 0x{'f' * 5000}}}", "a number of 5002 digits is out of range"),
+    "hexadecimal without end": (f"train: {{seed: 0x{'f' * 5000}}}", "fff... (text) is not of type int"),
     "a large square": ("augment: {cutout: 100000000000000000000}", "augment.cutout: 100000000000000000000 is out"),
     "a large batch": ("train: {eval_batch_size: 100000000000000000000}", "must be at most 1000000"),
     "a large interval": ("run: {checkpoint_every: 1000000000}", "must be at most 999999999"),
@@ -116,6 +131,45 @@ def test_bad_file_is_one_clear_line(case: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
     assert len(str(caught.value).removeprefix(str(path))) < 400
     assert time.monotonic() - begun < 3
+
+
+def test_a_huge_file_and_what_is_no_file_are_refused_without_being_read(tmp_path: Path) -> None:
+    with (tmp_path / "huge.yaml").open("wb") as file:
+        file.truncate(1 << 40)
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "device.yaml").symlink_to("/dev/zero")
+    for name, said in (
+        ("huge", "is of 1,099,511,627,776 bytes"),
+        ("pipe", "is a named pipe"),
+        ("device", "is a device"),
+    ):
+        with pytest.raises(ConfigError, match=rf"{name}\.yaml: {said}.*; expected a YAML file"):
+            load_config(tmp_path / f"{name}.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("010", 10), ("+7", 7), ("0", 0), ("1e1", 10.0), ("1.e1", 10.0), (".5", 0.5), ("0.5E+1", 5.0), ("-0.5e-1", -0.05)],
+)
+def test_numbers_are_decimal(tmp_path: Path, text: str, value: float) -> None:
+    assert yaml.load(f"a: {text}", StrictLoader) == {"a": value}
+    if isinstance(value, int):
+        assert load_config(write(tmp_path, f"train: {{seed: {text}}}")).train.seed == value
+
+
+@pytest.mark.parametrize(
+    "name", ["2024_05_01", "007", "1:30", "2024-05-01", "1e3", "0x10", "true", "off", ".5", "=", "<<"]
+)
+def test_a_key_that_takes_text_keeps_what_was_written(tmp_path: Path, name: str) -> None:
+    config = load_config(write(tmp_path, f"run:\n  dir: {name}\ndata:\n  root: {name}\n"))
+    assert (config.run.dir, config.data.root) == (name, name)
+    assert load_config(write(tmp_path, to_yaml(config))) == config
+
+
+def test_a_section_whose_keys_are_all_commented_out_is_empty(tmp_path: Path) -> None:
+    text = "train:\n  # epochs: 3\nnet:\ndata: ~\n"
+    assert load_config(write(tmp_path, text)) == Config()
+    assert not refused_by_schema(yaml.load(text, StrictLoader))
 
 
 def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
@@ -220,7 +274,7 @@ def test_overrides_replace_and_keep_their_types() -> None:
         "run.dir=a=b",
         "data.root=007",
         "train.compile=off",
-        "net.width=0x10",
+        "net.width=016",
     ]
     config = load_config(CONFIGS / "onecycle.yaml", words)
     assert (config.train.epochs, config.schedule.lr_max, config.net.width) == (9, 0.1, 16)
@@ -385,6 +439,8 @@ def test_every_recipe_names_the_schema_and_passes_it(path: Path) -> None:
 
 # what takes two keys or a number that JSON does not have
 BEYOND_A_SCHEMA = {"NaN", "peak after the end", "lr_min above lr_max", "nesterov without momentum"}
+# what no file can be called, and a file's length
+BEYOND_A_SCHEMA |= {"a character NUL", "half a surrogate pair", "too long"}
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
