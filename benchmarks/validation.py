@@ -165,9 +165,12 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3, linewidth=0.5)
-    last = [value for run in report["finished"] for value in run["epochs"][-1].values()]
-    near.set_ylim(min(last) - 4, max(last) + 1.5)
-    near.set_title("the same, closer", fontsize=10)
+    count = len(report["finished"][0]["epochs"])
+    first = 2 * count // 3  # of the epochs that the second panel shows
+    late = [value for run in report["finished"] for epoch in run["epochs"][first:] for value in epoch.values()]
+    near.set_xlim(first + 0.8, count + 0.2)
+    near.set_ylim(min(late) - 0.5, max(late) + 0.5)
+    near.set_title("the last epochs, closer", fontsize=10)
     whole.set_ylabel("accuracy (%)")
     whole.legend(loc="lower right", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
