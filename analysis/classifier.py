@@ -21,13 +21,13 @@ from torch import nn
 
 from analysis import curves, grad_cam
 from analysis.command import progress
-from analysis.predict import ImageError, fit_image, read_image
 from analysis.predictions import Floats, Ints, Predictions, checked_predictions
 from analysis.report import analyse
 from analysis.run import AnalysisError, LoadedRun, averaged_network, load_run, loader_of, with_data
 from analysis.style import Pixels
 from dali_pipeline.dataset import DataError, Dataset
 from dali_pipeline.errors import UserError, at_home
+from dali_pipeline.images import ImageError, Resize, fit_image, read_image
 from dali_pipeline.loader import EvalLoader
 from train.machine.process import process_as_found
 from train.screen.log import Log
@@ -112,13 +112,15 @@ class Classifier:
         """The run's data: `.test.images` is (N, H, W, 3) uint8, `.test.labels` (N,). Raises DataError, AnalysisError."""
         return self._with_data.dataset
 
-    def predict(self, images: Images, fit: str = "crop") -> Answers:
+    def predict(self, images: Images, fit: Resize | None = None) -> Answers:
         """What the network says of images: one or several paths, Pillow images, or uint8 arrays (H, W, 3); or one array
         (N, H, W, 3).
 
-        An image of another size is resized to the network's: by default its middle in the right proportions, with `fit` "squash"
-        the whole image, stretched. The arithmetic is that of the run's evaluation. Raises ImageError, naming the file.
+        An image of another size is resized to the network's: with `fit` "crop" its middle in the right proportions, with
+        "squash" the whole image, stretched; by default as the run's own images were, else "crop". The arithmetic is that of
+        the run's evaluation. Raises ImageError, naming the file.
         """
+        fit = fit or self._run.resize
         if fit not in ("crop", "squash"):
             raise AnalysisError(f"fit={fit!r}: expected crop or squash")
         pixels = [self._fitted(image, fit) for image in _one_by_one(images)]
@@ -228,7 +230,7 @@ class Classifier:
         finally:
             loader.close()
 
-    def _fitted(self, image: Any, fit: str) -> Pixels:
+    def _fitted(self, image: Any, fit: Resize) -> Pixels:
         """The image as (H, W, 3) uint8 in the network's size."""
         height, width = self.image_size
         if isinstance(image, (str, os.PathLike)):

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 
 from analysis.command import command, load_for, parser
@@ -22,13 +20,9 @@ from analysis.grad_cam import default_layer, heat_maps, method_class, normalise,
 from analysis.predictions import Floats
 from analysis.run import AnalysisError
 from analysis.style import BLUE, GREY, Pixels, Tile, draw_sheet, percent, plain, pretty
-from dali_pipeline.errors import UserError
+from dali_pipeline.image_files import ImageFiles
 from dali_pipeline.words import to_stderr
 from train.screen.log import Log
-
-
-class ImageError(UserError):
-    """A file or object that cannot be read as an image. The message is one line that names it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,52 +37,6 @@ class Answer:
         """(class, probability), likeliest first."""
         order = np.argsort(-self.probabilities, kind="stable")[:count]
         return [(int(label), float(self.probabilities[label])) for label in order]
-
-
-def read_image(path: Path, height: int, width: int, fit: str = "crop") -> Pixels:
-    """A file as (height, width, 3) uint8: rotated according to its EXIF orientation, transparent parts white, cropped to the
-    middle in the wanted proportions (or, with `fit` "squash", stretched to them), and resized with antialiasing.
-
-    Raises ImageError.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                return fit_image(opened, height, width, fit)
-    except FileNotFoundError:
-        raise ImageError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise ImageError(f"{path}: is a folder; give the images in it, {path}/*") from None
-    except UnidentifiedImageError:
-        raise ImageError(f"{path}: is no image, or of a kind that Pillow does not read") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ImageError(f"{path}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels; shrink it first") from None
-    except (OSError, SyntaxError, ValueError, EOFError, OverflowError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ImageError(f"{path}: cannot be read as an image: {reason}") from None
-
-
-def fit_image(image: Image.Image, height: int, width: int, fit: str = "crop") -> Pixels:
-    """An image converted as by `read_image`. Raises Pillow's errors."""
-    rgb = _to_rgb(ImageOps.exif_transpose(image))
-    if fit == "crop":
-        resized = ImageOps.fit(rgb, (width, height), Image.Resampling.BICUBIC)
-    else:
-        resized = rgb.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(resized, np.uint8)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits a pixel and more: convert() would clip, not scale
-        values = np.asarray(image, np.float64)
-        low, high = (0.0, 65535.0) if image.mode.startswith("I") and values.max() > 255 else (0.0, 255.0)
-        image = Image.fromarray(np.clip((values - low) * (255 / (high - low)), 0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
 
 
 def predict_images(net: nn.Module, images: Pixels, mean: Sequence[float], std: Sequence[float]) -> Floats:
@@ -159,8 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument(
         "--fit",
         choices=("crop", "squash"),
-        default="crop",
-        help="how a file takes the network's proportions (default: crop)",
+        help="how a file takes the network's proportions (default: as the run's own images did, else crop)",
     )
     return command(options, arguments, _predict)
 
@@ -172,14 +119,18 @@ def _predict(options: argparse.Namespace, log: Log) -> int:
         method_class(options.method)
     run = load_for(options, log)
     height, width = run.snapshot.data.height, run.snapshot.data.width
-    images, paths, failures = [], [], 0
-    for path in options.images:
-        try:
-            images.append(read_image(path, height, width, options.fit))
-            paths.append(path)
-        except ImageError as error:
-            failures += 1
-            to_stderr(f"error: {error}")
+    images: list[Pixels] = []
+    paths: list[Path] = []
+    done = failures = 0
+    for batch in ImageFiles(height, width, options.fit or run.resize).read([str(path) for path in options.images]):
+        for place, image in enumerate(batch.pixels):
+            if place in batch.problems:
+                failures += 1
+                to_stderr(f"error: {batch.problems[place]}")
+            else:
+                images.append(image)
+                paths.append(options.images[done + place])
+        done += len(batch.pixels)
     if images:
         mean, std = run.snapshot.data.mean, run.snapshot.data.std
         found = predict_images(run.net, np.stack(images), mean, std)

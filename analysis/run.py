@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -16,6 +16,7 @@ from dali_pipeline import sources
 from dali_pipeline.backend import BackendChoice, BackendError, choose_backend
 from dali_pipeline.dataset import DataError, Dataset
 from dali_pipeline.errors import UserError, at_home
+from dali_pipeline.images import Resize
 from net.interface import Network
 from net.options import NetOptions
 from train.config import Config, ConfigError, from_record, load_config
@@ -85,6 +86,11 @@ class LoadedRun:
         if self.data is None:
             raise ValueError(f"{self.path} was loaded without its data")
         return self.data
+
+    @property
+    def resize(self) -> Resize:
+        """How the run's own images took the network's form; "crop" where they had it."""
+        return cast(Resize, getattr(self.config.data, "resize", "crop"))
 
     def caption(self, accuracy: float | None = None) -> str:
         """The caption of a picture, such as: run NAME · best.pt · epoch 6 of 8 · test accuracy 99.44%."""

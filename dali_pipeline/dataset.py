@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -110,6 +110,11 @@ class Split:
         return digest.hexdigest()
 
 
+def some(names: Sequence[str], most: int = 10) -> str:
+    """The names, or the first of them and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+
+
 def _hwc(split: Split, pixels: Pixels) -> Pixels:
     """Pixels of the split as (n, H, W, 3), without a copy."""
     return pixels.transpose(0, 2, 3, 1) if split.planar else pixels
@@ -139,7 +144,8 @@ class Dataset:
     fill: tuple[int, int, int]
     source: str
     validation: Split | None = None  # held-out training images, which choose best.pt
-    notes: tuple[str, ...] = ()  # what a user should know about these data
+    notes: tuple[str, ...] = ()  # what a user should know about these data, as warnings
+    remarks: tuple[str, ...] = ()  # and what else is worth a line of the log
 
     @property
     def splits(self) -> dict[str, Split]:

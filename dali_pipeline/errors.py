@@ -40,3 +40,14 @@ def path_problem(path: str) -> str | None:
     except UnicodeEncodeError as error:
         return f"no file can bear this name, its character {error.start + 1} is none of the file system's"
     return None
+
+
+def cache_folder() -> Path | None:
+    """This project's folder in the user's folder for caches; None for a user without a home, as in some containers."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not folder.is_absolute():
+        try:
+            folder = Path.home() / ".cache"
+        except RuntimeError:
+            return None
+    return folder / "cifar-throughput"

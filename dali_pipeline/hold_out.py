@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from dali_pipeline.dataset import DataError, Dataset, Split, pieces, with_statistics
+from dali_pipeline.dataset import DataError, Dataset, Labels, Split, pieces, some, with_statistics
 
 
 def digests(split: Split) -> npt.NDArray[np.uint8]:
@@ -31,7 +31,13 @@ def held_out(split: Split, amount: float, num_classes: int) -> npt.NDArray[np.bo
     takes the count / num_classes images with the smallest digests (one more from the first classes where that does not
     divide). Images with equal pixels land in the same split, so with duplicates there may be more images than asked for.
     """
-    found = digests(split)
+    return chosen_by_hash(digests(split), split.labels, amount, num_classes)
+
+
+def chosen_by_hash(
+    found: npt.NDArray[np.uint8], labels: Labels, amount: float, num_classes: int
+) -> npt.NDArray[np.bool_]:
+    """`held_out` for images of these digests (N, 32) and labels (N,)."""
     if amount < 1:
         numbers = np.ascontiguousarray(found[:, :8]).view(">u8")[:, 0]
         mask: npt.NDArray[np.bool_] = numbers < np.uint64(min(int(amount * 2**64), 2**64 - 1))
@@ -39,7 +45,7 @@ def held_out(split: Split, amount: float, num_classes: int) -> npt.NDArray[np.bo
     chosen: set[bytes] = set()
     each, more = divmod(int(amount), num_classes)
     for label in range(num_classes):
-        of_class = sorted({found[i].tobytes() for i in np.flatnonzero(split.labels == label)})
+        of_class = sorted({found[i].tobytes() for i in np.flatnonzero(labels == label)})
         chosen.update(of_class[: each + (label < more)])
     return np.fromiter((digest.tobytes() in chosen for digest in found), bool, len(found))
 
@@ -58,11 +64,11 @@ def hold_out(dataset: Dataset, amount: float) -> Dataset:
         empty = [dataset.class_names[label] for label in np.flatnonzero((counts == 0) & present)]
         if not empty:
             continue
-        names = ", ".join(empty[:10]) + (f" and {len(empty) - 10} more" if len(empty) > 10 else "")
+        names = some(empty)
         if split is train or len(split) == 0:
             raise DataError(f"{wanted} of {len(dataset.train):,} training images leaves no {what} image of {names}")
         dataset = replace(dataset, notes=(*dataset.notes, f"{wanted} holds out no image of {names}"))
     made = with_statistics(
         dataset.name, train, dataset.test, dataset.class_names, dataset.source, validation=validation
     )
-    return replace(made, notes=dataset.notes)
+    return replace(made, notes=dataset.notes, remarks=dataset.remarks)

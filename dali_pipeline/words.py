@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import unicodedata
 from typing import Any
@@ -17,6 +18,11 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else _escape(c) for c in text)
+
+
+def printable_path(path: str | bytes | os.PathLike[str]) -> str:
+    """A file's name as a terminal may show it; bytes that are no UTF-8 as \\xNN."""
+    return printable(os.fsencode(path).decode("utf-8", "backslashreplace"))
 
 
 def _escape(character: str) -> str:

@@ -114,9 +114,9 @@ def changes(name: str) -> Changes:
     return cast(Changes, KEYS[name][0].metadata.get("changes", "result"))
 
 
-def source_of_key(name: str) -> str | None:
-    """The data.name that the key `section.key` belongs to; None where it belongs to all, or is unknown."""
-    return cast("str | None", KEYS[name][0].metadata.get("source")) if name in KEYS else None
+def sources_of_key(name: str) -> tuple[str, ...]:
+    """Each data.name that the key `section.key` belongs to; none where it belongs to all, or is unknown."""
+    return cast("tuple[str, ...]", KEYS[name][0].metadata.get("sources", ())) if name in KEYS else ()
 
 
 def _takes_float(hint: Any) -> bool:
@@ -147,8 +147,8 @@ def _default_and_values(f: Field[Any], hint: Any) -> tuple[str, str]:
 
 def _meaning(f: Field[Any]) -> str:
     """What a key means, and which data set it belongs to if not to all."""
-    source = f.metadata.get("source")
-    return f"{f.metadata['help']} (only with data.name={source})" if source else str(f.metadata["help"])
+    sources = " or ".join(f.metadata.get("sources", ()))
+    return f"{f.metadata['help']} (only with data.name={sources})" if sources else str(f.metadata["help"])
 
 
 def help_text() -> str:
@@ -436,7 +436,7 @@ def _parse_override(word: str) -> tuple[str, Any]:
         raise ConfigError(f"{word}: expected section.key=value, for instance train.epochs=3")
     if name not in KEYS:
         raise ConfigError(f"{name}: unknown key{_nearest(name, list(KEYS)) if '.' in name else _suggest_section(name)}")
-    if name in ("data.root", "run.dir"):
+    if name in ("data.root", "data.table", "run.dir"):
         return name, None if text == "null" else text  # a path is taken as typed
     try:
         value = _parse_yaml(f"value: {text}")["value"]
@@ -459,7 +459,7 @@ def from_dict(tree: Any) -> Config:
     source = _data_name(checked)
     for key in _foreign(checked):
         name = f"data.{key}"
-        raise ConfigError(f"{name}: belongs to data.name={source_of_key(name)}, here data.name={source}")
+        raise ConfigError(f"{name}: belongs to data.name={' or '.join(sources_of_key(name))}, here data.name={source}")
     sections = {}
     for section, cls in {**SECTIONS, "data": DATA[source]}.items():
         values = {
@@ -479,7 +479,8 @@ def _data_name(tree: Mapping[str, Any]) -> Any:
 def _foreign(tree: Mapping[str, Any]) -> list[str]:
     """The keys below `data:` that belong to another data set than that of data.name."""
     keys = [key for key in tree.get("data", {}) if isinstance(key, str)]
-    return [key for key in keys if source_of_key(f"data.{key}") not in (None, _data_name(tree))]
+    name = _data_name(tree)
+    return [key for key in keys if name not in (sources_of_key(f"data.{key}") or (name,))]
 
 
 def own_keys(tree: Any, given: Collection[str] = ()) -> tuple[Any, str | None]:

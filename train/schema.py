@@ -44,10 +44,12 @@ def _object(properties: dict[str, Any], description: str) -> dict[str, Any]:
     }
 
 
-def _only_with(source: str, names: list[str]) -> dict[str, Any]:
-    """The rule that these keys are allowed only with the data.name of their source."""
-    chosen: dict[str, Any] = {"properties": {"name": {"const": source}}}
-    if source != SECTIONS["data"]().name:
+def _only_with(sources: tuple[str, ...], names: list[str]) -> dict[str, Any]:
+    """The rule that these keys are allowed only with the data.name of their sources."""
+    chosen: dict[str, Any] = {
+        "properties": {"name": {"const": sources[0]} if len(sources) == 1 else {"enum": list(sources)}}
+    }
+    if SECTIONS["data"]().name not in sources:
         chosen["required"] = ["name"]
     return {"if": {"not": chosen}, "then": {"properties": dict.fromkeys(names, False)}}
 
@@ -55,7 +57,7 @@ def _only_with(source: str, names: list[str]) -> dict[str, Any]:
 def schema() -> dict[str, Any]:
     """The schema of a whole recipe. It covers what can be wrong with a single key, and which data set a key belongs to."""
     sections = {name: _object({}, (cls.__doc__ or "").splitlines()[0]) for name, cls in SECTIONS.items()}
-    owned: dict[str, list[str]] = {name: [] for name in DATA}
+    owned: dict[tuple[str, ...], list[str]] = {(name,): [] for name in DATA}
     for name, (f, hint) in KEYS.items():
         section, key = name.split(".", 1)
         default = {"default": f.default}
@@ -64,9 +66,9 @@ def schema() -> dict[str, Any]:
             **_values(hint, f.metadata),
             **default,
         }
-        if "source" in f.metadata:
-            owned[f.metadata["source"]].append(key)
-    sections["data"]["allOf"] = [_only_with(source, names) for source, names in owned.items() if names]
+        if "sources" in f.metadata:
+            owned.setdefault(f.metadata["sources"], []).append(key)
+    sections["data"]["allOf"] = [_only_with(sources, names) for sources, names in owned.items() if names]
     for content in sections.values():
         content["type"] = ["object", "null"]  # null: all keys of the section are commented out
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A recipe of python -m train"}

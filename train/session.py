@@ -142,6 +142,8 @@ class Session:
             f"data: {dataset.name}, {', '.join(counts)} and {len(dataset.test):,} test images of "
             f"{dataset.height} x {dataset.width}, {dataset.num_classes} classes ({dataset.source})"
         )
+        for remark in dataset.remarks:
+            self.log(remark)
         for note in dataset.notes:
             self.log(f"WARNING: {note}")
         return dataset
@@ -289,7 +291,7 @@ class Session:
             "channels_last": self.runtime.channels_last,
             "backend": self.backend.name,
             "backend_reason": self.backend.reason,
-            "notes": list(self.runtime.notes),
+            "notes": [*self.runtime.notes, *self.dataset.notes],
             "data_source": self.dataset.source,
             "world_size": self.group.world_size,
             "threads": torch.get_num_threads(),

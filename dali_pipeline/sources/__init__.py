@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import typing
 from dataclasses import field, fields, make_dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from dali_pipeline.hold_out import hold_out
 from dali_pipeline.options import DataOptions
 from dali_pipeline.sources.cifar import Cifar10, Cifar100
 from dali_pipeline.sources.digits import Digits
+from dali_pipeline.sources.folder import Folder
+from dali_pipeline.sources.npz import Npz
 from dali_pipeline.sources.source import Say, Source
 from dali_pipeline.sources.synthetic import Synthetic
 from dali_pipeline.words import to_stderr
@@ -22,6 +25,8 @@ __all__ = ["SOURCES", "Say", "Source", "data_sections", "load", "source_of", "to
 SOURCES: dict[str, type[Source]] = {
     "cifar10": Cifar10,
     "cifar100": Cifar100,
+    "folder": Folder,
+    "npz": Npz,
     "digits": Digits,
     "synthetic": Synthetic,
 }
@@ -29,28 +34,39 @@ SOURCES: dict[str, type[Source]] = {
 
 def data_sections() -> dict[str, type[DataOptions]]:
     """The dataclass of the `data:` section for each `data.name`: the keys that all sources share, then the source's own,
-    whose metadata names it as their `source`."""
+    whose metadata names as `sources` those that they belong to."""
     names = Literal[tuple(SOURCES)]  # type: ignore[valid-type]
     (shared,) = (f for f in fields(DataOptions) if f.name == "name")
     namespace = {"__doc__": DataOptions.__doc__, "__module__": __name__}
-    taken = {f.name: "every data set" for f in fields(DataOptions)}
+    owners = _owners()
     sections = {}
     for source_name, source in SOURCES.items():
         hints = typing.get_type_hints(source)
         name: Any = field(default=source_name, metadata=shared.metadata)
         keys: list[tuple[str, Any, Any]] = [("name", names, name)]
         for f in fields(source):
-            if f.name in taken:
-                raise ValueError(
-                    f"data.{f.name} is a key of {taken[f.name]} already, and {source_name} declares it again"
-                )
-            taken[f.name] = source_name
-            metadata = {**f.metadata, "source": source_name}
+            metadata = {**f.metadata, "sources": owners[f.name]}
             keys.append((f.name, hints[f.name], field(default=f.default, metadata=metadata)))
         sections[source_name] = make_dataclass(
             f"{source.__name__}Data", keys, bases=(DataOptions,), namespace=namespace, frozen=True, kw_only=True
         )
     return sections
+
+
+def _owners() -> dict[str, tuple[str, ...]]:
+    """For each key of a source the names of those that have it. Sources share a key where they inherit it from one class.
+    Raises ValueError where two classes declare the same one."""
+    declared: dict[str, object] = {f.name: DataOptions for f in fields(DataOptions)}
+    owners: dict[str, tuple[str, ...]] = dict.fromkeys(declared, ("every data set",))
+    for source_name, source in SOURCES.items():
+        for f in fields(source):
+            (by,) = (cls for cls in source.__mro__ if f.name in inspect.get_annotations(cls))
+            if declared.setdefault(f.name, by) is not by:
+                raise ValueError(
+                    f"data.{f.name} is a key of {owners[f.name][0]} already, and {source_name} declares it again"
+                )
+            owners[f.name] = (*owners.get(f.name, ()), source_name)
+    return owners
 
 
 def source_of(options: DataOptions) -> Source:

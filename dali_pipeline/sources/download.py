@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 from dali_pipeline.lock import NoLocks, is_still_at, try_lock
+from dali_pipeline.progress import Meter, Say
 from dali_pipeline.regular import open_regular
 from dali_pipeline.sources.http_request import SCHEMES, Deadline, open_url, proxy_for
-from dali_pipeline.sources.source import Say
 
 CHUNK = 1 << 18  # bytes asked of the socket or the disk at once
 GZIP_MAGIC = b"\x1f\x8b"
@@ -82,7 +81,7 @@ def fetch(
     locks `say` is told so; two downloads at once then fail by their checksum and never leave a wrong file.
     """
     path, part = folder / archive.name, folder / (archive.name + ".part")
-    meter = _Meter(archive, say)
+    meter = Meter(archive.name, archive.size, say)
     reasons: list[str] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,7 +129,7 @@ def sha256_of(file: FileIO) -> str:
 
 
 def _complete(
-    url: str, file: FileIO, archive: Archive, meter: _Meter, timeout: float, min_rate: float, pause: float
+    url: str, file: FileIO, archive: Archive, meter: Meter, timeout: float, min_rate: float, pause: float
 ) -> None:
     """Bring the partial file to its full, verified content from this mirror, or raise _MirrorFailed."""
     if url.partition(":")[0].lower() not in SCHEMES:
@@ -160,7 +159,7 @@ def _complete(
 
 
 def _transfer(
-    url: str, file: FileIO, have: int, archive: Archive, meter: _Meter, timeout: float, min_rate: float
+    url: str, file: FileIO, have: int, archive: Archive, meter: Meter, timeout: float, min_rate: float
 ) -> bool:
     """One request for the bytes from `have` on, appended to `file`; True if the server made it start over at 0."""
     headers = {"User-Agent": "cifar-throughput", "Accept-Encoding": "identity"}
@@ -253,7 +252,7 @@ def _reason(error: Exception, late: str) -> str:
     return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
 
 
-def _open_locked(part: Path, done: Path, meter: _Meter) -> FileIO | None:
+def _open_locked(part: Path, done: Path, meter: Meter) -> FileIO | None:
     """The partial file, open and locked by this process; None when another process has completed the download."""
     waiting = False
     while not done.exists():
@@ -293,52 +292,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-class _Meter:
-    """Progress: a bar where stderr is a terminal, elsewhere a line to `say` every LINE_SECONDS; without `say` neither."""
-
-    LINE_SECONDS = 10.0
-
-    def __init__(self, archive: Archive, say: Say | None) -> None:
-        self.archive = archive
-        self.tell = say
-        self.terminal = say is not None and sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
-        self.bar: Any = None
-        self.started: tuple[float, int] | None = None
-        self.last_line = time.monotonic()
-
-    def say(self, text: str) -> None:
-        if self.tell is not None:
-            self.close()
-            self.tell(text)
-
-    def show(self, position: int) -> None:
-        """`position`: bytes received so far."""
-        if self.tell is None:
-            return
-        if self.terminal:
-            if self.bar is None:
-                from tqdm import tqdm
-
-                self.bar = tqdm(
-                    desc=self.archive.name, total=self.archive.size, initial=position, unit="B", unit_scale=True
-                )
-            self.bar.update(position - self.bar.n)
-            return
-        now = time.monotonic()
-        if self.started is None or position < self.started[1]:
-            self.started = now, position
-        if now - self.last_line >= self.LINE_SECONDS:
-            self.last_line = now
-            rate = max(1.0, (position - self.started[1]) / max(1e-9, now - self.started[0]))
-            left = (self.archive.size - position) / rate
-            self.say(
-                f"{self.archive.name}: {position / 1e6:.1f} of {self.archive.size / 1e6:.1f} MB, "
-                f"{rate / 1e3:.0f} kB/s, about {left / 60:.0f} min left"
-            )
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None

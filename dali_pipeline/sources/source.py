@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from dali_pipeline.dataset import Dataset
+from dali_pipeline.progress import Say
 
-Say = Callable[[str], None]  # takes a line about the progress
+__all__ = ["Say", "Source"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from places import ROOT
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from analysis import calibration, compare, confusion, curves, grad_cam, predict, style
+from analysis import calibration, compare, confusion, curves, grad_cam, style
 from analysis.predictions import Predictions
 from net.resnet import CustomResNet
 from train.disk.atomic import write_csv
@@ -199,47 +199,6 @@ def test_the_interval_covers_the_true_difference_as_often_as_it_says() -> None:
 def test_names_are_as_long_as_it_takes_to_tell_them_apart(tmp_path: Path) -> None:
     assert compare.distinct_names([tmp_path / "a", tmp_path / "b"]) == ["a", "b"]
     assert compare.distinct_names([tmp_path / "x" / "run", tmp_path / "y" / "run"]) == ["x/run", "y/run"]
-
-
-# reading images
-
-
-def test_images_are_turned_upright_and_cut_to_the_middle(tmp_path: Path) -> None:
-    sideways = np.zeros((64, 128, 3), np.uint8)
-    sideways[:, :40] = 255  # once turned by a quarter, the top; the cut keeps the middle
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(sideways).save(tmp_path / "turned.png", exif=exif)
-    found = predict.read_image(tmp_path / "turned.png", 32, 32)
-    assert found.shape == (32, 32, 3) and found.dtype == np.uint8
-    assert found[0].min() > 200 and found[10:].max() < 50  # rows 32..96 of 128 remain: 8 of 64 are white
-    squashed = predict.read_image(tmp_path / "turned.png", 32, 32, fit="squash")
-    assert squashed[8].min() > 200 and squashed[14:].max() < 50
-
-
-def test_deep_transparent_and_indexed_images_keep_their_look(tmp_path: Path) -> None:
-    deep = np.full((40, 40), 32896, np.uint16)
-    Image.fromarray(deep).save(tmp_path / "deep.png")
-    assert abs(int(predict.read_image(tmp_path / "deep.png", 32, 32)[5, 5, 0]) - 128) <= 1
-    clear = np.zeros((40, 40, 4), np.uint8)
-    Image.fromarray(clear).save(tmp_path / "clear.png")
-    assert predict.read_image(tmp_path / "clear.png", 32, 32).min() == 255
-    indexed = Image.fromarray(np.full((40, 40, 3), (200, 30, 60), np.uint8)).convert("P")
-    indexed.save(tmp_path / "indexed.gif")
-    assert np.abs(predict.read_image(tmp_path / "indexed.gif", 32, 32)[3, 3].astype(int) - (200, 30, 60)).max() < 30
-
-
-def test_an_image_of_the_right_size_is_taken_pixel_for_pixel(tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "exact.png")
-    assert np.array_equal(predict.read_image(tmp_path / "exact.png", 32, 32), pixels)
-
-
-def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Image.new("RGB", (200, 200)).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)
-    with pytest.raises(predict.ImageError, match="30,000 pixels"):
-        predict.read_image(tmp_path / "bomb.png", 32, 32)
 
 
 # style

@@ -421,7 +421,7 @@ def test_progress_is_a_bar_on_a_terminal(server: Server, tmp_path: Path, monkeyp
 
 
 def test_progress_is_lines_elsewhere(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dali_pipeline.sources.download._Meter.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("dali_pipeline.progress.Meter.LINE_SECONDS", 0.0)
     screen = io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
     get(tmp_path, server.url("slow"), say=to_stderr)

@@ -36,7 +36,7 @@ from train.config import (
     own_keys,
     recipes,
     reference_table,
-    source_of_key,
+    sources_of_key,
     to_dict,
     to_yaml,
 )
@@ -218,7 +218,7 @@ def test_a_broken_file_is_not_passed_over_for_the_recipe_of_its_name(
         ("configs/onecycel.yaml", "did you mean onecycle?"),
         ("runs/first/quickstart.yaml", "did you mean quickstart?"),  # a path into another folder means that file alone
         ("/configs/quickstart.yaml", "did you mean quickstart?"),
-        ("zzz.yaml", "known: cpu, onecycle, quickstart"),
+        ("zzz.yaml", "known: cpu, folder, onecycle, quickstart"),
         ("x" * 300, "File name too long"),
     ],
 )
@@ -323,27 +323,28 @@ def test_no_number_without_end_gets_through(sign: int, digits: int) -> None:
     for name in KEYS:
         section, key = name.split(".")
         tree: dict[str, dict[str, object]] = {section: {key: sign * 10**digits}}
-        if source := source_of_key(name):
-            tree["data"]["name"] = source
+        if sources := sources_of_key(name):
+            tree["data"]["name"] = sources[0]
         with pytest.raises(ConfigError) as caught:
             from_dict(tree)
         assert str(caught.value).startswith(f"{name}: ") and len(str(caught.value)) < 200
 
 
 def test_each_data_set_has_its_own_keys() -> None:
-    assert [name for name in KEYS if source_of_key(name) == "synthetic"] == [
+    assert [name for name in KEYS if sources_of_key(name) == ("synthetic",)] == [
         "data.synthetic_size",
         "data.synthetic_classes",
         "data.synthetic_count",
     ]
-    assert {source_of_key(name) for name in KEYS} == {None, "synthetic"}
+    assert sources_of_key("data.image_size") == ("folder", "npz") and not sources_of_key("data.root")
     for name in DATA:
         recorded = yaml.safe_load(to_yaml(changed(Config(), {"data.name": name})))["data"]
         assert ("synthetic_size" in recorded) == (name == "synthetic")
         assert recorded["name"] == name and "validation" in recorded
     for text in (help_text(), reference_table()):
         assert "height and width of synthetic images (only with data.name=synthetic)" in text
-        assert text.count("only with data.name") == 3
+        assert text.count("only with data.name") == sum(bool(sources_of_key(name)) for name in KEYS)
+        assert "by hash (only with data.name=folder or npz)" in text
 
 
 def test_keys_of_another_data_set_are_refused_in_recipes_and_overrides(tmp_path: Path) -> None:
@@ -520,8 +521,8 @@ def test_any_tree_gives_a_configuration_or_a_config_error(tree: object) -> None:
 def test_any_value_of_any_key_is_taken_or_named(name: str, value: object) -> None:
     section, key = name.split(".")
     tree = {section: {key: value}}
-    if source := source_of_key(name):
-        tree["data"]["name"] = source
+    if sources := sources_of_key(name):
+        tree["data"]["name"] = sources[0]
     try:
         config = from_dict(tree)
     except ConfigError as error:

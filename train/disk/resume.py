@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dali_pipeline.dataset import Dataset
-from train.config import KEYS, Config, ConfigError, changes, own_keys, source_of_key, to_dict
+from train.config import KEYS, Config, ConfigError, changes, own_keys, sources_of_key, to_dict
 from train.disk.atomic import write_atomic
 from train.disk.checkpoint import CheckpointError, load_checkpoint
 from train.disk.snapshot import Snapshot
@@ -18,7 +18,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     have, as an earlier version wrote it, counts as its default. Where data.name differs, the keys of the two data sets are not
     listed as well."""
     found = []
-    sources = (None, old.get("data", {}).get("name"))
+    data = old.get("data", {}).get("name")
     for section, keys in new.items():
         for key, value in keys.items():
             name = f"{section}.{key}"
@@ -26,7 +26,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
             # the range test has since replaced "find" by a rate
             if before == value or (value == "find" and isinstance(before, float)):
                 continue
-            if changes(name) in ("result", "rounding") and source_of_key(name) in sources:
+            if changes(name) in ("result", "rounding") and data in (sources_of_key(name) or (data,)):
                 found.append(f"{name}: {before} -> {value}")
     return found
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dali_pipeline.errors import cache_folder
 from train.machine.environment import cpu_name
 
 # Defaults, for a machine on which nothing was measured yet.
@@ -83,13 +84,8 @@ def default_gain() -> float:
 
 def history_path() -> Path:
     """compile.json in the user's folder for caches."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not folder.is_absolute():
-        try:
-            folder = Path.home() / ".cache"
-        except RuntimeError:  # a container's user without a home
-            folder = Path(os.devnull)  # which is no folder: nothing is kept
-    return folder / "cifar-throughput" / "compile.json"
+    # where there is none, a place that is no folder: nothing is kept
+    return (cache_folder() or Path(os.devnull)) / "compile.json"
 
 
 def compiler_cache() -> Path:

@@ -1,0 +1,92 @@
+"""Which image files are of the plain kinds that DALI decodes to the same pixels as Pillow: read off their first bytes.
+
+Everything else is left to Pillow: odd kinds, several frames, transparency, more than 8 bits, a file that is cut off.
+"""
+
+from __future__ import annotations
+
+Size = tuple[int, int]  # height, width, before any turning
+
+_START_OF_FRAME = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive; arithmetic coding and lossless are rare
+_WITHOUT_LENGTH = (0x01, *range(0xD0, 0xD8))
+
+
+def plain_size(data: bytes) -> Size | None:
+    """The size of a whole JPEG, PNG, WebP or BMP of 8 bits without transparency; None for any other file."""
+    try:
+        if data.startswith(b"\xff\xd8"):
+            return _jpeg(data)
+        if data.startswith(b"\x89PNG\r\n\x1a\n"):
+            return _png(data)
+        if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+            return _webp(data)
+        if data.startswith(b"BM"):
+            return _bmp(data)
+    except IndexError:  # the file ends within its header
+        pass
+    return None
+
+
+def _number(data: bytes, start: int, length: int, order: str = "big") -> int:
+    if start + length > len(data):
+        raise IndexError
+    return int.from_bytes(data[start : start + length], order)  # type: ignore[arg-type]
+
+
+def _sized(height: int, width: int) -> Size | None:
+    return (height, width) if height and width else None
+
+
+def _jpeg(data: bytes) -> Size | None:
+    if data[-2:] != b"\xff\xd9":  # cut off, or something follows the image
+        return None
+    place = 2
+    while data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker in _START_OF_FRAME:
+            if data[place + 4] != 8 or data[place + 9] not in (1, 3, 4):
+                return None
+            return _sized(_number(data, place + 5, 2), _number(data, place + 7, 2))
+        if marker == 0xFF:  # padding
+            place += 1
+        elif marker in _WITHOUT_LENGTH:
+            place += 2
+        elif marker < 0xC0 or marker in (0xD8, 0xD9, 0xDA) or (0xC3 <= marker <= 0xCF and marker != 0xC4):
+            return None
+        else:
+            place += 2 + _number(data, place + 2, 2)
+    return None
+
+
+def _png(data: bytes) -> Size | None:
+    if data[12:16] != b"IHDR" or data[24] > 8 or data[25] not in (0, 2, 3):
+        return None
+    place = 8
+    while (kind := data[place + 4 : place + 8]) != b"IEND":
+        # transparency, an animation, an orientation
+        if len(kind) < 4 or kind in (b"tRNS", b"acTL", b"eXIf"):
+            return None
+        place += 12 + _number(data, place, 4)
+    return _sized(_number(data, 20, 4), _number(data, 16, 4)) if len(data) == place + 12 else None
+
+
+def _webp(data: bytes) -> Size | None:
+    if len(data) != 8 + _number(data, 4, 4, "little"):
+        return None
+    kind = data[12:16]
+    if kind == b"VP8 ":
+        return _sized(_number(data, 28, 2, "little") & 0x3FFF, _number(data, 26, 2, "little") & 0x3FFF)
+    if kind == b"VP8L":
+        bits = _number(data, 21, 4, "little")
+        return None if bits >> 28 & 1 else ((bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1)
+    if kind == b"VP8X" and not data[20] & 0b11010:  # transparency, EXIF, an animation
+        return _number(data, 27, 3, "little") + 1, _number(data, 24, 3, "little") + 1
+    return None
+
+
+def _bmp(data: bytes) -> Size | None:
+    width, height = _number(data, 18, 4, "little"), _number(data, 22, 4, "little")
+    whole = len(data) >= _number(data, 10, 4, "little") + height * ((3 * width + 3) // 4 * 4)
+    plain = _number(data, 14, 4, "little") >= 40 and _number(data, 28, 2, "little") == 24
+    bottom_up = width < 1 << 31 and height < 1 << 31
+    return _sized(height, width) if whole and plain and bottom_up and not _number(data, 30, 4, "little") else None
