@@ -28,6 +28,7 @@ from train.session import Session
 BATCH_SIZES = (128, 256, 512, 1024, 2048, 4096)
 PIPELINES = (1, 2, 3, 4)
 PREFETCH_DEPTHS = (1, 2, 3, 4, 8)
+STRIPS = (4, 8, 16, 32, 64, 128)
 STAGES = ("pipeline", "step", "end_to_end")
 
 Variants = Iterator[tuple[str, Callable[[], dict[str, Rate]]]]
@@ -119,29 +120,39 @@ def _prefetch(config: Config, dataset: Dataset, device: torch.device, repeats: i
         yield f"prefetch depth {depth}", run
 
 
+def _strips(config: Config, dataset: Dataset, device: torch.device, repeats: int, seconds: float) -> Variants:
+    """The number of strips of a batch, at most."""
+    for number in STRIPS:
+        graph = partial(dali_graph.DaliGraph, most_strips=number)
+        yield f"strips {number}", partial(_of_graph, graph, config, dataset, device, repeats, seconds)
+
+
 def _graphs(config: Config, dataset: Dataset, device: torch.device, repeats: int, seconds: float) -> Variants:
     """The options of the DALI graph: how it paints the cutout, and whether images are stored with borders. By default it pastes,
     and stores borders on a GPU."""
     for cutout_by in ("paste", "erase"):
         for padded in (False, True):
+            graph = partial(dali_graph.DaliGraph, cutout_by=cutout_by, padded=padded)
+            name = f"cutout by {cutout_by}, {'resident' if padded else 'no'} border"
+            yield name, partial(_of_graph, graph, config, dataset, device, repeats, seconds)
 
-            def run(cutout_by: Any = cutout_by, padded: bool = padded) -> dict[str, Rate]:
-                graph = partial(dali_graph.DaliGraph, cutout_by=cutout_by, padded=padded)
-                with patch.dict(GRAPHS, {"dali": graph}):
-                    pipeline = _dali(config, dataset, device)
-                try:
-                    return interleave([pipeline.stage("pipeline", seconds)], repeats)
-                finally:
-                    pipeline.close()
 
-            yield f"cutout by {cutout_by}, {'resident' if padded else 'no'} border", run
+def _of_graph(
+    graph: Any, config: Config, dataset: Dataset, device: torch.device, repeats: int, seconds: float
+) -> dict[str, Rate]:
+    with patch.dict(GRAPHS, {"dali": graph}):
+        pipeline = _dali(config, dataset, device)
+    try:
+        return interleave([pipeline.stage("pipeline", seconds)], repeats)
+    finally:
+        pipeline.close()
 
 
 def _dali(config: Config, dataset: Dataset, device: torch.device) -> Pipeline:
     return Pipeline(dataset, Kind("dali", device), batch_size=config.train.batch_size, augment=config.augment)
 
 
-DALI_ABLATIONS = {"pipelines": _pipelines, "prefetch": _prefetch, "graph": _graphs}
+DALI_ABLATIONS = {"pipelines": _pipelines, "prefetch": _prefetch, "strips": _strips, "graph": _graphs}
 
 
 def _short(setting: str, ablation: str) -> str:

@@ -59,7 +59,7 @@ part recipe 300 "recipe.json recipe.jsonl" "$python" benchmarks/accuracy.py conf
 # compile last: max-autotune, its last setting, can take minutes
 part ablations 360 "ablations.json ablations.png" "$python" benchmarks/throughput.py --quick --no-peers \
   --json "$results/ablations.json" --picture "$results/ablations.png" \
-  --ablate graph --ablate prefetch --ablate pipelines --ablate batch --ablate compile
+  --ablate graph --ablate strips --ablate prefetch --ablate pipelines --ablate batch --ablate compile
 if [ -f "$results/trace.json" ]; then gzip -f "$results/trace.json"; fi
 
 echo

@@ -35,7 +35,7 @@ WRONG_PIXELS = (
     "its pixels are wrong"  # in the message of dali_pipeline/backend.py where DALI's probe finds other pixels
 )
 CPU_WIDTH, GPU_WIDTH = 16, 64
-ABLATIONS = ("channels_last", "compile", "precision", "batch", "pipelines", "prefetch", "graph")
+ABLATIONS = ("channels_last", "compile", "precision", "batch", "pipelines", "prefetch", "strips", "graph")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -39,7 +39,7 @@ def decode_images(
     complete for every stream, and DALI's pipeline is freed.
 
     Peak memory of the device: the result and one chunk (its pixels as they came, decoded, padded and mirrored). For
-    the 50,000 training images of CIFAR-10 with a border of 4 and mirrored copies, that is 480 MB of result (100,016 slots of
+    the 50,000 training images of CIFAR-10 with a border of 4 and mirrored copies, that is 480 MB of result (100,032 slots of
     40 x 40 x 3 bytes) and at most 157 MB of chunk (10,000 times 2 * 32 * 32 * 3 + 2 * 40 * 40 * 3 bytes), which DALI's memory
     pool may keep for the batches to come.
     """

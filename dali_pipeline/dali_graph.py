@@ -23,11 +23,16 @@ from dali_pipeline.dali import backend_of, device_id, import_dali
 from dali_pipeline.dali_decode import decode_images
 from dali_pipeline.dataset import Split
 from dali_pipeline.feed import FeedOrder
-from dali_pipeline.layout import MAX_STRIPS, StripLayout
+from dali_pipeline.layout import StripLayout
 from dali_pipeline.plan import Plan
 from dali_pipeline.streamed import Stream, left_to_apply
 
 PREFETCH_DEPTH = 2  # batches that DALI builds ahead of the one in use
+# Strips of a batch, at most. On a GPU DALI cuts each strip into a grid along the edges of all its rectangles, on the host, and
+# sends the cells to the device: for 512 images of the default augmentation some 36,000 cells with 16 strips, 17,000 with 64. On
+# the CPU only the bookkeeping for each strip counts: a batch of 512 takes 0.96 of the processor time with 8, and 1.08 with 64, of
+# that with 16 (medians of 12 rounds in turns, one thread, AMD EPYC; images a second: benchmarks/throughput.py --ablate strips).
+MOST_STRIPS = {"cuda": 64, "cpu": 8}
 # DALI's GPU kernel copies a row in blocks of this many bytes, one thread for each byte. Where the last block of a row has fewer
 # bytes than a warp has threads, the kernel reads beyond its table of rectangles.
 _BLOCK_BYTES, _WARP = 256, 32
@@ -41,13 +46,15 @@ class Unsupported(ValueError):
 class DaliGraph:
     """Pulls plans of `order.batch_size` images from `source`, PREFETCH_DEPTH ahead of what it delivers; see `feed.Graph`.
 
-    The two choices below give the same pixels and differ only in speed:
+    The choices below give the same pixels and differ only in speed:
 
     `cutout_by`: "paste" pastes a patch of the fill colour over the image. "erase" uses DALI's erase operator, which is slower
     on the CPU, and on the GPU waits for DALI's stream twice for each batch (in DALI's own thread).
     `padded`: whether the resident images have a black border. The default is yes on a GPU and no on a CPU. On a GPU
     multi_paste cuts its output into a grid along the edges of all rectangles, on the host; with borders every rectangle has
     the size of an image, which leaves fewer edges.
+
+    `most_strips`: the strips of a batch, at most; by default MOST_STRIPS of the device.
 
     Raises Unsupported where a strip would exceed what DALI can address, and on a GPU for image widths at which its
     kernel reads beyond its tables.
@@ -61,6 +68,7 @@ class DaliGraph:
         *,
         cutout_by: Literal["paste", "erase"] = "paste",
         padded: bool | None = None,
+        most_strips: int | None = None,
     ) -> None:
         streamed = order.resident == "never"
         augment, self._device = left_to_apply(order.augment) if streamed else order.augment, order.device
@@ -77,13 +85,14 @@ class DaliGraph:
             augment,
             padded=on_gpu if padded is None else padded,
             patched=cutout_by == "paste",
+            most_strips=most_strips or MOST_STRIPS[self._device.type],
         )
         _, _, width, _ = layout.resident_shape
         if math.prod(layout.resident_shape[1:]) > MAX_STRIP_BYTES:
-            count = len(split) * (2 if augment.flip else 1)
+            count, most = len(split) * (2 if augment.flip else 1), MOST_STRIPS[self._device.type]
             raise Unsupported(
                 f"{count} images of {layout.pitch} x {width} in {layout.strips} strips exceed DALI's 2 GiB a strip; "
-                f"take a batch size divisible by {MAX_STRIPS}, data.resident=never, or data.backend=torch"
+                f"take a batch size divisible by {most}, data.resident=never, or data.backend=torch"
             )
         self._shape = (order.batch_size, split.height, split.width, 3)
         self._strips_shape = layout.batch_shape

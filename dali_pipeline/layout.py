@@ -7,8 +7,6 @@ import numpy.typing as npt
 
 from dali_pipeline.plan import Augment, Plan
 
-MAX_STRIPS = 16  # in a batch; StripLayout says why not more
-
 
 def resident_windows(
     plan: Plan, num_images: int, augment: Augment
@@ -52,8 +50,7 @@ class StripLayout:
 
     A batch is made by pasting one rectangle for each image, and with `patched` a second one, from the patch, on top of it.
 
-    `strips` is the largest divisor of the batch size up to MAX_STRIPS. Every thread of DALI's GPU kernel searches the list of
-    rectangles of its strip, so more strips mean shorter lists; and each strip costs bookkeeping on the host.
+    `strips` is the largest divisor of the batch size up to `most_strips`.
 
     padded: whether black borders are stored with the images. Reflected borders always are. Black ones can be left out,
     because DALI leaves black what no rectangle covers. They are stored all the same where a window can lie wholly in the
@@ -70,6 +67,7 @@ class StripLayout:
         *,
         padded: bool,
         patched: bool,
+        most_strips: int,
     ) -> None:
         self._num_images = num_images
         self._augment = augment
@@ -81,7 +79,7 @@ class StripLayout:
         images = num_images * (2 if augment.flip else 1)
         self.patch = images if patched and augment.cutout else None  # its slot
         self.used = images + (self.patch is not None)  # slots that hold something
-        self.strips = next(n for n in range(min(MAX_STRIPS, batch_size), 0, -1) if batch_size % n == 0)
+        self.strips = next(n for n in range(min(most_strips, batch_size), 0, -1) if batch_size % n == 0)
         self.stack = -(-self.used // self.strips)
         self.resident_shape = (self.strips, self.stack * self.pitch, width + 2 * self.border, 3)
         images_per_strip = batch_size // self.strips

@@ -134,7 +134,7 @@ def test_gpu_session_starts_every_part_goes_on_after_a_failure_and_sums_up(tmp_p
         module.parser().parse_intermixed_args(words[1:])  # ends the test where it takes no such words
     assert f"data.root={tmp_path / 'data'}" in recipe
     assert throughput.parser().parse_intermixed_args(ablations[1:]).ablate == (
-        ["graph", "prefetch", "pipelines", "batch", "compile"]
+        ["graph", "strips", "prefetch", "pipelines", "batch", "compile"]
     )
     assert "recipe: exit code 3" in said and "tests: done" in said
     assert (ROOT / predicted[predicted.index("--plan") + 1]).exists()

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dali_pipeline.layout import MAX_STRIPS, StripLayout, resident_windows
+from dali_pipeline.layout import StripLayout, resident_windows
 from dali_pipeline.plan import Augment, Plan, draw_plan
 
 FILL = 255  # the images hold 1..254: neither the fill nor the black border
@@ -84,25 +84,41 @@ def expected(images: Pixels, plan: Plan, augment: Augment) -> Pixels:
     ),
     borders=st.booleans(),
     patched=st.booleans(),
+    most_strips=st.sampled_from((1, 4, 16, 64)),
 )
 def test_pasted_rectangles_equal_windows_of_the_padded_images(
-    height: int, width: int, batch_size: int, augment: Augment, borders: bool, patched: bool
+    height: int, width: int, batch_size: int, augment: Augment, borders: bool, patched: bool, most_strips: int
 ) -> None:
     if augment.padding_mode == "reflect" and augment.pad >= min(height, width):
         return  # refused by the loader
     images = np.random.default_rng(0).integers(1, FILL, (40, height, width), np.uint8)
-    layout = StripLayout(40, height, width, batch_size, augment, padded=borders, patched=patched)
+    layout = StripLayout(
+        40, height, width, batch_size, augment, padded=borders, patched=patched, most_strips=most_strips
+    )
     plan = draw_plan(1, 0, 40, augment, (height, width)).take(slice(batch_size))
     got = pasted(stacked(images, layout, augment), layout, plan)
     np.testing.assert_array_equal(got.reshape(batch_size, height, width), expected(images, plan, augment))
 
 
-@pytest.mark.parametrize(("batch_size", "strips"), [(512, 16), (500, 10), (17, 1), (24, 12), (1, 1), (16, 16)])
-def test_a_batch_is_cut_into_equal_pictures(batch_size: int, strips: int) -> None:
-    layout = StripLayout(1000, 32, 24, batch_size, Augment(), padded=True, patched=True)
-    assert layout.strips == strips <= MAX_STRIPS
+@pytest.mark.parametrize(
+    ("batch_size", "most", "strips"),
+    [(512, 16, 16), (512, 64, 64), (500, 16, 10), (500, 64, 50), (17, 16, 1), (24, 16, 12), (1, 64, 1), (16, 16, 16)],
+)
+def test_a_batch_is_cut_into_equal_strips(batch_size: int, most: int, strips: int) -> None:
+    layout = StripLayout(1000, 32, 24, batch_size, Augment(), padded=True, patched=True, most_strips=most)
+    assert layout.strips == strips
     assert math.prod(layout.batch_shape) == batch_size * 32 * 24 * 3
     assert layout.slots - layout.strips < layout.used == 2001 <= layout.slots
+
+
+@pytest.mark.parametrize(("strips", "cells"), [(16, 36_000), (64, 17_000)])
+def test_more_strips_leave_dali_fewer_cells_to_cut(strips: int, cells: int) -> None:
+    """The figures that dali_graph.py states."""
+    layout = StripLayout(5000, 32, 32, 512, Augment(), padded=True, patched=True, most_strips=strips)
+    _, _, size, start = layout.rectangles(draw_plan(0, 0, 5000, Augment()).take(slice(512)))
+    edges = np.concatenate([start, start + size], axis=1)  # (strips, 2k, 2)
+    found = sum(math.prod(len({0, *along}) - 1 for along in strip.T.tolist()) for strip in edges)
+    assert found == pytest.approx(cells, rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +132,7 @@ def test_a_batch_is_cut_into_equal_pictures(batch_size: int, strips: int) -> Non
     ],
 )
 def test_a_border_lies_there_where_it_is_asked_for_or_needed(augment: Any, given: bool, border: int) -> None:
-    layout = StripLayout(10, 8, 20, 5, Augment(**augment), padded=given, patched=True)
+    layout = StripLayout(10, 8, 20, 5, Augment(**augment), padded=given, patched=True, most_strips=16)
     assert layout.border == border and layout.pitch == 8 + 2 * border
 
 
