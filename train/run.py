@@ -50,6 +50,7 @@ def fit(
             snapshot = group.from_first(
                 lambda: load_for_resume(run_dir, config, fallback=fallback, extend=extend, log=log)
             )
+            session.go_on_as(snapshot.machine)
         session.build(check=None if snapshot is None else lambda dataset: check_same_data(snapshot, dataset))
         session.warm_up(_steps_left(session, snapshot), None if snapshot is None else snapshot.machine)
         trainer = session.trainer

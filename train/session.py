@@ -6,7 +6,6 @@ import importlib.util
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -51,6 +50,7 @@ class Session:
         self.times = Times()
         self.signals = SignalWatch(repeats=under_torchrun(), announce=self.group.first, owns_process=owns_process)
         self._handle_signals = handle_signals
+        self._notes: list[str] = []
         self._dataset: Dataset | None = None
         self._trainer: Trainer | None = None
 
@@ -62,6 +62,7 @@ class Session:
             stack.enter_context(process_group(self.group, self.config.train.device))
             with self.group.together():
                 self._look_at_machine()
+            self._agree_on_precision()
             self._stack = stack.pop_all()
         return self
 
@@ -88,17 +89,7 @@ class Session:
 
     def _look_at_machine(self) -> None:
         failpoint("machine")
-        train = self.config.train
-        self.runtime = prepare(
-            device=train.device,
-            precision=train.precision,
-            compile=train.compile,
-            channels_last=train.channels_last,
-            local_rank=self.group.local_rank,
-        )
-        self._compiler = self.runtime.compile_mode
-        if train.compile == "auto" and self.runtime.device.type == "cpu" and self._compiler is not None:
-            self.runtime = self.runtime.compiling(None, "weighed once the trainer is built")
+        self._prepare(self.config.train.precision)
         if self.config.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise RuntimeUnavailable("run.tensorboard=true: tensorboard is missing; pip install -e '.[tensorboard]'")
         self.backend = choose_backend(self.config.data.backend, self.runtime.device)
@@ -108,10 +99,43 @@ class Session:
         fallback = self.config.data.backend == "auto" and self.backend.name != "dali"
         self.log(f"{'WARNING: ' if fallback else ''}pipeline: {self.backend.name} ({self.backend.reason})")
 
+    def _prepare(self, precision: str) -> None:
+        train = self.config.train
+        self.runtime = prepare(
+            device=train.device,
+            precision=precision,
+            compile=train.compile,
+            channels_last=train.channels_last,
+            local_rank=self.group.local_rank,
+        )
+        self._compiler = self.runtime.compile_mode
+        if train.compile == "auto" and self.runtime.device.type == "cpu" and self._compiler is not None:
+            self.runtime = self.runtime.compiling(None, "weighed once the trainer is built")
+
+    def _agree_on_precision(self) -> None:
+        """Where train.precision=auto finds bf16 on the CPUs of some processes only, all of them take fp32."""
+        if self.config.train.precision == "auto" and self.runtime.device.type == "cpu":
+            found = self.group.gather(self.runtime.precision)
+            if "fp32" in found:
+                self._take_precision("fp32", "another process's CPU does not compute bf16")
+
+    def go_on_as(self, began: Mapping[str, Any]) -> None:
+        """To be called before `build` by a run that is resumed: where train.precision=auto leaves it open and the run began on a
+        CPU, it goes on in the precision that it began with. `began` is its `Snapshot.machine`."""
+        on_cpu = began.get("device") == self.runtime.device.type == "cpu"
+        if self.config.train.precision == "auto" and on_cpu and began.get("precision") in ("fp32", "bf16"):
+            self._take_precision(began["precision"], "as the run began")
+
+    def _take_precision(self, precision: str, why: str) -> None:
+        if precision != self.runtime.precision:
+            self._prepare(precision)
+            self.runtime = self.runtime.saying(f"precision: {precision} ({why})")
+            self.log(self.runtime.note_on("precision"))
+
     def note(self, text: str) -> None:
         """Log a warning, and keep it for environment.json."""
         self.log(f"WARNING: {text}")
-        self.runtime = replace(self.runtime, notes=(*self.runtime.notes, text))
+        self._notes.append(text)
 
     def build(self, check: Callable[[Dataset], None] | None = None, dataset: Dataset | None = None) -> None:
         """Read the data (unless given as `dataset`), call `check` with them, which may raise, and make the trainer."""
@@ -291,7 +315,7 @@ class Session:
             "channels_last": self.runtime.channels_last,
             "backend": self.backend.name,
             "backend_reason": self.backend.reason,
-            "notes": [*self.runtime.notes, *self.dataset.notes],
+            "notes": [*self.runtime.notes, *self.dataset.notes, *self._notes],
             "data_source": self.dataset.source,
             "world_size": self.group.world_size,
             "threads": torch.get_num_threads(),

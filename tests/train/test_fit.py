@@ -27,6 +27,7 @@ from train.disk.checkpoint import CheckpointError, load_checkpoint, save_checkpo
 from train.disk.folder import RunFolder, RunFolderError, default_run_dir, read_metrics
 from train.disk.resume import differences
 from train.failpoints import disarm
+from train.machine import runtime
 from train.machine.runtime import RuntimeUnavailable, prepare
 from train.run import find_rates_only, fit
 from train.screen.notice import long_run_advice
@@ -146,6 +147,31 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     for x, y in zip(a["metrics"], b["metrics"], strict=True):
         exact = [key for key in x if "second" not in key]
         assert {key: x[key] for key in exact} == {key: y[key] for key in exact}
+
+
+@pytest.mark.parametrize(("before", "after"), [("fp32", "bf16"), ("bf16", "fp32")])
+def test_a_run_resumed_where_auto_is_another_precision_goes_on_in_its_own(
+    quick_config: Config, tmp_path: Path, arm: Arm, monkeypatch: pytest.MonkeyPatch, before: str, after: str
+) -> None:
+    config = changed(quick_config, {"train.precision": "auto", "run.checkpoint_every": 1})
+    fit(changed(config, {"train.precision": before}), tmp_path / "whole", log=Lines())
+
+    def on_a_machine_of(precision: str) -> None:
+        monkeypatch.setattr(runtime, "BF16_ON_CPU", True)
+        monkeypatch.setattr(runtime, "bf16_units", lambda: "amx_bf16" if precision == "bf16" else None)
+
+    on_a_machine_of(before)
+    arm("step", stop_before(14))
+    with pytest.raises(Stop):
+        fit(config, tmp_path / "parts", log=Lines())
+    disarm()
+    on_a_machine_of(after)
+    log = Lines()
+    fit(config, tmp_path / "parts", log=log, resume=True)
+    assert f"precision: {before} (as the run began)" in log.lines and "other conditions" not in log.text
+    recorded = json.loads((tmp_path / "parts" / "environment.json").read_text())
+    assert recorded["precision"] == before and f"precision: {before} (as the run began)" in recorded["notes"]
+    assert_equal_weights(weights(tmp_path / "whole" / "last.pt"), weights(tmp_path / "parts" / "last.pt"))
 
 
 def test_resume_under_another_recipe_names_the_keys_and_both_values(quick_config: Config, tmp_path: Path) -> None:

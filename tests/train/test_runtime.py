@@ -12,7 +12,7 @@ import pytest
 import torch
 from places import ROOT
 
-from train.machine import environment
+from train.machine import environment, runtime
 from train.machine.openmp import CHOSEN_BY, wait_passively
 from train.machine.process import process_as_found
 from train.machine.runtime import RuntimeUnavailable, prepare, seed_everything
@@ -142,6 +142,50 @@ def test_auto_compiles_fp32_on_the_cpu_and_leaves_bf16_alone(monkeypatch: pytest
     assert prepare(device="cpu", precision="fp32").compile_mode == "default"
     assert prepare(device="cpu", precision="bf16").compile_mode is None
     assert prepare(device="cpu", precision="bf16", compile="default").compile_mode == "default"
+
+
+CPUINFO = "processor\t: 0\nflags\t\t: fpu avx512f {}\n\nprocessor\t: 1\nflags\t\t: {} fpu\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "units"),
+    [
+        (CPUINFO.format("avx512_bf16 amx_bf16", "amx_bf16 avx512_bf16"), "amx_bf16"),
+        (CPUINFO.format("avx512_bf16", "avx512_bf16"), "avx512_bf16"),
+        (CPUINFO.format("amx_bf16 avx512_bf16", "avx512_bf16"), "avx512_bf16"),
+        (CPUINFO.format("amx_bf16", ""), None),
+        (CPUINFO.format("xamx_bf16", "xamx_bf16"), None),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16\n", None),
+        (None, None),
+    ],
+    ids=["both", "AVX-512", "one processor has less", "one has none", "another flag", "no flags", "no file"],
+)
+def test_bf16_units_are_flags_that_every_processor_lists(tmp_path: Path, text: str | None, units: str | None) -> None:
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    assert runtime.bf16_units(tmp_path / "cpuinfo") == units
+
+
+@pytest.mark.parametrize(
+    ("default", "units", "expected"),
+    [
+        (True, "amx_bf16", "bf16 (the CPU computes it natively: amx_bf16)"),
+        (
+            False,
+            "avx512_bf16",
+            "fp32 (exact; this CPU also computes bf16 (avx512_bf16): train.precision=bf16 is faster)",
+        ),
+        (True, None, "fp32 (the default on cpu)"),
+    ],
+)
+def test_precision_auto_on_a_cpu_says_what_the_processor_has(
+    monkeypatch: pytest.MonkeyPatch, default: bool, units: str | None, expected: str
+) -> None:
+    monkeypatch.setattr(runtime, "BF16_ON_CPU", default)
+    monkeypatch.setattr(runtime, "bf16_units", lambda: units)
+    assert notes(device="cpu")["precision"] == expected
+    assert notes(device="cpu", precision="fp32")["precision"] == "fp32 (as asked)"
+    assert prepare(device="cpu").autocast_dtype is (torch.bfloat16 if expected.startswith("bf16") else None)
 
 
 def test_deterministic_mode_turns_tf32_off_for_convolutions_too() -> None:
