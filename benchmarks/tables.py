@@ -1,4 +1,4 @@
-"""The tables of docs/throughput.md and of the README from the files in benchmarks/results/.
+"""The tables of the README and of documents from the files in benchmarks/results/.
 
 python benchmarks/tables.py [--check]
 """
@@ -20,7 +20,7 @@ REFERENCE_PEER = "torchvision_pil_2_workers"
 
 
 def load_results(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The reports of one kind ("throughput", "accuracy", "validation"), in order of their file names."""
+    """The reports of one kind ("throughput", "accuracy", "validation", "recipes"), in order of their file names."""
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     return [report for report in reports if report.get("kind") == kind]
 
@@ -42,11 +42,19 @@ def validation_block(folder: Path) -> str:
     return _block([line for report in load_results(folder, "validation") for line in validation_table(report)])
 
 
+def recipes_block(folder: Path) -> str:
+    """What docs/recipes.md has between the two markers, markers included."""
+    from benchmarks.recipes import table
+
+    return _block([line for report in load_results(folder, "recipes") for line in (*table(report), "")][:-1])
+
+
 # by document, the function that makes its block
 BLOCKS = {
     "docs/throughput.md": throughput_block,
     "README.md": accuracy_block,
     "docs/configuration.md": validation_block,
+    "docs/recipes.md": recipes_block,
 }
 
 

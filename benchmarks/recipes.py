@@ -1,0 +1,232 @@
+"""Which options pay: candidates with the same seeds, on held-out training images, and how much each gains on the base.
+
+python benchmarks/recipes.py STAGE --runs N [--work DIR] [--json FILE] [--picture FILE] [section.key=value ...]
+
+STAGE is `kinds` (options grouped by kind, alone and together, 8 epochs at width 8), `left-out` (all of them, and without each
+one, 8 epochs at width 16) or `epochs` (base and all of them over more and more epochs, width 16). Every candidate is done with
+the first seed before any with the second. Each finished run is a line of a JSONL file in --work, one file a candidate, as
+benchmarks/accuracy.py writes them; after an interruption the same command continues with the runs that are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # instead of this folder, whose files could hide packages of the same name
+
+KIND = "recipes"
+RECIPE = "onecycle"
+COMMON = ("data.validation=10000", "schedule.lr_max=0.4", "schedule.lr_min=0.004", "run.analyse=false")
+PEAK = 0.2  # of the epochs
+# what a candidate may have beside the base, by name
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "muon": ("optim.filters=muon", "optim.muon_lr=0.2"),
+    "whitening": ("net.whitening=true",),
+    "dirac": ("net.residual_init=dirac",),
+    "gelu": ("net.activation=gelu",),
+    "smoothing": ("optim.label_smoothing=0.2",),
+    "alternating flip": ("augment.flip_rule=alternating",),
+    "reflect": ("augment.padding_mode=reflect",),
+    "no cutout": ("augment.cutout=0",),
+}
+ACCURACIES = {"accuracy": "plain", "tta_accuracy": "flip", "shift_accuracy": "6 views"}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe to compare: what it has beside the base, and for how many epochs it trains."""
+
+    name: str
+    words: tuple[str, ...]
+    epochs: int
+
+    @property
+    def file(self) -> str:
+        """The name of its file of finished runs."""
+        return f"{self.name.replace(' ', '_')}-{self.epochs}.jsonl"
+
+
+def having(*names: str) -> tuple[str, ...]:
+    return tuple(word for name in names for word in OPTIONS[name])
+
+
+def kinds() -> list[Candidate]:
+    """Options grouped by kind, alone and all together."""
+    network, data = ("whitening", "dirac", "gelu"), ("smoothing", "alternating flip", "reflect", "no cutout")
+    found = {"base": (), "muon 0.2": having("muon"), "all": having(*OPTIONS)}
+    found |= {f"muon {rate}": (OPTIONS["muon"][0], f"optim.muon_lr={rate}") for rate in ("0.1", "0.4")}
+    found |= {"network": having(*network), "data": having(*data)}
+    return [Candidate(name, words, 8) for name, words in found.items()]
+
+
+def left_out() -> list[Candidate]:
+    """The base, all options, and all but one."""
+    without = [Candidate(f"without {name}", having(*(n for n in OPTIONS if n != name)), 8) for name in OPTIONS]
+    return [Candidate("base", (), 8), Candidate("all", having(*OPTIONS), 8), *without]
+
+
+def epochs() -> list[Candidate]:
+    """The base and all options over more and more epochs."""
+    return [
+        Candidate(name, words, count)
+        for count in (8, 10, 12, 16, 24)
+        for name, words in (("base", ()), ("all", having(*OPTIONS)))
+    ]
+
+
+STAGES = {"kinds": (8, kinds), "left-out": (16, left_out), "epochs": (16, epochs)}
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("stage", choices=STAGES)
+    result.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over every candidate")
+    result.add_argument("--runs", type=int, required=True, metavar="N", help="how many seeds, counted from train.seed")
+    result.add_argument("--work", type=Path, metavar="DIR", help="the files of finished runs (runs/recipes/STAGE)")
+    result.add_argument("--json", type=Path, metavar="FILE", help="write the last line of the output here too")
+    result.add_argument("--picture", type=Path, metavar="FILE", help="draw the accuracies against the epochs")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_intermixed_args(arguments)
+    if options.runs < 1:
+        print(f"error: --runs {options.runs}, expected 1 or more", file=sys.stderr)
+        return 2
+    from train.machine.openmp import wait_passively
+
+    wait_passively()  # before torch is imported
+    from benchmarks.accuracy import measure
+    from benchmarks.machine import command
+    from benchmarks.outcome import explained, write_report
+    from train.config import Config, load_config
+    from train.screen.log import Log
+
+    log = Log()
+    width, candidates_of = STAGES[options.stage]
+    work = options.work or Path("runs/recipes") / options.stage
+
+    def config(candidate: Candidate) -> Config:
+        words = [f"net.width={width}", f"train.epochs={candidate.epochs}"]
+        words += [f"schedule.peak_epoch={PEAK * candidate.epochs:g}", *COMMON, *candidate.words]
+        given = {word.partition("=")[0] for word in options.overrides}
+        return load_config(RECIPE, [w for w in words if w.partition("=")[0] not in given] + options.overrides)
+
+    with explained(log) as outcome:
+        configs = {candidate: config(candidate) for candidate in candidates_of()}
+        reports: dict[Candidate, dict[str, Any]] = {}
+        for runs in range(1, options.runs + 1):
+            for candidate, chosen in configs.items():
+                log(f"{candidate.name}, {chosen.train.epochs} epochs, {runs} of {options.runs} runs")
+                reports[candidate] = measure(chosen, runs, work / candidate.file, log, "validation")
+        report = summarise(options.stage, reports)
+        report["command"] = command(KIND, sys.argv[1:] if arguments is None else arguments)
+        for line in table(report):
+            print(line)
+        if options.picture:
+            draw(report, options.picture)
+        if options.json:
+            write_report(options.json, report)
+        print(json.dumps(report))
+    return outcome.code
+
+
+def summarise(stage: str, reports: dict[Candidate, dict[str, Any]]) -> dict[str, Any]:
+    """For each candidate its accuracies, and their differences, seed by seed, to the base of as many epochs: means with 95%
+    intervals, in points."""
+    from benchmarks.measure import statistic
+
+    rows = []
+    by_name = {(candidate.name, candidate.epochs): report for candidate, report in reports.items()}
+    for candidate, report in reports.items():
+        base = by_name["base", candidate.epochs]
+        pairs = list(zip(report["finished"], base["finished"], strict=True))
+        assert all(one["seed"] == other["seed"] for one, other in pairs)
+        rows.append(
+            {
+                "name": candidate.name,
+                "options": list(candidate.words),
+                "epochs": report["recipe"]["train"]["epochs"],
+                "accuracies": {name: report[name] for name in ACCURACIES},
+                "differences": {name: statistic([a[name] - b[name] for a, b in pairs]) for name in ACCURACIES},
+                "training_seconds": report["seconds"]["training"]["mean"],
+            }
+        )
+    first = next(iter(reports.values()))
+    return {
+        "kind": KIND,
+        "command": "",
+        "stage": stage,
+        **{key: first[key] for key in ("recipe", "machine", "versions", "commit", "runs")},
+        "rows": rows,
+    }
+
+
+def _points(found: dict[str, Any], sign: str = "") -> str:
+    interval = "" if found["std"] is None else f" ± {found['interval95']:.2f}"
+    return f"{found['mean']:{sign}.2f}{interval}"
+
+
+def table(report: dict[str, Any]) -> list[str]:
+    """A Markdown table with a row for each candidate, and below it what was measured and how."""
+    recipe = report["recipe"]
+    labels = list(ACCURACIES.values())
+    rows = [
+        f"| candidate | epochs | {' | '.join(labels)} | {' | '.join(f'to the base, {label}' for label in labels)} |",
+        "|---|---:|" + "---:|" * (2 * len(labels)),
+    ]
+    for row in report["rows"]:
+        cells = [_points(row["accuracies"][name]) for name in ACCURACIES]
+        cells += ["" if row["name"] == "base" else _points(row["differences"][name], "+") for name in ACCURACIES]
+        rows.append(f"| {row['name']} | {row['epochs']} | {' | '.join(cells)} |")
+    return [
+        *rows,
+        "",
+        f"Width {recipe['net']['width']}, batch {recipe['train']['batch_size']}, {recipe['train']['precision']}, accuracy on "
+        f"{recipe['data']['validation']:,} held-out training images in percent, differences in points between runs of the same "
+        f"seed; mean ± 95% interval, n = {report['runs']}. `{report['command']}`",
+    ]
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Draw the accuracy of each candidate against the epochs that it trains, without and with six views."""
+    from analysis.style import BLUE, GREEN, ORANGE, VERMILLION, new_figure, save
+
+    caption = f"width {report['recipe']['net']['width']}, held-out training images, n = {report['runs']}"
+    figure = new_figure(7.4, 4.4, "Accuracy against the epochs of the training", caption)
+    axes = figure.subplots()
+    names = list(dict.fromkeys(row["name"] for row in report["rows"]))
+    colours = (BLUE, VERMILLION, GREEN, ORANGE)
+    for number, name in enumerate(names):
+        rows = sorted((row for row in report["rows"] if row["name"] == name), key=lambda row: row["epochs"])
+        for accuracy, line in (("accuracy", "-"), ("shift_accuracy", "--")):
+            found = [row["accuracies"][accuracy] for row in rows]
+            axes.errorbar(
+                [row["epochs"] for row in rows],
+                [value["mean"] for value in found],
+                yerr=[value["interval95"] or 0.0 for value in found],
+                color=colours[number % len(colours)],
+                linestyle=line,
+                marker="o",
+                markersize=4,
+                capsize=2,
+                label=f"{name}, {ACCURACIES[accuracy]}",
+            )
+    axes.set_xlabel("epochs of the training")
+    axes.set_ylabel("accuracy (%)")
+    axes.grid(alpha=0.3, linewidth=0.5)
+    axes.legend(loc="lower right", fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(figure, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""The comparison of recipes: paired differences by hand, the table and picture of them, and a campaign that goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import recipes, tables
+from benchmarks.recipes import OPTIONS, STAGES, Candidate
+from train.config import load_config
+
+RECIPE = {
+    "net": {"width": 8},
+    "train": {"batch_size": 512, "precision": "bf16", "epochs": 8},
+    "data": {"validation": 10000},
+}
+
+
+def report_of(accuracies: list[float], epochs: int = 8) -> dict[str, Any]:
+    """As benchmarks/accuracy.py gives it, six views one point better than plain."""
+    from benchmarks.accuracy import summarise
+
+    runs = [
+        {
+            "seed": seed,
+            "accuracy": value,
+            "tta_accuracy": value + 0.5,
+            "shift_accuracy": value + 1,
+            "seconds": {"training": 9.0},
+            "images_per_second": 1.0,
+            "seconds_to_94": None,
+            "training_seconds_to_94": None,
+        }
+        for seed, value in enumerate(accuracies)
+    ]
+    recipe = RECIPE | {"train": {**RECIPE["train"], "epochs": epochs}}
+    return summarise(runs, recipe, {"machine": {"cpu": "X", "cpus_usable": 2}, "versions": {"torch": "1"}})
+
+
+def made_up() -> dict[str, Any]:
+    reports = {
+        Candidate("base", (), 8): report_of([80.0, 81.0, 80.2]),
+        Candidate("all", ("a.b=1",), 8): report_of([83.0, 83.1, 82.3]),
+        Candidate("base", (), 24): report_of([84.0, 84.2, 84.4], epochs=24),
+        Candidate("all", ("a.b=1",), 24): report_of([86.0, 86.3, 86.6], epochs=24),
+    }
+    return recipes.summarise("epochs", reports) | {"command": "the command"}
+
+
+def test_differences_are_paired_by_seed_to_the_base_of_as_many_epochs() -> None:
+    rows = made_up()["rows"]
+    differences = np.array([3.0, 2.1, 2.1])
+    found = rows[1]["differences"]["accuracy"]
+    assert found["mean"] == pytest.approx(differences.mean()) and found["n"] == 3
+    # the 97.5% point of Student's t with two degrees of freedom
+    assert found["interval95"] == pytest.approx(4.3027 * differences.std(ddof=1) / np.sqrt(3), rel=1e-4)
+    assert rows[3]["differences"]["shift_accuracy"]["mean"] == pytest.approx(2.1)
+    assert rows[0]["differences"]["accuracy"]["mean"] == 0
+
+
+def test_the_table_gives_intervals_and_the_picture_is_drawn(tmp_path: Path) -> None:
+    report = made_up()
+    text = recipes.table(report)
+    half = 4.3027 * np.std([3.0, 2.1, 2.1], ddof=1) / np.sqrt(3)
+    assert any(line.startswith("| all | 8 | 82.80 ± ") and f"| +2.40 ± {half:.2f} |" in line for line in text)
+    assert "n = 3" in text[-1] and "`the command`" in text[-1]
+    (tmp_path / "recipes.json").write_text(json.dumps(report))
+    assert tables.recipes_block(tmp_path).count("\n| all |") == 2
+    recipes.draw(report, tmp_path / "epochs.png")
+    with Image.open(tmp_path / "epochs.png") as image:
+        assert len(image.convert("RGB").getcolors(1 << 24) or ()) > 20
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_candidate_is_a_recipe_and_all_have_a_base_and_a_file_of_their_own(stage: str) -> None:
+    candidates = STAGES[stage][1]()
+    assert len({candidate.file for candidate in candidates}) == len(candidates)
+    bases = {candidate.epochs for candidate in candidates if candidate.name == "base"}
+    assert bases == {candidate.epochs for candidate in candidates}
+    for candidate in candidates:
+        load_config(recipes.RECIPE, [*recipes.COMMON, *candidate.words])
+    assert max(candidates, key=lambda candidate: len(candidate.words)).words == recipes.having(*OPTIONS)
+
+
+def test_a_campaign_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = [Candidate("base", (), 1), Candidate("all", ("optim.label_smoothing=0.2",), 1)]
+    monkeypatch.setitem(STAGES, "kinds", (2, lambda: few))
+    words = [
+        "kinds",
+        "--work",
+        str(tmp_path / "work"),
+        "data.name=digits",
+        "data.validation=300",
+        "train.batch_size=256",
+    ]
+    words += ["schedule.peak_epoch=0.5", "train.compile=off", "train.eval_batch_size=300", "data.backend=torch"]
+    assert recipes.main([*words, "--runs", "1"]) == 0
+    capsys.readouterr()
+    before = (tmp_path / "work" / "base-1.jsonl").read_text()
+    assert recipes.main([*words, "--runs", "2", "--json", str(tmp_path / "found.json")]) == 0
+    after = (tmp_path / "work" / "base-1.jsonl").read_text()
+    assert after.startswith(before) and after.count("\n") == before.count("\n") + 1
+    report = json.loads((tmp_path / "found.json").read_text())
+    assert report == json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["accuracies"]["shift_accuracy"]["n"] for row in report["rows"]] == [2, 2]
+    assert recipes.main([*words, "--runs", "0"]) == 2
