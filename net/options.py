@@ -5,6 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+PARTS = (
+    "prep",
+    "layer1",
+    "layer2",
+    "layer3",
+    "classifier",
+)  # of CustomResNet, from the image on; what net.freeze may name
+
+
+def parts_of(freeze: str | None) -> tuple[str, ...]:
+    """The names that a value of net.freeze lists, each once, as they are written."""
+    words = [] if freeze is None else [word.strip() for word in freeze.split(",")]
+    return tuple(dict.fromkeys(word for word in words if word))
+
 
 @dataclass(frozen=True, kw_only=True)
 class NetOptions:
@@ -53,4 +67,14 @@ class NetOptions:
     )
     norm_eps: float = field(
         default=1e-5, metadata={"help": "added to the variance by batch norm", "above": 0.0, "at_most": 1.0}
+    )
+    init: str | None = field(
+        default=None,
+        metadata={"help": "begin with the weights of another run: its folder (best.pt) or a checkpoint's file"},
+    )
+    freeze: str | None = field(
+        default=None,
+        metadata={
+            "help": f"parts that keep their weights and batch-norm statistics, such as prep,layer1: {', '.join(PARTS)}"
+        },
     )

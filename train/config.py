@@ -23,7 +23,7 @@ from dali_pipeline.options import DataOptions
 from dali_pipeline.plan import Augment
 from dali_pipeline.regular import NotARegularFile, TooLarge, read_regular
 from dali_pipeline.sources import data_sections, source_of
-from net.options import NetOptions
+from net.options import PARTS, NetOptions, parts_of
 from train.options import CHECKPOINT_EVERY, Changes, OptimOptions, RunOptions, ScheduleOptions, TrainOptions
 
 MOST_CHARACTERS = 100_000  # of a recipe
@@ -290,6 +290,12 @@ def _check_together(config: Config) -> None:
         )
     if optim.nesterov and optim.momentum == 0:
         raise ConfigError("optim.nesterov: true needs optim.momentum above 0")
+    frozen = parts_of(config.net.freeze)
+    for part in frozen:
+        if part not in PARTS:
+            raise ConfigError(f"net.freeze: {_shown(part)}: unknown part{_nearest(part, PARTS)}")
+    if set(frozen) == set(PARTS):
+        raise ConfigError("net.freeze: names all parts of the network, and leaves none to train")
     if config.augment.crop and config.augment.padding_mode == "reflect" and config.augment.pad >= 32:
         raise ConfigError(
             f"augment.pad: {config.augment.pad} is too wide to reflect images of 32 pixels, must be below 32"
@@ -436,7 +442,7 @@ def _parse_override(word: str) -> tuple[str, Any]:
         raise ConfigError(f"{word}: expected section.key=value, for instance train.epochs=3")
     if name not in KEYS:
         raise ConfigError(f"{name}: unknown key{_nearest(name, list(KEYS)) if '.' in name else _suggest_section(name)}")
-    if name in ("data.root", "data.table", "run.dir"):
+    if name in ("data.root", "data.table", "net.init", "run.dir"):
         return name, None if text == "null" else text  # a path is taken as typed
     try:
         value = _parse_yaml(f"value: {text}")["value"]

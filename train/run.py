@@ -51,7 +51,10 @@ def fit(
                 lambda: load_for_resume(run_dir, config, fallback=fallback, extend=extend, log=log)
             )
             session.go_on_as(snapshot.machine)
-        session.build(check=None if snapshot is None else lambda dataset: check_same_data(snapshot, dataset))
+        session.build(
+            check=None if snapshot is None else lambda dataset: check_same_data(snapshot, dataset),
+            resuming=snapshot is not None,
+        )
         session.warm_up(_steps_left(session, snapshot), None if snapshot is None else snapshot.machine)
         trainer = session.trainer
 

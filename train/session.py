@@ -14,8 +14,10 @@ import torch
 from dali_pipeline import sources
 from dali_pipeline.backend import BackendChoice, BackendError, choose_backend
 from dali_pipeline.dataset import Dataset
+from net.options import parts_of
 from train.compiling import Choice
 from train.config import Config, ConfigError
+from train.disk.initial import InitialWeights, load_initial_weights
 from train.failpoints import failpoint
 from train.machine.distributed import from_environment, process_group
 from train.machine.environment import git_commit, system_facts, versions
@@ -52,6 +54,7 @@ class Session:
         self._handle_signals = handle_signals
         self._notes: list[str] = []
         self._dataset: Dataset | None = None
+        self._initial: InitialWeights | None = None
         self._trainer: Trainer | None = None
 
     def __enter__(self) -> Session:
@@ -137,12 +140,21 @@ class Session:
         self.log(f"WARNING: {text}")
         self._notes.append(text)
 
-    def build(self, check: Callable[[Dataset], None] | None = None, dataset: Dataset | None = None) -> None:
-        """Read the data (unless given as `dataset`), call `check` with them, which may raise, and make the trainer."""
+    def build(
+        self,
+        check: Callable[[Dataset], None] | None = None,
+        dataset: Dataset | None = None,
+        *,
+        resuming: bool = False,
+    ) -> None:
+        """Read the data (unless given as `dataset`), call `check` with them, which may raise, and make the trainer. With
+        `resuming` its weights are to come from a checkpoint of the run's own, and net.init is not read."""
+        self._initial = None if resuming else self._load_initial()
         self._dataset = dataset = self._load_data(dataset)
         with self.group.together():
             if check is not None:
                 check(dataset)
+            self._check_initial(dataset)
             failpoint("build")
             trainer, problem = self._attempt(dataset)
         self._trainer = self._settle_backend(dataset, trainer, problem)
@@ -171,6 +183,25 @@ class Session:
         for note in dataset.notes:
             self.log(f"WARNING: {note}")
         return dataset
+
+    def _load_initial(self) -> InitialWeights | None:
+        """The weights that net.init names, read by the first process for all."""
+        given = self.config.net.init
+        return None if given is None else self.group.from_first(lambda: load_initial_weights(given, self.config.net))
+
+    def _check_initial(self, dataset: Dataset) -> None:
+        """What net.init and net.freeze do with these data, in the log. Raises ConfigError where that makes no sense."""
+        frozen = parts_of(self.config.net.freeze)
+        if self._initial is not None:
+            there, here = len(self._initial.class_names), dataset.num_classes
+            if "classifier" in frozen and there != here:
+                raise ConfigError(
+                    f"net.freeze: the classifier is drawn anew for the {here} classes of {dataset.name} (net.init has {there}), "
+                    "and must be trained; leave it out"
+                )
+            self.log(self._initial.sentence(dataset.class_names))
+        elif frozen and self.config.net.init is None:
+            self.log(f"WARNING: net.freeze: without net.init, {', '.join(frozen)} stay as they are drawn")
 
     def _load(self, download: bool | None) -> Dataset:
         return sources.load(self.config.data, None if self.log.quiet else sources.to_stderr, download=download)
@@ -213,6 +244,10 @@ class Session:
         for images, loader in (("training", trainer.train_loader), (trainer.measures[0].split, trainer.eval_loader)):
             if not loader.residence.resident:
                 self.log(f"{images} images: sent to {self.runtime.device} batch by batch ({loader.residence.reason})")
+        if trainer.net.frozen:
+            trained = sum(p.numel() for p in trainer.net.parameters() if p.requires_grad)
+            whole = sum(p.numel() for p in trainer.net.parameters())
+            self.log(f"frozen: {', '.join(trainer.net.frozen)}; {trained:,} of {whole:,} parameters are trained")
         tail = len(dataset.train) % self.config.train.batch_size
         if tail:
             what = (
@@ -223,7 +258,8 @@ class Session:
 
     def _make_trainer(self, dataset: Dataset) -> Trainer:
         seed_everything(self.config.train.seed, self.config.train.deterministic)
-        return Trainer(self.config, dataset, self.runtime, self.backend, self.group)
+        initial = None if self._initial is None else self._initial.for_classes(dataset.class_names)
+        return Trainer(self.config, dataset, self.runtime, self.backend, self.group, initial=initial)
 
     def warm_up(self, steps_left: int | None = None, began: Mapping[str, Any] | None = None) -> None:
         """Compile the training and the evaluation step. Where the compiler fails, train.compile=auto goes on uncompiled, with a

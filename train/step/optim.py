@@ -54,7 +54,7 @@ def parameter_groups(net: Network, options: OptimOptions, lr_max: float | None =
         assert lr_max is not None, "the configuration is refused without"
         factor = options.muon_lr / lr_max
         groups.append(ParameterGroup("filters", tuple(of["filters"]), 0.0, options.filters, factor))
-    return groups
+    return [group for group in groups if group.parameters]
 
 
 def _sgd(groups: list[dict[str, Any]], options: OptimOptions, device: torch.device) -> torch.optim.Optimizer:

@@ -74,6 +74,9 @@ def synchronise_batch_norm(net: nn.Module, device: torch.device) -> nn.Module:
         if isinstance(part, nn.BatchNorm2d):
             own = HostSyncBatchNorm(part.num_features, part.eps, part.momentum, device=device, dtype=part.weight.dtype)
             own.load_state_dict(part.state_dict())
+            for parameter, theirs in zip(own.parameters(), part.parameters(), strict=True):
+                parameter.requires_grad_(theirs.requires_grad)
+            own.train(part.training)
             own.weight.requires_grad_(part.weight.requires_grad)
             setattr(net, name, own)
         else:

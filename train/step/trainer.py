@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from dali_pipeline.dataset import Dataset
 from dali_pipeline.feed import FeedOrder
 from dali_pipeline.loader import EvalLoader, TrainLoader
 from net.interface import Network
+from net.options import parts_of
 from train.config import Config
 from train.failpoints import failpoint
 from train.machine.distributed import Group
@@ -65,11 +66,15 @@ def make_train_loader(
     )
 
 
-def new_network(config: Config, dataset: Dataset) -> Network:
-    """The network of a recipe, on the CPU. Its weights are drawn from torch's generator; a network that asks for it
-    (`images_to_prepare`) is initialised from training images, evenly spread over the training split."""
+def new_network(config: Config, dataset: Dataset, initial: Mapping[str, Tensor] | None = None) -> Network:
+    """The network of a recipe, on the CPU, with the parts frozen that the recipe freezes. Its weights are drawn from torch's
+    generator, and replaced by those of `initial`. Without those, a network that asks for it (`images_to_prepare`) is initialised
+    from training images, evenly spread over the training split."""
     network = networks.build(config.net, dataset.num_classes)
-    if network.images_to_prepare:
+    network.freeze(parts_of(config.net.freeze))
+    if initial is not None:
+        network.load_state_dict({**network.state_dict(), **initial})
+    elif network.images_to_prepare:
         count = min(network.images_to_prepare, len(dataset.train))
         some = dataset.train.take(np.arange(count) * len(dataset.train) // count)
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (dataset.mean, dataset.std))
@@ -82,16 +87,24 @@ class Trainer:
 
     `step` is the compiled training step, inside DistributedDataParallel where there are several processes. `net` is the network
     itself, without wrappers, so its state-dict keys have no prefixes. `measures` is what the evaluation after an epoch
-    reports, on the validation split where there is one; the first of them chooses best.pt.
+    reports, on the validation split where there is one; the first of them chooses best.pt. `initial`: weights to begin with, by
+    their names in the state; what they leave out is drawn.
     """
 
     def __init__(
-        self, config: Config, dataset: Dataset, runtime: Runtime, backend: BackendChoice, group: Group | None = None
+        self,
+        config: Config,
+        dataset: Dataset,
+        runtime: Runtime,
+        backend: BackendChoice,
+        group: Group | None = None,
+        *,
+        initial: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.config, self.dataset, self.runtime, self.group = config, dataset, runtime, group or Group()
-        self.backend = backend
+        self.backend, self.initial = backend, initial
         device = runtime.device
-        network: nn.Module = new_network(config, dataset).to(device)
+        network: nn.Module = new_network(config, dataset, initial).to(device)
         if config.train.sync_bn and self.group.world_size > 1:
             network = synchronise_batch_norm(network, device)
         if runtime.channels_last:
@@ -313,7 +326,9 @@ class Trainer:
         if self.group.world_size == 1 or self.config.train.sync_bn:
             return
         modules = [self.net] if self.ema is None else [self.net, self.ema.module]
-        buffers = [b for module in modules for b in module.buffers() if b.is_floating_point()]
+        buffers = [b for module in modules for b in module.running_statistics()]
+        if not buffers:
+            return
         together = torch.cat([b.flatten() for b in buffers])
         torch.distributed.all_reduce(together)
         together /= self.group.world_size
@@ -351,7 +366,7 @@ class Trainer:
         """Reset to the state of a new trainer with this seed. The tensors of the network and of its average keep their memory, so
         that what was compiled or captured stays valid; `config` is not changed."""
         seed_everything(seed, self.config.train.deterministic)
-        drawn = new_network(self.config, self.dataset)
+        drawn = new_network(self.config, self.dataset, self.initial)
         self.net.load_state_dict(drawn.state_dict())
         self.net.train()
         if self.ema is not None:
