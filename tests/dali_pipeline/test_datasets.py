@@ -29,6 +29,7 @@ from fake_cifar import (
     member,
     members_of,
     packed,
+    packed_pickles,
     python2_pickle,
     random_records,
     records_of,
@@ -413,6 +414,52 @@ def test_pickles_of_python_2_give_the_records_of_the_binary_files(name: str, tmp
         assert records_of(dataset.train).tobytes() == b"".join(content[file.binary] for file in cifar.train_files)
         assert records_of(dataset.test).tobytes() == content[cifar.test_file.binary]
         assert "pickles" in dataset.source
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_python_archive_as_downloaded_gives_the_records_of_the_binary_files(name: str, tmp_path: Path) -> None:
+    cifar = small(name)
+    content = random_records(cifar)
+    cifar, data = packed_pickles(cifar, content)
+    path = tmp_path / f"cifar-{name.removeprefix('cifar')}-python.tar.gz"
+    path.write_bytes(data)
+    for root in (tmp_path, path):
+        found = load_cifar(cifar, root, download=False)
+        for split, files in ((found.train, cifar.train_files), (found.test, (cifar.test_file,))):
+            expected = b"".join(content[file.binary] for file in files)
+            assert records_of(split).tobytes() == expected
+        assert found.source == f"{path} (pickles, sha256 {cifar.pickled_archive.sha256} verified)"
+    for broken in (data[:-9], data[:5] + b"x" + data[6:], b"no archive"):
+        path.write_bytes(broken)
+        refused(cifar, tmp_path, str(path), cifar.pickled_archive.sha256)
+    path.write_bytes(data)
+    whole = packed(cifar, content)[0]
+    write_binary_folder(cifar, tmp_path, content)
+    assert "unpacked folder" in load_cifar(whole, tmp_path).source  # which needs no unpacking, and goes before
+
+
+def test_coarse_labels_are_the_other_byte_of_the_records(tmp_path: Path) -> None:
+    cifar = small("cifar100", 40)
+    content = random_records(cifar)
+    write_binary_folder(cifar, tmp_path, content)
+    fine, coarse = (load_cifar(cifar, tmp_path, coarse=coarse) for coarse in (False, True))
+    for split in ("train", "test"):
+        records = np.frombuffer(content[f"{split}.bin"], np.uint8).reshape(-1, 3074)
+        assert np.array_equal(coarse.splits[split].labels, records[:, 0])
+        assert np.array_equal(fine.splits[split].labels, records[:, 1])
+        assert np.array_equal(coarse.splits[split].images, fine.splits[split].images)
+    assert (coarse.num_classes, fine.num_classes) == (20, 100)
+    assert coarse.class_names[:2] == ("aquatic_mammals", "fish") and list(coarse.class_names) == sorted(
+        coarse.class_names
+    )
+
+
+def test_the_key_for_the_labels_reaches_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("dali_pipeline.sources.cifar.load_cifar", lambda *a, coarse, **b: asked.append(coarse))
+    for labels in ("fine", "coarse"):
+        source_of(data_sections()["cifar100"](labels=labels)).load(Path(), download=False, say=None)  # type: ignore[call-arg]
+    assert asked == [False, True]
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
@@ -823,6 +870,7 @@ def test_the_data_section_has_the_keys_of_its_source_alone() -> None:
     shared = [f.name for f in dataclasses.fields(DataOptions)]
     images = ["image_size", "resize", "test"]
     own = {
+        "cifar100": ["labels"],
         "synthetic": ["synthetic_size", "synthetic_classes", "synthetic_count"],
         "folder": [*images, "table", "decoder", "on_error"],
         "npz": images,

@@ -94,6 +94,18 @@ def packed(cifar: Cifar, content: dict[str, bytes], urls: tuple[str, ...] = ()) 
     return with_archive(cifar, data, urls), data
 
 
+def packed_pickles(cifar: Cifar, content: dict[str, bytes]) -> tuple[Cifar, bytes]:
+    """The Python archive of these records, and the layout whose Python archive it is."""
+    folder = cifar.pickled_folder
+    members = [member(f"{folder}/batches.meta", b"not read")]
+    members += [
+        member(f"{folder}/{file.pickled}", python2_pickle(cifar, content[file.binary])) for file in files_of(cifar)
+    ]
+    data = gzip.compress(tar_of(members), 1, mtime=0)
+    archive = replace(cifar.pickled_archive, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return replace(cifar, pickled_archive=archive), data
+
+
 def python2_pickle(cifar: Cifar, data: bytes) -> bytes:
     """The binary file `data` as Python 2's cPickle (protocol 2) wrote it for the official Python archive."""
     width = len(cifar.label_limits)
