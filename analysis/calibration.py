@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.colors import to_rgb
 
 from analysis.command import command, load_for
+from analysis.plotting import drawn, to_rgb
 from analysis.predictions import Floats, Ints, checked_predictions, prediction_options
 from analysis.run import AnalysisError
 from analysis.style import BLUE, GREY, ORANGE, new_figure, save
@@ -61,6 +61,7 @@ def reliability(confidence: Floats, hits: npt.NDArray[np.bool_], bins: int = 15)
         )
 
 
+@drawn
 def draw_calibration(found: Reliability, path: Path, *, caption: str = "") -> None:
     """The reliability diagram, and below it how many answers fall into each bin."""
     bins = len(found.counts)

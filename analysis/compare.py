@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.ticker import MaxNLocator
 from scipy.stats import binomtest, norm  # type: ignore[import-untyped]
 
 from analysis.command import command, load_for
+from analysis.plotting import MaxNLocator, drawn
 from analysis.predictions import checked_predictions, prediction_options
 from analysis.run import AnalysisError, LoadedRun
 from analysis.style import BLUE, GREY, SERIES, new_figure, plain, save
@@ -224,6 +224,7 @@ def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+@drawn
 def draw_comparison(runs: Sequence[Contender], path: Path) -> None:
     """Test accuracy by epoch and by training time, and the differences from the first run with their intervals."""
     count = len(runs)

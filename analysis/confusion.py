@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from analysis.command import command, load_for
+from analysis.plotting import MaxNLocator, drawn
 from analysis.predictions import Ints, checked_predictions, prediction_options
 from analysis.style import BLUE, GREEN, VERMILLION, new_figure, plain, pretty, save
 from train.disk.atomic import write_csv
@@ -69,6 +69,7 @@ def write_per_class(scores: list[ClassScore], path: Path) -> None:
     write_csv(path, [["class", "precision", "recall", "f1", "support"], *rows])
 
 
+@drawn
 def draw_confusion(counts: Ints, class_names: tuple[str, ...], path: Path, *, caption: str = "") -> None:
     """The matrix with its mistakes coloured; the diagonal is grey, so that the few mistakes are not lost beside it."""
     n = len(class_names)
@@ -114,6 +115,7 @@ def draw_confusion(counts: Ints, class_names: tuple[str, ...], path: Path, *, ca
     save(figure, path)
 
 
+@drawn
 def draw_per_class(scores: list[ClassScore], path: Path, *, caption: str = "") -> None:
     """Precision, recall and F1 of every class in percent, best F1 on top."""
     ordered = sorted(scores, key=lambda s: s.f1)

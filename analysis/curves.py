@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
 from analysis.command import command, load_for, parser
+from analysis.plotting import Axes, MaxNLocator, drawn
 from analysis.run import LoadedRun, Say
 from analysis.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, new_figure, plain, save
 from train.screen.log import Log
@@ -30,6 +29,7 @@ Metrics = Sequence[dict[str, Any]]
 STYLES = ((GREEN, ":"), (PURPLE, "--"), (ORANGE, "-."))
 
 
+@drawn
 def draw_curves(metrics: Metrics, path: Path, *, title: str = "Loss and accuracy", caption: str = "") -> None:
     """Draw loss (logarithmic) and accuracy by epoch, on the training images and for every measure that the run evaluated; the
     epoch of best.pt is marked. `metrics`: the lines of metrics.jsonl."""
@@ -97,6 +97,7 @@ def learning_rates(schedule: OneCycle, points: int = 2000) -> tuple[list[int], l
     return steps, [schedule(step) for step in steps]
 
 
+@drawn
 def draw_learning_rate(
     schedule: OneCycle,
     steps_per_epoch: int,
@@ -138,6 +139,7 @@ def draw_learning_rate(
     save(figure, path)
 
 
+@drawn
 def draw_lr_finder(
     csv_path: Path, png_path: Path, *, used: tuple[float, float] | None = None, caption: str = ""
 ) -> None:

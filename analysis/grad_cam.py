@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from analysis.command import command, load_for
+from analysis.plotting import colormaps
 from analysis.predictions import Ints, Predictions, checked_predictions, prediction_options, worst_first
 from analysis.run import AnalysisError, LoadedRun, class_index, nearest
 from analysis.style import BLUE, GREY, VERMILLION, Pixels, Tile, draw_sheet, percent, pretty
@@ -171,8 +172,6 @@ def default_layer(method: str) -> str:
 
 def overlay(image: Pixels, heat: Maps) -> Pixels:
     """The image (H, W, 3) in grey under its map (H, W) in 0..1, from clear dark violet over green to dense yellow."""
-    from matplotlib import colormaps
-
     grey = (image @ np.array([0.299, 0.587, 0.114]))[..., None]
     colours = colormaps["viridis"](heat)[..., :3] * 255
     strength = (0.35 + 0.35 * heat)[..., None]

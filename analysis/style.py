@@ -1,5 +1,5 @@
 """What all pictures share: palette, captions, and sheets of images whose pixels are drawn as squares. Uses matplotlib's Figure
-and not pyplot, which keeps global state."""
+and not pyplot, which keeps global state; analysis/plotting.py keeps the user's settings out."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.figure import Figure
 
+from analysis.plotting import Figure, drawn, in_own_style
 from train.disk.atomic import write_atomic
 
 # Okabe and Ito's palette, told apart by colour-blind readers too
@@ -47,6 +47,7 @@ def percent(share: float) -> str:
 
 def new_figure(width: float, height: float, title: str, caption: str) -> Figure:
     """A figure of width x height inches, with a title on top and the caption in grey below."""
+    assert in_own_style(), "a function that draws is marked @drawn"
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(plain(title), fontsize=12, fontweight="bold")
     figure.supxlabel(plain(caption, 160), fontsize=8, color=GREY)
@@ -70,6 +71,7 @@ class Tile:
     lines: tuple[tuple[str, str], ...] = ()
 
 
+@drawn
 def draw_sheet(
     tiles: Sequence[Tile | None],
     path: Path,

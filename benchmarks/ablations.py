@@ -163,14 +163,18 @@ def _short(setting: str, ablation: str) -> str:
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw bars for every pipeline and peer, and a panel for each ablation."""
-    import matplotlib
+    from analysis.plotting import drawn
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    drawn(_draw)(report, path)
+
+
+def _draw(report: dict[str, Any], path: Path) -> None:
+    from analysis.plotting import Figure
 
     tables = {name: [row for row in rows if "left_out" not in row] for name, rows in report["ablations"].items()}
     tables = {name: rows for name, rows in tables.items() if rows}
-    figure, axes = plt.subplots(1 + len(tables), 1, figsize=(8, 3.5 + 2.4 * len(tables)), squeeze=False)
+    figure = Figure(figsize=(8, 3.5 + 2.4 * len(tables)))
+    axes = figure.subplots(1 + len(tables), 1, squeeze=False)
     bars = {**report["peers"], **{k: v for k, v in report["stages"].items() if k.startswith("pipeline_")}}
     ordered = sorted(bars, key=lambda name: bars[name]["median"])
     top = axes[0, 0]
@@ -204,4 +208,3 @@ def draw(report: dict[str, Any], path: Path) -> None:
     content = io.BytesIO()
     figure.savefig(content, dpi=120, format=path.suffix.removeprefix(".") or "png")
     write_atomic(path, content.getvalue())
-    plt.close(figure)

@@ -244,6 +244,12 @@ def lines_of(report: dict[str, Any]) -> list[str]:
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Shares of the step by kind of kernel, a bar a GPU."""
+    from analysis.plotting import drawn
+
+    drawn(_draw)(report, path)
+
+
+def _draw(report: dict[str, Any], path: Path) -> None:
     from analysis.style import new_figure, save
 
     predictions, plan = report["predictions"][::-1], report["plan"]

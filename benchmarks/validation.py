@@ -147,8 +147,13 @@ def summarise(runs: list[dict[str, Any]], recipe: dict[str, Any], environment: d
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw both accuracies by epoch, with a line for each seed."""
-    from matplotlib.ticker import MaxNLocator
+    from analysis.plotting import drawn
 
+    drawn(_draw)(report, path)
+
+
+def _draw(report: dict[str, Any], path: Path) -> None:
+    from analysis.plotting import MaxNLocator
     from analysis.style import BLUE, VERMILLION, new_figure, save
 
     data, width = report["recipe"]["data"], report["recipe"]["net"]["width"]

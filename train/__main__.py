@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,8 +121,11 @@ def _run(options: argparse.Namespace, config: Config, recipe: Path, first: bool)
             at_home(config.run.dir, "run.dir", ConfigError) if config.run.dir else default_run_dir(name, options.resume)
         )
         if options.find_lr:
-            find_rates_only(config, folder, log=log, overwrite=options.overwrite, on_range_test=_draw_range_test)
-            log(f"run folder     {folder} (lr_finder.csv, lr_finder.png)")
+            find_rates_only(
+                config, folder, log=log, overwrite=options.overwrite, on_range_test=partial(_draw_range_test, log)
+            )
+            drawn = " (lr_finder.csv, lr_finder.png)" if (folder / "lr_finder.png").exists() else " (lr_finder.csv)"
+            log(f"run folder     {folder}{drawn}")
         else:
             fit(
                 config,
@@ -131,7 +135,7 @@ def _run(options: argparse.Namespace, config: Config, recipe: Path, first: bool)
                 overwrite=options.overwrite,
                 fallback=options.fallback,
                 extend=options.extend,
-                on_range_test=_draw_range_test,
+                on_range_test=partial(_draw_range_test, log),
             )
             if config.run.analyse and not log.quiet_by_rank:
                 _analyse(folder, config, log)
@@ -140,22 +144,33 @@ def _run(options: argparse.Namespace, config: Config, recipe: Path, first: bool)
 
 def _analyse(folder: Path, config: Config, log: Log) -> None:
     """Draw the pictures and the report of the finished run. A failure is only logged: the run itself is complete."""
-    from analysis.report import analyse
-
     log("drawing the pictures and the report ...")
     try:
+        from analysis.report import analyse
+
         report = analyse(folder, data_root=Path(config.data.root), device=config.train.device, log=log)
     except Exception as error:  # whatever a drawing library raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        log(f"WARNING: the run is complete, its analysis is not: {reason}. Again with: python -m analysis {folder}")
+        log(
+            f"WARNING: the run is complete, its analysis is not: {_reason(error)}. Again with: python -m analysis {folder}"
+        )
         return
     log(f"next           open {report}; python -m analysis.compare {folder} OTHER-RUN")
 
 
-def _draw_range_test(folder: Path) -> None:
-    from analysis.curves import draw_lr_finder
+def _draw_range_test(log: Log, folder: Path) -> None:
+    """Draw lr_finder.png. A failure is only logged: no picture ends a run."""
+    try:
+        from analysis.curves import draw_lr_finder
 
-    draw_lr_finder(folder / "lr_finder.csv", folder / "lr_finder.png")
+        draw_lr_finder(folder / "lr_finder.csv", folder / "lr_finder.png")
+    except Exception as error:  # whatever a drawing library raises
+        log(f"WARNING: {folder / 'lr_finder.png'} is not drawn: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _fail(message: str) -> int:

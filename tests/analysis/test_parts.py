@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from places import ROOT
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from analysis import calibration, compare, confusion, curves, grad_cam, style
+from analysis.plotting import Figure
 from analysis.predictions import Predictions
 from net.resnet import CustomResNet
 from train.disk.atomic import write_csv

@@ -78,3 +78,21 @@ torch.nn.Module.compile = compile
     assert load_checkpoint(tmp_path / "run" / "last.pt")["machine"]["compile"] == "off"
     code, _, err = runs.run(*words, "train.compile=default", "--overwrite", before=fail)
     assert code == 1 and "g++ crashed" in err
+
+
+def test_without_anything_to_draw_with_a_run_says_so_and_ends_well(runs: Zygote, recipe: Path, tmp_path: Path) -> None:
+    words = [
+        "net.width=4",
+        "schedule.find_steps=40",
+        "schedule.lr_max=find",
+        "train.epochs=1",
+        "schedule.peak_epoch=0.5",
+    ]
+    broken = "import sys\nsys.modules['matplotlib'] = None"
+    code, out, err = runs.run(
+        "--config", recipe, *words, "run.analyse=true", f"run.dir={tmp_path / 'run'}", before=broken
+    )
+    assert code == 0, err
+    assert "WARNING: " in out and "lr_finder.png is not drawn: " in out and "its analysis is not: " in out
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1
+    assert (tmp_path / "run" / "summary.json").exists() and not (tmp_path / "run" / "lr_finder.png").exists()
