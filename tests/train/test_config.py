@@ -536,6 +536,7 @@ RESUMABLE = {
     "data.root",
     "data.download",
     "data.backend",
+    "data.resident",
     "train.eval_batch_size",
     "train.tta",
     "run.dir",
