@@ -22,6 +22,8 @@ from train.disk.atomic import write_csv
 from train.screen.log import Log
 
 MAX_NUMBERED_CLASSES = 20  # with more, a cell of the matrix has no room for its number
+MAX_CLASSES = 200  # with more, the pictures show the most confused classes and those known least
+LEAST_KNOWN = 50
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,16 @@ def per_class(labels: Ints, predicted: Ints, class_names: tuple[str, ...]) -> li
     return [ClassScore(name, precision, recall, f1, int(support)) for name, precision, recall, f1, support in rows]
 
 
-def most_confused(counts: Ints, count: int = 10) -> list[tuple[int, int, int]]:
+def cells(labels: Ints, predicted: Ints, num_classes: int) -> list[tuple[int, int, int]]:
+    """(true, predicted, images) of the cells of the confusion matrix that are not empty, row by row."""
+    places, images = np.unique(labels.astype(np.int64) * num_classes + predicted, return_counts=True)
+    return list(zip((places // num_classes).tolist(), (places % num_classes).tolist(), images.tolist(), strict=True))
+
+
+def most_confused(labels: Ints, predicted: Ints, num_classes: int, count: int = 10) -> list[tuple[int, int, int]]:
     """(true, predicted, images) of the largest cells off the diagonal, largest first."""
-    off = counts.copy()
-    np.fill_diagonal(off, 0)
-    order = np.argsort(-off, axis=None, kind="stable")[:count]
-    pairs = [(int(place // len(off)), int(place % len(off))) for place in order]
-    return [(true, said, int(off[true, said])) for true, said in pairs if off[true, said]]
+    wrong = [cell for cell in cells(labels, predicted, num_classes) if cell[0] != cell[1]]
+    return sorted(wrong, key=lambda cell: -cell[2])[:count]
 
 
 def write_confusion(counts: Ints, class_names: tuple[str, ...], path: Path) -> None:
@@ -70,12 +75,19 @@ def write_per_class(scores: list[ClassScore], path: Path) -> None:
 
 
 @drawn
-def draw_confusion(counts: Ints, class_names: tuple[str, ...], path: Path, *, caption: str = "") -> None:
+def draw_confusion(
+    counts: Ints,
+    class_names: tuple[str, ...],
+    path: Path,
+    *,
+    title: str = "Which classes are taken for which",
+    caption: str = "",
+) -> None:
     """The matrix with its mistakes coloured; the diagonal is grey, so that the few mistakes are not lost beside it."""
     n = len(class_names)
     few = n <= MAX_NUMBERED_CLASSES
     size = 3.2 + 0.52 * n if few else 3.0 + 0.105 * n
-    figure = new_figure(size + 0.6, size, "Which classes are taken for which", caption)
+    figure = new_figure(size + 0.6, size, title, caption)
     axes = figure.subplots()
     mistakes: npt.NDArray[np.float64] = counts.astype(float)
     np.fill_diagonal(mistakes, np.nan)
@@ -117,10 +129,12 @@ def draw_confusion(counts: Ints, class_names: tuple[str, ...], path: Path, *, ca
 
 @drawn
 def draw_per_class(scores: list[ClassScore], path: Path, *, caption: str = "") -> None:
-    """Precision, recall and F1 of every class in percent, best F1 on top."""
-    ordered = sorted(scores, key=lambda s: s.f1)
+    """Precision, recall and F1 of every class in percent, best F1 on top; of very many classes those with the lowest."""
+    ordered, title = sorted(scores, key=lambda s: s.f1), "How well each class is known"
+    if len(ordered) > MAX_CLASSES:
+        ordered, title = ordered[:LEAST_KNOWN], f"The {LEAST_KNOWN} of {len(ordered):,} classes known least"
     step = 0.34 if len(ordered) <= MAX_NUMBERED_CLASSES else 0.145
-    figure = new_figure(7.6, 1.7 + step * len(ordered), "How well each class is known", caption)
+    figure = new_figure(7.6, 1.7 + step * len(ordered), title, caption)
     axes = figure.subplots()
     places = np.arange(len(ordered))
     low = [100 * min(s.precision, s.recall) for s in ordered]
@@ -144,15 +158,37 @@ def draw_per_class(scores: list[ClassScore], path: Path, *, caption: str = "") -
 
 def draw_for(
     labels: Ints, predicted: Ints, class_names: tuple[str, ...], folder: Path, caption: str = ""
-) -> tuple[Ints, list[ClassScore]]:
-    """Write all four files, and return the counts and scores in them."""
-    counts = confusion(labels, predicted, len(class_names))
+) -> list[ClassScore]:
+    """Write all four files, and return the scores in them. With more than MAX_CLASSES classes the matrix is that of the most
+    confused ones, and confusion_matrix.csv has a line a cell that is not empty."""
     scores = per_class(labels, predicted, class_names)
-    write_confusion(counts, class_names, folder / "confusion_matrix.csv")
+    table, picture = folder / "confusion_matrix.csv", folder / "confusion_matrix.png"
+    if len(class_names) <= MAX_CLASSES:
+        counts = confusion(labels, predicted, len(class_names))
+        write_confusion(counts, class_names, table)
+        draw_confusion(counts, class_names, picture, caption=caption)
+    else:
+        found = cells(labels, predicted, len(class_names))
+        rows = ([class_names[true], class_names[said], images] for true, said, images in found)
+        write_csv(table, [["true", "predicted", "images"], *rows])
+        shown = _most_confused_classes(labels, predicted, len(class_names))
+        place = {label: n for n, label in enumerate(shown)}
+        counts = np.zeros((len(shown), len(shown)), np.int64)
+        for true, said, images in found:
+            if true in place and said in place:
+                counts[place[true], place[said]] = images
+        title = f"The most confused of {len(class_names):,} classes"
+        draw_confusion(counts, tuple(class_names[label] for label in shown), picture, title=title, caption=caption)
     write_per_class(scores, folder / "per_class.csv")
-    draw_confusion(counts, class_names, folder / "confusion_matrix.png", caption=caption)
     draw_per_class(scores, folder / "per_class.png", caption=caption)
-    return counts, scores
+    return scores
+
+
+def _most_confused_classes(labels: Ints, predicted: Ints, num_classes: int) -> list[int]:
+    """The classes of the most confused pairs, MAX_NUMBERED_CLASSES of them, or the first ones where nothing is confused."""
+    pairs = most_confused(labels, predicted, num_classes, MAX_NUMBERED_CLASSES)
+    both = [label for true, said, _ in pairs for label in (true, said)]
+    return sorted(list(dict.fromkeys([*both, *range(MAX_NUMBERED_CLASSES)]))[:MAX_NUMBERED_CLASSES])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -166,8 +202,8 @@ def main(arguments: list[str] | None = None) -> int:
         predictions, _ = checked_predictions(run, log, options.accept_difference)
         folder = run.output_dir(options.output)
         caption = run.caption(predictions.accuracy)
-        counts, _ = draw_for(predictions.labels, predictions.predicted, run.class_names, folder, caption)
-        for true, said, images in most_confused(counts):
+        draw_for(predictions.labels, predictions.predicted, run.class_names, folder, caption)
+        for true, said, images in most_confused(predictions.labels, predictions.predicted, len(run.class_names)):
             log(f"{images:6,}  {plain(run.class_names[true])} taken for {plain(run.class_names[said])}")
         for name in ("confusion_matrix.png", "confusion_matrix.csv", "per_class.png", "per_class.csv"):
             log(str(folder / name))

@@ -24,7 +24,6 @@ from analysis.confusion import ClassScore, most_confused
 from analysis.grad_cam import GradCamUnavailable
 from analysis.misclassified import draw_misclassified
 from analysis.predictions import (
-    Ints,
     Predictions,
     checked_predictions,
     prediction_options,
@@ -102,7 +101,6 @@ class Results:
     predictions: Predictions
     agreement: str
     scores: list[ClassScore]
-    counts: Ints
     calibration: Reliability
     missing: dict[str, str]  # by picture, why it could not be drawn
     drawn: frozenset[str] = frozenset(PICTURES)
@@ -167,7 +165,7 @@ def draw_everything(run: LoadedRun, predictions: Predictions, agreement: str, fo
         missing["curves.png"] = "no epoch is finished"
     samples.draw_for(run, folder / "samples.png")
     draw_misclassified(images, predictions, run.class_names, folder / "misclassified.png", caption=caption)
-    counts, scores = confusion.draw_for(predictions.labels, predictions.predicted, run.class_names, folder, caption)
+    scores = confusion.draw_for(predictions.labels, predictions.predicted, run.class_names, folder, caption)
     found = reliability(predictions.confidence, predictions.hits)
     draw_calibration(found, folder / "calibration.png", caption=caption)
     drawn |= {"samples.png", "misclassified.png", "confusion_matrix.png", "per_class.png", "calibration.png"}
@@ -178,7 +176,7 @@ def draw_everything(run: LoadedRun, predictions: Predictions, agreement: str, fo
         except GradCamUnavailable as error:
             missing[name] = str(error)
             say(f"WARNING: no {name}: {error}")
-    return Results(predictions, agreement, scores, counts, found, missing, frozenset(drawn))
+    return Results(predictions, agreement, scores, found, missing, frozenset(drawn))
 
 
 def _data_uri(content: bytes) -> str:
@@ -306,7 +304,10 @@ def render(run: LoadedRun, results: Results, folder: Path) -> str:
         tiles=headline(run, results),
         pictures=[_picture(name, results, folder) for name in PICTURES],
         worst=_worst(run, predictions),
-        confused=[(names[true], names[said], f"{images:,}") for true, said, images in most_confused(results.counts)],
+        confused=[
+            (names[true], names[said], f"{images:,}")
+            for true, said, images in most_confused(predictions.labels, predictions.predicted, len(names))
+        ],
         classes=[
             (s.name, f"{100 * s.precision:.2f}", f"{100 * s.recall:.2f}", f"{100 * s.f1:.2f}", f"{s.support:,}")
             for s in results.scores

@@ -381,9 +381,9 @@ def test_report_escapes_whatever_names_and_values_hold(
         environment={"cpu": "<script>alert(2)</script>", "notes": ["</table><h1>"]},
         notes=["<b>bold</b>", "{{ 7 * 7 }} {% raw %}"],
     )
-    counts, scores = confusion.draw_for(answers.labels, answers.predicted, run.class_names, tmp_path, run.caption())
+    scores = confusion.draw_for(answers.labels, answers.predicted, run.class_names, tmp_path, run.caption())
     found = report.reliability(answers.confidence, answers.hits)
-    results = report.Results(answers, "<i>fine</i>", scores, counts, found, {"grad_cam.png": "<u>no</u>"})
+    results = report.Results(answers, "<i>fine</i>", scores, found, {"grad_cam.png": "<u>no</u>"})
     tags = parse(render(run, results, tmp_path))
     assert not {"script", "b", "i", "u"} & {tag for tag, _ in tags.tags if tag != "b"}
     assert not [a for _, a in tags.tags if "onerror" in a]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import subprocess
 import sys
@@ -144,7 +145,7 @@ def test_confusion_rows_sum_to_support_and_scores_follow_from_it() -> None:
         assert score.precision == pytest.approx(counts[i, i] / said)
         assert score.recall == (pytest.approx(counts[i, i] / true) if true else 0)
         assert score.f1 == (pytest.approx(2 * counts[i, i] / (said + true)) if true else 0)
-    pairs = confusion.most_confused(counts, 3)
+    pairs = confusion.most_confused(labels, predicted, 5, 3)
     assert [n for _, _, n in pairs] == sorted(int(counts[i, j]) for i in range(5) for j in range(5) if i != j)[-3:][
         ::-1
     ]
@@ -159,6 +160,23 @@ def test_a_hundred_classes_with_long_names_are_drawn(tmp_path: Path) -> None:
     confusion.draw_for(labels, predicted, names, tmp_path, "caption")
     for name in ("confusion_matrix.png", "per_class.png"):
         assert 10_000 < (tmp_path / name).stat().st_size < 300_000
+
+
+def test_of_ten_thousand_classes_the_most_confused_and_the_least_known_are_shown(tmp_path: Path) -> None:
+    names = tuple(f"class_{i}" for i in range(10_000))
+    labels = np.arange(10_000).repeat(2)
+    predicted = labels.copy()
+    predicted[2 * 7000 : 2 * 7000 + 2] = 3  # both images of class 7000, and one of class 41
+    predicted[2 * 41] = 9999
+    confusion.draw_for(labels, predicted, names, tmp_path, "caption")
+    assert confusion.most_confused(labels, predicted, 10_000) == [(7000, 3, 2), (41, 9999, 1)]
+    for name in ("confusion_matrix.png", "per_class.png"):
+        with Image.open(tmp_path / name) as image:
+            assert max(image.size) < 4000
+    with (tmp_path / "confusion_matrix.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["true", "predicted", "images"] and len(rows) == 10_002
+    assert ["class_7000", "class_3", "2"] in rows and sum(int(row[2]) for row in rows[1:]) == 20_000
 
 
 # comparison
