@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from dali_pipeline.words import to_stderr
 from train.config import Config, ConfigError, find_recipe, help_text, load_config, recipes, to_yaml
 from train.machine.openmp import wait_passively
-from train.machine.place import GroupError, place_from_environment, speaks_for_machine
+from train.machine.place import GroupError, place_from_environment, restarted, speaks_for_machine
 from train.machine.signals import Interrupted, ending_at_once
 from train.screen.streams import Parser, standard_streams, write_out
 
@@ -118,7 +118,9 @@ def _run(options: argparse.Namespace, config: Config, recipe: Path, first: bool)
             log(f"recipe: {recipe}, as no file {options.config} lies here")
         name = recipe.stem + ("-lr" if options.find_lr else "")
         folder = (
-            at_home(config.run.dir, "run.dir", ConfigError) if config.run.dir else default_run_dir(name, options.resume)
+            at_home(config.run.dir, "run.dir", ConfigError)
+            if config.run.dir
+            else default_run_dir(name, options.resume or restarted())
         )
         if options.find_lr:
             find_rates_only(

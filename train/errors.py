@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from dali_pipeline.errors import UserError
 from dali_pipeline.words import to_stderr
 from train.disk.atomic import WriteError
-from train.machine.distributed import OtherProcessFailed, from_environment, is_lost
+from train.machine.distributed import OtherProcessFailed
 from train.machine.signals import Interrupted
 from train.screen.log import Log
 from train.screen.streams import say_error, share_a_reader
@@ -73,8 +72,8 @@ def explained(
             to_stderr(line)
     except KeyboardInterrupt:
         end(130, "interrupted")
-    except OtherProcessFailed:
-        outcome.code = 1
+    except OtherProcessFailed as error:
+        outcome.code = error.exit_code
     except WriteError as error:
         end(1, f"{error.filename}: cannot be written: {error.strerror}; what was saved before is intact{remedy}")
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -82,9 +81,6 @@ def explained(
     except RuntimeError as error:
         if any(words in str(error) for words in _NO_MEMORY):
             end(1, _out_of_memory(out_of_memory, error))
-        elif from_environment().world_size > 1 and is_lost(error):
-            rank = os.environ.get("RANK", "0")
-            end(1, f"process {rank} lost the others ({_first_line(error)}); continue from last.pt with --resume")
         else:
             raise
     except BrokenPipeError:
@@ -97,10 +93,6 @@ def explained(
             raise
         where = error.filename or place or "the run folder"
         end(1, f"{where}: {error.strerror}; what was saved before is intact{remedy}")
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _out_of_memory(advice: str, error: BaseException) -> str:

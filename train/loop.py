@@ -81,7 +81,7 @@ class Run:
         with self.signals.deferring(), self._all_saved():
             if self.position.epoch == 0 and self.position.step == 0:
                 self.save()  # so that even the first epoch can be resumed, and a full disk is noticed before the first step
-                with self.trainer.group.together():
+                with self._saving_together():
                     self.settle()
             elif self.folder is not None:
                 self.folder.write_metrics(
@@ -111,7 +111,7 @@ class Run:
 
     def _measure_checkpoints(self) -> dict[str, dict[Measure, Score]]:
         trainer, position = self.trainer, self.position
-        found = {"last.pt": trainer.evaluate_test()}
+        found = {"last.pt": trainer.evaluate_test(self._stay_together)}
         if not self.session.group.any(self.folder is not None):
             return found
         if position.best_epoch == position.epoch:
@@ -122,7 +122,7 @@ class Run:
         own = on_host({"model": trainer.net.state_dict(), "ema": trainer.ema and trainer.ema.state_dict()})
         trainer.load_weights(best)
         try:
-            return found | {"best.pt": trainer.evaluate_test()}
+            return found | {"best.pt": trainer.evaluate_test(self._stay_together)}
         finally:
             trainer.load_weights(own)
 
@@ -212,7 +212,7 @@ class Run:
 
     def _interrupted(self) -> Interrupted:
         """The exception for a signal that came to this process or to another one, after all saving is done."""
-        with self.trainer.group.together():
+        with self._saving_together():
             self.settle()
         received = [number for number in self.trainer.group.gather(self.signals.received) if number is not None]
         return Interrupted(received[0], saved=self.folder is not None)
@@ -225,6 +225,11 @@ class Run:
     def _stop_in_evaluation(self, done: int) -> None:
         if self._asking(done) and self.trainer.group.any(self.signals.received is not None):
             raise _EvaluationInterrupted
+
+    def _stay_together(self, done: int) -> None:
+        """After a batch of the final evaluation: nobody is so far ahead that its wait for the totals meets a time limit."""
+        if self._asking(done):
+            self.trainer.group.any(False)
 
     def _totals(
         self, meter: StepMeter, done: int, saved: tuple[list[float], list[int]]
@@ -291,10 +296,17 @@ class Run:
         if self.trainer.group.any(self.signals.received is not None):
             raise self._interrupted()
 
+    @contextmanager
+    def _saving_together(self) -> Iterator[None]:
+        """For a block in which the first process may wait for the disk, and the others for it."""
+        group = self.trainer.group
+        with group.phase("saving"), self.times.on("saving"), group.together():
+            yield
+
     def save(self, best: bool = False) -> None:
         """Write last.pt (and best.pt) and metrics.jsonl. Raises NonFiniteLoss, and saves nothing, if a weight is not finite."""
         self.last_save = time.perf_counter()
-        with self.times.on("saving"), self.trainer.group.together():
+        with self._saving_together():
             if self.folder is not None:
                 self._write(self.folder, best)
 
@@ -346,7 +358,7 @@ class Run:
         """Waits at the end of the block until everything is on disk; an error of the block itself is raised on."""
         try:
             yield
-            with self.times.on("saving"), self.trainer.group.together():
+            with self._saving_together():
                 self.settle()
         finally:
             if self._saver is not None:

@@ -12,6 +12,7 @@ from train.disk.folder import RunFolder
 from train.disk.resume import check_same_data, load_for_resume, note_changes, restore_last
 from train.disk.snapshot import Position, Snapshot
 from train.loop import Run
+from train.machine.place import restarted
 from train.screen.log import Log
 from train.screen.notice import LongRunNotice
 from train.screen.summary import summary_lines
@@ -38,19 +39,26 @@ def fit(
 
     `resume` continues from last.pt. With `fallback` it continues from previous.pt where last.pt is damaged; with `extend`
     train.epochs may be larger than before, and the steps that are left take their learning rates from the schedule of the
-    longer training. `on_range_test` is called with the folder once lr_finder.csv is written. With `owns_process` false a
+    longer training. A command that torchrun has restarted resumes by itself, also with `overwrite`, where there is a last.pt.
+    `on_range_test` is called with the folder once lr_finder.csv is written. With `owns_process` false a
     second signal does not end the process. The exit codes of the errors are in train/errors.py.
     """
-    with Session(config, log, handle_signals=True, owns_process=owns_process) as session:
+    options = {"--resume": resume, "--fallback": fallback, "--extend": extend}
+    with Session(config, log, handle_signals=True, owns_process=owns_process, options=options) as session:
         group, log = session.group, session.log
-        folder = _open_folder(session, run_dir, resume=resume, overwrite=overwrite)
         snapshot = None
-        if resume:
-            assert run_dir is not None, "resuming needs the folder that holds last.pt"
-            snapshot = group.from_first(
-                lambda: load_for_resume(run_dir, config, fallback=fallback, extend=extend, log=log)
-            )
-            session.go_on_as(snapshot.machine)
+        with group.phase("opening the run folder"):
+            if restarted() and not resume and run_dir is not None:
+                resume = group.from_first(lambda: (run_dir / "last.pt").exists())
+                overwrite = overwrite and not resume
+                log("restarted by torchrun" + (f": continuing the run in {run_dir}" if resume else ""))
+            folder = _open_folder(session, run_dir, resume=resume, overwrite=overwrite)
+            if resume:
+                assert run_dir is not None, "resuming needs the folder that holds last.pt"
+                snapshot = group.from_first(
+                    lambda: load_for_resume(run_dir, config, fallback=fallback, extend=extend, log=log)
+                )
+                session.go_on_as(snapshot.machine)
         session.build(
             check=None if snapshot is None else lambda dataset: check_same_data(snapshot, dataset),
             resuming=snapshot is not None,
@@ -62,7 +70,7 @@ def fit(
         position, rates = Position(), Rates.given(config.schedule)
         if snapshot is not None:
             position, rates = snapshot.position, snapshot.rates
-            with group.together():
+            with group.phase("preparing the run"), group.together():
                 trainer.load_state(snapshot.trainer_state)
                 session.times.add(snapshot.times)
             note_changes(snapshot.machine, session.machine(), log)
@@ -78,7 +86,7 @@ def fit(
         assert rates is not None
         # from here on the rates that were found are part of the recipe
         session.config = changed(config, {"schedule.lr_max": rates.lr_max, "schedule.lr_min": rates.lr_min})
-        with group.together():
+        with group.phase("preparing the run"), group.together():
             if folder is not None:
                 # environment.json first: it proves that a run lies here, so that after a kill the folder can be overwritten
                 folder.write_json("environment.json", session.environment())
@@ -90,7 +98,8 @@ def fit(
         final = None
         if session.dataset.validation is not None:
             log("measuring the test set, once ...")
-            final = run.measure_test()
+            with group.phase("measuring the test set"):
+                final = run.measure_test()
         summary, lines = summary_lines(run, run_dir, final)
         if folder is not None:
             folder.write_json("summary.json", summary)
@@ -109,8 +118,9 @@ def find_rates_only(
 ) -> Rates:
     """Run the range test without a training: write lr_finder.csv into the folder and return the suggested rates."""
     config = changed(config, {"schedule.lr_max": "find", "schedule.lr_min": "find"})
-    with Session(config, log, handle_signals=True) as session:
-        folder = _open_folder(session, run_dir, overwrite=overwrite, range_test=True)
+    with Session(config, log, handle_signals=True, options={"--find-lr": True}) as session:
+        with session.group.phase("opening the run folder"):
+            folder = _open_folder(session, run_dir, overwrite=overwrite, range_test=True)
         session.build()
         session.warm_up(config.schedule.find_steps)
         notice = LongRunNotice(config.schedule.find_steps, config, session.runtime, session.log)
@@ -147,7 +157,7 @@ def find_rates(session: Session, folder: RunFolder | None, notice: LongRunNotice
     With `overwrite` the old run in the folder is removed, but only once the test has found rates.
     """
     schedule = session.config.schedule
-    with session.times.on("lr_search", session.runtime.device):
+    with session.group.phase("the range test"), session.times.on("lr_search", session.runtime.device):
         result = range_test(
             session.trainer,
             start=schedule.find_start,

@@ -6,6 +6,7 @@ import importlib.util
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -15,13 +16,14 @@ from dali_pipeline import sources
 from dali_pipeline.backend import BackendChoice, BackendError, choose_backend
 from dali_pipeline.dataset import Dataset
 from net.options import parts_of
+from train.agreement import asked_of, disagreement, facts_of
 from train.compiling import Choice
 from train.config import Config, ConfigError
 from train.disk.initial import InitialWeights, load_initial_weights
 from train.failpoints import failpoint
-from train.machine.distributed import from_environment, process_group
+from train.machine.distributed import OtherProcessFailed, from_environment, name_of_process, process_group
 from train.machine.environment import git_commit, system_facts, versions
-from train.machine.place import under_torchrun
+from train.machine.place import GroupError, under_torchrun
 from train.machine.runtime import RuntimeUnavailable, prepare, seed_everything
 from train.machine.signals import SignalWatch
 from train.screen.clock import Times
@@ -40,13 +42,21 @@ class Session:
 
     `times` counts what the time goes into. With `handle_signals`, SIGINT, SIGTERM, SIGHUP and SIGUSR1 end the training after a
     step and with a checkpoint; with `owns_process` false, for a process that does other things too, a second signal does not end
-    the process. Raises UserError for what a user can correct.
+    the process. `options` are those of the command that change what a run does, by name: all processes must be given the same.
+    Raises UserError for what a user can correct.
     """
 
     def __init__(
-        self, config: Config, log: Log | None = None, *, handle_signals: bool = False, owns_process: bool = True
+        self,
+        config: Config,
+        log: Log | None = None,
+        *,
+        handle_signals: bool = False,
+        owns_process: bool = True,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self.config = config
+        self._options, self._owns_process = options or {}, owns_process
         self.group = from_environment()
         self.log = log or Log(quiet=not self.group.first)
         self.times = Times()
@@ -62,10 +72,13 @@ class Session:
             if self._handle_signals:
                 stack.enter_context(self.signals.watching())
             self._begun = time.perf_counter()
-            stack.enter_context(process_group(self.group, self.config.train.device))
-            with self.group.together():
-                self._look_at_machine()
-            self._agree_on_precision()
+            connecting = process_group(self.group, self.config.train.device, owns_process=self._owns_process)
+            self.group = stack.enter_context(connecting)
+            with self.group.phase("looking at the machine"):
+                self._agree(lambda: asked_of(self.config, self._options), "were started differently")
+                with self.group.together():
+                    self._look_at_machine()
+                self._agree_on_precision()
             self._stack = stack.pop_all()
         return self
 
@@ -89,6 +102,19 @@ class Session:
         """The trainer that `build` has made."""
         assert self._trainer is not None, "Session.build comes first"
         return self._trainer
+
+    def _agree(self, facts: Callable[[], dict[str, str]], how: str) -> None:
+        """Raises GroupError on the first process, and OtherProcessFailed with its exit code on the others, where the processes'
+        facts differ; `how` says in a word what that means."""
+        if self.group.world_size == 1:
+            return
+        with self.group.together():
+            own = facts()
+        found = self.group.gather((name_of_process(self.group.rank), own))
+        different = disagreement(*zip(*found, strict=True))
+        if different is not None:
+            error = GroupError(f"the processes {how}: {different}. Start all of them alike, from copies of one folder")
+            raise error if self.group.first else OtherProcessFailed(str(error), error.exit_code)
 
     def _look_at_machine(self) -> None:
         failpoint("machine")
@@ -149,8 +175,15 @@ class Session:
     ) -> None:
         """Read the data (unless given as `dataset`), call `check` with them, which may raise, and make the trainer. With
         `resuming` its weights are to come from a checkpoint of the run's own, and net.init is not read."""
-        self._initial = None if resuming else self._load_initial()
-        self._dataset = dataset = self._load_data(dataset)
+        with self.group.phase("loading the data"):
+            self._initial = None if resuming else self._load_initial()
+            self._dataset = dataset = self._load_data(dataset)
+        with self.group.phase("building the pipeline and the network"):
+            self._build(dataset, check)
+        self.at_end(self.trainer.close)
+        self.times.set_up += time.perf_counter() - self._begun
+
+    def _build(self, dataset: Dataset, check: Callable[[Dataset], None] | None) -> None:
         with self.group.together():
             if check is not None:
                 check(dataset)
@@ -158,8 +191,6 @@ class Session:
             failpoint("build")
             trainer, problem = self._attempt(dataset)
         self._trainer = self._settle_backend(dataset, trainer, problem)
-        self.at_end(self.trainer.close)
-        self.times.set_up += time.perf_counter() - self._begun
 
     def _load_data(self, dataset: Dataset | None) -> Dataset:
         # the first process downloads what is missing, the others wait and then read it
@@ -170,6 +201,7 @@ class Session:
         with self.group.together():
             dataset = dataset or self._load(download=False)
             self._check_fit(dataset)
+        self._agree(partial(facts_of, dataset), "have read different data")
         counts = [f"{len(dataset.train):,} training"]
         if dataset.validation is not None:
             how = "" if self.config.data.validation is None else f" (data.validation={self.config.data.validation:g})"
@@ -268,6 +300,10 @@ class Session:
         With auto, a CPU compiles where that pays for `steps_left` steps; None means enough of them. `began` is
         `Snapshot.machine` of a resumed run: one that began on a CPU goes on as it began, compiled or not.
         """
+        with self.group.phase("compiling"):
+            self._warm_up(steps_left, began)
+
+    def _warm_up(self, steps_left: int | None, began: Mapping[str, Any] | None) -> None:
         choice = self._choose(steps_left, began) if self.config.train.compile == "auto" else None
         mode = self.runtime.compile_mode
         if mode is None:

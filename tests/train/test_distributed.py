@@ -21,6 +21,7 @@ from float64 import train_in_float64
 from places import ROOT
 from torch import Tensor, nn
 from torch.nn import functional as F
+from whole_runs import one_line
 from zygote import Job, Zygote
 
 import analysis
@@ -30,7 +31,15 @@ from dali_pipeline.sources.synthetic import random_dataset
 from train.config import Config, changed, to_yaml
 from train.disk.checkpoint import load_checkpoint
 from train.disk.folder import read_metrics
-from train.machine.distributed import Group, GroupError, OtherProcessFailed, _timeout, is_lost
+from train.machine.distributed import (
+    STEP_SECONDS,
+    STEP_VARIABLE,
+    Group,
+    OtherProcessFailed,
+    is_lost,
+    time_limit,
+)
+from train.machine.place import GroupError
 from train.machine.runtime import prepare, seed_everything
 from train.step.evaluation import evaluate
 from train.step.meter import StepMeter
@@ -43,6 +52,8 @@ pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available() or not hasattr(os, "fork"), reason="needs gloo and fork()"
 )
 
+
+HOST = socket.gethostname()
 
 # --- in forked processes, which need no second import of torch
 
@@ -237,13 +248,14 @@ def test_a_group_of_one_needs_no_connection() -> None:
 
 
 def test_the_time_limit_is_read_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _timeout().total_seconds() == 1800
-    monkeypatch.setenv("TRAIN_DISTRIBUTED_TIMEOUT", "45")
-    assert _timeout().total_seconds() == 45
+    monkeypatch.delenv(STEP_VARIABLE, raising=False)
+    assert time_limit(STEP_VARIABLE, STEP_SECONDS).total_seconds() == 60
+    monkeypatch.setenv(STEP_VARIABLE, "45")
+    assert time_limit(STEP_VARIABLE, STEP_SECONDS).total_seconds() == 45
     for text in ("soon", "-1", "nan", "inf"):
-        monkeypatch.setenv("TRAIN_DISTRIBUTED_TIMEOUT", text)
-        with pytest.raises(GroupError, match="TRAIN_DISTRIBUTED_TIMEOUT"):
-            _timeout()
+        monkeypatch.setenv(STEP_VARIABLE, text)
+        with pytest.raises(GroupError, match=f"{STEP_VARIABLE}={text}"):
+            time_limit(STEP_VARIABLE, STEP_SECONDS)
 
 
 def test_a_lost_connection_is_told_from_other_errors() -> None:
@@ -358,6 +370,34 @@ def test_two_processes_with_sync_bn_train_as_one_does_in_float64(runs: Zygote, n
             torch.testing.assert_close(parts[part][name], value, **WEIGHT)
 
 
+def test_one_process_then_two_then_one_train_as_one_does_throughout_in_float64(
+    runs: Zygote, noise: Config, tmp_path: Path
+) -> None:
+    recipe = written(changed(noise, {"train.sync_bn": True, "run.checkpoint_every": 1}), tmp_path)
+
+    def stopped_after(steps: int) -> str:
+        return IN_FLOAT64 + at("step", "signal.raise_signal(signal.SIGTERM)", steps)
+
+    whole = runs.start("--config", recipe, f"run.dir={tmp_path / 'whole'}", before=IN_FLOAT64)
+    parts = ("--config", recipe, f"run.dir={tmp_path / 'parts'}")
+    assert ended([runs.start(*parts, before=stopped_after(3))]) == [143]
+    two = together(runs, *parts, "--resume", before={0: stopped_after(4), 1: IN_FLOAT64})
+    assert ended(two) == [143, 143], two[0].stderr
+    assert "processes 1 -> 2" in two[0].stdout
+    assert load_checkpoint(tmp_path / "parts" / "last.pt")["step"] == 3 + 4
+    last = runs.start(*parts, "--resume", before=IN_FLOAT64)
+    assert ended([whole, last]) == [0, 0], last.stderr
+    (a,), (b,) = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
+    assert losses_of(tmp_path / "parts") == pytest.approx(losses_of(tmp_path / "whole"), **LOSS)
+    for name in ("train_loss", "test_loss", "ema_test_loss"):
+        assert b[name] == pytest.approx(a[name], **LOSS)
+    for name in ("lr", "train_accuracy", "test_accuracy", "ema_test_accuracy"):
+        assert b[name] == a[name]
+    model, expected = (load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("parts", "whole"))
+    for name, value in expected.items():
+        torch.testing.assert_close(model[name], value, **WEIGHT)
+
+
 def test_in_float32_two_processes_with_sync_bn_round_the_first_loss_as_one_does(noise: Config, tmp_path: Path) -> None:
     """The first loss is a continuous function of weights that are the same; the later ones are not."""
     config = changed(
@@ -464,10 +504,25 @@ def test_a_killed_process_ends_the_others_and_leaves_a_good_checkpoint(
     codes = ended(jobs, timeout=60)
     assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 1
     error = jobs[1 - rank].stderr.strip().splitlines()
-    assert error[-1].startswith(f"error: process {1 - rank} lost the others") and "Traceback" not in "".join(error)
+    lost = f"process {rank} on {HOST} (silent" if rank else "the store at 127.0.0.1"  # which process 0 held
+    assert error[-1].startswith(f"error: process {1 - rank} on {HOST} lost {lost}"), error
+    assert "while training" in error[-1] and "Traceback" not in "".join(error)
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 6
     jobs = together(runs, "--config", recipe, f"run.dir={tmp_path / 'run'}", "--resume")
     assert ended(jobs) == [0, 0], jobs[0].stderr
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+def test_what_torchrun_restarts_goes_on_where_it_ended(
+    runs: Zygote, noise: Config, tmp_path: Path, more: list[str]
+) -> None:
+    words = ("--config", written(noise, tmp_path), f"run.dir={tmp_path / 'run'}", *more)
+    under = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"}
+    kill = {1: at("step", "os.kill(os.getpid(), signal.SIGKILL)", 8)}
+    assert ended(together(runs, *words, before=kill, **under)) == [1, -signal.SIGKILL]
+    jobs = together(runs, *words, **under | {"TORCHELASTIC_RESTART_COUNT": "1"})
+    assert ended(jobs) == [0, 0], jobs[0].stderr
+    assert f"resumed from {tmp_path / 'run'} at epoch 0, step 6" in jobs[0].stdout
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -533,20 +588,118 @@ def test_a_bad_recipe_is_told_by_one_process_of_a_machine(runs: Zygote, noise: C
     assert "train.epochs" in jobs[0].stderr and jobs[1].stderr == ""
 
 
-def test_the_others_wait_no_longer_than_the_limit(runs: Zygote, noise: Config, tmp_path: Path) -> None:
-    slow = {0: at("load", "time.sleep(60)")}
-    jobs = together(
-        runs,
-        "--config",
-        written(noise, tmp_path),
-        f"run.dir={tmp_path / 'run'}",
-        before=slow,
-        TRAIN_DISTRIBUTED_TIMEOUT="3",
-    )
-    assert jobs[1].wait(timeout=30) == 1
-    assert "lost the others" in jobs[1].stderr
+@pytest.mark.parametrize("place", ["load", "step"])
+def test_the_others_wait_for_one_that_is_late_no_longer_than_the_limit(
+    runs: Zygote, noise: Config, tmp_path: Path, place: str
+) -> None:
+    """It is late and not lost: its threads go on. In a phase the longer limit counts, elsewhere that of steps."""
+    late = {0: at(place, "time.sleep(60)")}
+    words = ("--config", written(noise, tmp_path), f"run.dir={tmp_path / 'run'}")
+    limits = {"TRAIN_PHASE_TIMEOUT": "3"} if place == "load" else {"TRAIN_DISTRIBUTED_TIMEOUT": "3"}
+    jobs = together(runs, *words, before=late, **limits)
+    assert jobs[1].wait(timeout=50) == 1
+    doing = "loading the data" if place == "load" else "training"
+    assert f"there are still process 0 on {HOST} {doing} while {doing}" in jobs[1].stderr
     jobs[0].kill(signal.SIGKILL)
     jobs[0].wait()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("place", ["load", "step"])
+def test_a_process_that_stands_still_is_lost_to_the_others_whatever_they_wait_in(
+    runs: Zygote, noise: Config, tmp_path: Path, place: str, rank: int
+) -> None:
+    """Stopped, it keeps its connections, as a machine does that a cut link has taken away."""
+    stops = {rank: at(place, "os.kill(os.getpid(), signal.SIGSTOP)", 4 if place == "step" else 1)}
+    words = ("--config", written(noise, tmp_path), f"run.dir={tmp_path / 'run'}")
+    jobs = together(runs, *words, before=stops, TRAIN_DISTRIBUTED_TIMEOUT="12")
+    other = jobs[1 - rank]
+    try:
+        assert other.wait(timeout=60) == 1
+        lost = f"process {rank} on {HOST} (silent for" if rank else "the store at 127.0.0.1"
+        line = other.stderr.strip().splitlines()[-1]
+        assert line.startswith(f"error: process {1 - rank} on {HOST} lost {lost}"), other.stderr
+        assert f"while {'loading the data' if place == 'load' else 'training'}" in line
+    finally:
+        jobs[rank].kill(signal.SIGKILL)
+        jobs[rank].wait()
+
+
+def test_processes_of_different_recipes_options_or_data_are_refused_with_what_differs(
+    runs: Zygote, noise: Config, tmp_path: Path
+) -> None:
+    recipe = written(noise, tmp_path)
+    run = f"run.dir={tmp_path / 'run'}"
+    source = at("machine", "pass") + "import train.agreement as a; a.versions = lambda: {'torch': '1.0'}\n"
+    data = """
+import dali_pipeline.sources as sources
+load = sources.load
+
+def other(*arguments, **options):
+    dataset = load(*arguments, **options)
+    dataset.train.pixels[0] ^= 1
+    return dataset
+
+sources.load = other
+"""
+    cases: list[tuple[list[str], str, list[str]]] = [
+        (
+            ["optim.momentum=0.5", "train.seed=3"],
+            "",
+            ["optim.momentum: 0.9 for process 0", "0.5 for process 1", "train.seed"],
+        ),
+        (["run.checkpoint_every=4"], "", ["run.checkpoint_every: 3 for process 0"]),
+        (["--resume"], "", ["--resume: False for process 0"]),
+        ([], source, ["the version of torch", "1.0 for process 1"]),
+        ([], data, ["have read different data", "the train split: 640 images, SHA-256"]),
+    ]
+    for words, before, expected in cases:
+        port = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        jobs = [
+            runs.start(
+                "--config", recipe, run, *more, before=code, env={**port, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            )
+            for rank, more, code in ((0, [], ""), (1, words, before))
+        ]
+        assert ended(jobs) == [2, 2], [job.stderr for job in jobs]
+        line = one_line(jobs[0].stderr)
+        assert all(text in line for text in expected) and f"process 1 on {HOST}" in line, line
+        assert jobs[1].stderr == ""
+        assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_processes_may_differ_in_where_their_data_lie_and_what_the_first_one_alone_writes(
+    runs: Zygote, noise: Config, tmp_path: Path
+) -> None:
+    recipe, port = written(noise, tmp_path), str(free_port())
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    jobs = [
+        runs.start(
+            *("--config", recipe, f"run.dir={tmp_path / str(rank)}", f"data.root={tmp_path / str(rank)}"),
+            env={**env, "RANK": str(rank), "LOCAL_RANK": "0"},  # as on two machines
+        )
+        for rank in range(2)
+    ]
+    assert ended(jobs) == [0, 0], [job.stderr for job in jobs]
+    assert (tmp_path / "0" / "last.pt").exists() and not (tmp_path / "1").exists()
+
+
+def test_a_name_that_does_not_resolve_is_told_at_once(runs: Zygote, noise: Config, tmp_path: Path) -> None:
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "1"}
+    code, out, err = runs.run("--config", written(noise, tmp_path), f"run.dir={tmp_path / 'run'}", env=variables)
+    assert (code, out) == (2, "")
+    assert one_line(err).startswith(f"error: MASTER_ADDR=nowhere.invalid: process 1 on {HOST} cannot resolve the name")
+
+
+def test_a_process_that_never_comes_is_waited_for_no_longer_than_the_limit(
+    runs: Zygote, noise: Config, tmp_path: Path
+) -> None:
+    port = str(free_port())
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    words = ("--config", written(noise, tmp_path), f"run.dir={tmp_path / 'run'}")
+    code, _, err = runs.run(*words, env={**variables, "TRAIN_PHASE_TIMEOUT": "2"})
+    line = err.strip().splitlines()[-1]
+    assert code == 2 and f"MASTER_PORT={port}: process 0 on {HOST} has not come together" in line, err
 
 
 @pytest.mark.slow

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import ROOT
 from whole_runs import one_line
 from zygote import Zygote
 
@@ -106,3 +109,37 @@ def test_a_run_under_leftovers_of_another_job_says_so_in_one_line_and_leaves_not
     code, out, err = runs.run("--config", recipe, "train.epochs=0", env={"LOCAL_RANK": "1"})
     assert code == 2 and "train.epochs" in one_line(err)  # a leftover LOCAL_RANK hides no error
     assert not (tmp_path / "run").exists()
+
+
+PARENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+CHILD = """
+import os, time
+from train.machine.place import end_with_torchrun
+parent = os.getppid()
+end_with_torchrun()
+print("begun", flush=True)
+while os.getppid() == parent:
+    time.sleep(0.01)
+time.sleep(3)
+print("alone", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("started_by", "goes_on"), [({"TORCHELASTIC_RUN_ID": "none"}, False), ({}, True)])
+def test_a_process_ends_with_the_torchrun_that_started_it_and_outlives_a_shell(
+    monkeypatch: pytest.MonkeyPatch, started_by: dict[str, str], goes_on: bool
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **started_by}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, CHILD],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout is not None and parent.stdout.readline() == "begun\n"
+    parent.kill()
+    out, err = parent.communicate(timeout=60)  # ends once its child has closed the pipes too
+    assert out == ("alone\n" if goes_on else "")
+    assert ("torchrun, which started this process, is gone" in err) == (not goes_on)

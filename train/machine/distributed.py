@@ -3,37 +3,83 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from dali_pipeline.errors import UserError
+from dali_pipeline.sources import to_stderr
+from train.machine.heartbeat import BEAT_SECONDS, MISSED_BEATS, Heartbeat, end_process
 from train.machine.place import GroupError, Place, place_from_environment
 
-TIMEOUT_VARIABLE = "TRAIN_DISTRIBUTED_TIMEOUT"
-TIMEOUT_SECONDS = 1800.0  # for one wait; the longest is for the first process's download of the data
+STEP_VARIABLE, STEP_SECONDS = "TRAIN_DISTRIBUTED_TIMEOUT", 60.0  # for one wait while steps run
+# for one wait in a phase that the code enters by name: the first process's download, the slowest one's compilation
+PHASE_VARIABLE, PHASE_SECONDS = "TRAIN_PHASE_TIMEOUT", 1800.0
+SAY_WAITING_AFTER = 10.0  # seconds
 
 T = TypeVar("T")
 
 
 class OtherProcessFailed(Exception):
-    """Another process failed and reports its error itself; this one only ends."""
+    """Another process failed and reports its error itself; this one only ends, with `exit_code`."""
+
+    def __init__(self, reason: str, exit_code: int = 1) -> None:
+        super().__init__(reason)
+        self.exit_code = exit_code
+
+
+class PeerLost(UserError):
+    """Another process of the group is gone, or has not answered within the time limit. The message is one line."""
+
+    exit_code = 1
+
+
+@dataclass
+class _Links:
+    """What connects a group's processes beside torch's default group, whose waits end after the time limit of steps."""
+
+    patient: dist.ProcessGroup  # waits as long as the time limit of phases
+    heart: Heartbeat
+    phase: str | None = None
 
 
 @dataclass(frozen=True)
 class Group(Place):
     """This process's place among the processes that train together, and what they exchange."""
 
+    links: _Links | None = field(default=None, compare=False, repr=False)  # where `process_group` has connected it
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Within the block the processes wait for each other up to the time limit of phases: one of them downloads, or compiles,
+        while the others have nothing to do. `name` ("loading the data") appears in messages. All processes enter it."""
+        if self.links is None:
+            yield
+            return
+        before, self.links.phase = self.links.phase, name
+        self.links.heart.doing(name)
+        yield  # where the block raises, the phase stays the one in which that happened
+        self.links.phase = before
+        self.links.heart.doing(before or "training")
+
+    @property
+    def _wire(self) -> dist.ProcessGroup | None:
+        """What an exchange goes over; None is torch's default group."""
+        return self.links.patient if self.links is not None and self.links.phase is not None else None
+
     def gather(self, value: T) -> list[T]:
         """The values of all processes, in the order of their ranks. They are pickled, so this is for small plain values."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self._wire)
         return values
 
     @contextmanager
@@ -61,7 +107,7 @@ class Group(Place):
             if self.first:
                 value[0] = make()
         if self.world_size > 1:
-            dist.broadcast_object_list(value, 0)
+            dist.broadcast_object_list(value, 0, group=self._wire)
         return value[0]  # type: ignore[no-any-return]
 
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
@@ -69,7 +115,7 @@ class Group(Place):
         if self.world_size == 1:
             return list(flags)
         total = torch.tensor([int(flag) for flag in flags])
-        dist.all_reduce(total, op=dist.ReduceOp.MAX)
+        dist.all_reduce(total, op=dist.ReduceOp.MAX, group=self._wire)
         return [bool(value) for value in total.tolist()]
 
     def any(self, flag: bool) -> bool:
@@ -82,36 +128,123 @@ def from_environment() -> Group:
     return Group(place.rank, place.world_size, place.local_rank)
 
 
-def _timeout() -> timedelta:
-    text = os.environ.get(TIMEOUT_VARIABLE, str(TIMEOUT_SECONDS))
+def time_limit(variable: str, default: float) -> timedelta:
+    """The number of seconds that an environment variable holds; raises GroupError where it is none."""
+    text = os.environ.get(variable, "").strip() or str(default)
     try:
         seconds = float(text)
         if not 0 < seconds < 1e8:
             raise ValueError
     except ValueError:
-        raise GroupError(f"{TIMEOUT_VARIABLE}={text}: expected a number of seconds above 0") from None
+        raise GroupError(f"{variable}={text[:40]}: expected a number of seconds above 0") from None
     return timedelta(seconds=seconds)
 
 
 @contextmanager
-def process_group(group: Group, device: str) -> Iterator[None]:
-    """Connects the group for as long as the block runs. `device` is train.device.
+def process_group(group: Group, device: str, *, owns_process: bool = True) -> Iterator[Group]:
+    """Connects the group for as long as the block runs, and gives it with its links. `device` is train.device.
 
-    Tensors on a GPU go over NCCL; flags and objects go over gloo from the host, and make no GPU wait.
+    Tensors on a GPU go over NCCL; flags and objects go over gloo from the host, and make no GPU wait. Raises GroupError where
+    the processes do not come together, PeerLost where one of them is lost in the block. With `owns_process` the process ends
+    where a peer is lost while it waits in a call that cannot be interrupted.
     """
     if group.world_size == 1:
-        yield
+        yield group
         return
     cuda = device in ("auto", "cuda") and torch.cuda.is_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_timeout())
+    links = _connect(group, "cpu:gloo,cuda:nccl" if cuda else "gloo", owns_process)
+    connected = replace(group, links=links)
     whole = False
     try:
-        yield
+        yield connected
         whole = True
+        with connected.phase("ending"):  # nobody takes the store with it while others still beat
+            links.heart.ending()
+            connected.gather(None)
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        raise PeerLost(_lost_line(group, links.heart, error)) from error
     finally:
+        links.heart.stop()
         # closing NCCL waits for operations that a lost process would never complete; the end of the process closes it too
         if whole or not cuda:
             dist.destroy_process_group()
+
+
+def _connect(group: Group, backend: str, owns_process: bool) -> _Links:
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    steps, phases = time_limit(STEP_VARIABLE, STEP_SECONDS), time_limit(PHASE_VARIABLE, PHASE_SECONDS)
+    own = name_of_process(group.rank)
+    c10d: Any = dist  # its annotations leave out much of what it exports
+    try:
+        socket.getaddrinfo(address, port)
+    except (OSError, UnicodeError) as error:
+        raise GroupError(f"MASTER_ADDR={address[:100]}: {own} cannot resolve the name: {error}") from None
+    place = f"MASTER_ADDR={address}, MASTER_PORT={port}"
+    waiting = threading.Timer(
+        SAY_WAITING_AFTER,
+        to_stderr,
+        [
+            f"{own} waits for the {group.world_size} processes of WORLD_SIZE at {place}, for up to {phases.total_seconds():g} s"
+        ],
+    )
+    waiting.daemon = True
+    waiting.start()
+    try:
+        store, _, _ = next(iter(c10d.rendezvous("env://", group.rank, group.world_size, timeout=phases)))
+        here = [f"here/{rank}" for rank in range(group.world_size)]
+        store.set(here[group.rank], "1")
+        store.wait(here, phases)
+        dist.init_process_group(backend, store=store, rank=group.rank, world_size=group.world_size, timeout=steps)
+        patient = c10d.new_group(backend="gloo", timeout=phases)
+        names = replace(group, links=None).gather(own)
+        token = replace(group, links=None).from_first(lambda: os.urandom(8).hex())
+        # a connection of its own: another thread may wait for an answer on the first
+        client = c10d.TCPStore(address, port, None, False, timeout=steps, wait_for_workers=False)
+    except RuntimeError as error:
+        raise GroupError(
+            f"{place}: {own} has not come together with the others of WORLD_SIZE={group.world_size}: {first_line(error)}"
+        ) from error
+    finally:
+        waiting.cancel()
+
+    def lost(who: str) -> None:
+        if owns_process:
+            end_process(f"{own} lost {who} while {heart.doing_now}; {_GO_ON}")
+
+    heart = Heartbeat(
+        c10d.PrefixStore(token, client),
+        group.rank,
+        names,
+        f"the store at {address}:{port} (torchrun or the first process there)",
+        limit=steps.total_seconds() / 2,
+        lost=lost,
+    )
+    links = _Links(patient, heart)
+    replace(group, links=links).gather(None)  # every process has its first beat in the store
+    heart.start()
+    return links
+
+
+_GO_ON = "continue from last.pt with --resume"
+
+
+def _lost_line(group: Group, heart: Heartbeat, error: RuntimeError) -> str:
+    """Who was lost, as far as the beats tell within a few seconds; where nobody was, what the others do."""
+    who = heart.who(wait=(MISSED_BEATS + 1) * BEAT_SECONDS)
+    found = who or f"the connection to the others; there are still {heart.others() or 'none'}"
+    return f"{name_of_process(group.rank)} lost {found} while {heart.doing_now} ({first_line(error)}); {_GO_ON}"
+
+
+def name_of_process(rank: int) -> str:
+    """ "process 3 on HOST" """
+    return f"process {rank} on {socket.gethostname()}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of its message that is not empty, or its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def is_lost(error: BaseException) -> bool:

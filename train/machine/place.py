@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import threading
+import time
 from dataclasses import dataclass
 
 from dali_pipeline.errors import UserError
@@ -63,6 +67,28 @@ def speaks_for_machine() -> bool:
 def under_torchrun() -> bool:
     """Whether torchrun started this process, and passes on the signals that it gets."""
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def restarted() -> bool:
+    """Whether torchrun (`--max-restarts`) has started the same command before, and a process of it failed."""
+    return under_torchrun() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def end_with_torchrun() -> None:
+    """Has SIGTERM sent to this process once torchrun, which started it, is gone without having ended it (kill -9): nobody else
+    would. Does nothing in a process that torchrun has not started."""
+    if not under_torchrun():
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        with contextlib.suppress(OSError):
+            os.write(2, b"torchrun, which started this process, is gone: ending with it\n")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="torchrun", daemon=True).start()
 
 
 def _value(name: str) -> str | None:
