@@ -61,8 +61,13 @@ def test_best_follows_validation_and_the_test_set_is_measured_once_by_both_check
         return {m: replace(score, correct=score.count - len(asked)) for m, score in scores.items()}
 
     tested: list[int] = []
+
+    def testing(self: Trainer, *rest: Any) -> Any:
+        tested.append(len(asked))
+        return original_test(self, *rest)
+
     monkeypatch.setattr(Trainer, "evaluate", falling)
-    monkeypatch.setattr(Trainer, "evaluate_test", lambda self: (tested.append(len(asked)), original_test(self))[1])
+    monkeypatch.setattr(Trainer, "evaluate_test", testing)
     log = Lines()
     summary = fit(config, tmp_path / "run", log=log)
     assert (summary["chosen_on"], summary["best_epoch"], summary["epochs"]) == ("validation", 1, 2)
