@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from analysis import calibration, compare, confusion, curves, grad_cam, style
 from analysis.plotting import Figure
 from analysis.predictions import Predictions
+from net.network import build
+from net.options import NetOptions
 from net.resnet import CustomResNet
 from train.disk.atomic import write_csv
 from train.step.range_test import RangeTest, suggest
@@ -70,6 +72,17 @@ def test_maps_equal_those_by_autograd(
     for image, label, found in zip(inputs, labels, maps, strict=True):
         np.testing.assert_allclose(found, own_map(net, image, label, module, positionwise), atol=2e-3)
     assert maps.max() > 0.9
+
+
+def test_maps_of_a_whitened_network_equal_those_by_autograd(inputs: Tensor) -> None:
+    torch.manual_seed(0)
+    net = build(NetOptions(width=4, whitening=True, activation="gelu"), 7)
+    net.prepare(inputs)
+    net.train()(inputs)  # statistics of the norms
+    net.eval()
+    (found,) = grad_cam.heat_maps(net, inputs[:1], [3], layer="layer3.0")
+    np.testing.assert_allclose(found, own_map(net, inputs[0], 3, net.get_submodule("layer3.0"), False), atol=2e-3)
+    assert not net.get_parameter("whitening.weight").requires_grad
 
 
 def test_every_method_gives_maps_between_0_and_1(net: CustomResNet, inputs: Tensor) -> None:

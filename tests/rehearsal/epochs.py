@@ -1,4 +1,4 @@
-"""Epochs of the trainer on the stand-in: `epochs.py COMPILE PRECISION WIDTH BATCH` prints what each part did, as JSON.
+"""Epochs on the stand-in: `epochs.py COMPILE PRECISION WIDTH BATCH [KEY=VALUE ...]` prints what each part did, as JSON.
 
 The second epoch runs with the meter's poll at every step and torch's own check for synchronisation, as an error.
 """
@@ -26,7 +26,7 @@ CONFIG = Path(__file__).resolve().parent.parent.parent / "configs" / "onecycle.y
 
 
 def main() -> None:
-    mode, precision, width, batch = sys.argv[1:]
+    mode, precision, width, batch, *more = sys.argv[1:]
     words = {
         "data.name": "synthetic",
         "data.synthetic_count": 4 * int(batch),
@@ -41,6 +41,7 @@ def main() -> None:
         "train.tta": "true",
         "schedule.lr_max": 0.1,
         "schedule.lr_min": 0.01,
+        **dict(word.split("=") for word in more),
     }
     inside.answer_evaluations()
     config = load_config(CONFIG, [f"{key}={value}" for key, value in words.items()])

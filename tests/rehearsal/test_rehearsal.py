@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import standin
+from options import EVERYTHING
 
 pytestmark = pytest.mark.rehearsal
 
@@ -43,9 +44,9 @@ def start(
 
 
 @functools.cache
-def epochs(folder: Path, compile: str, precision: str, gpu: str = "h100") -> dict[str, Any]:
+def epochs(folder: Path, compile: str, precision: str, gpu: str = "h100", *more: str) -> dict[str, Any]:
     """What epochs.py reports."""
-    done = start(folder, HERE / "epochs.py", compile, precision, WIDTH, BATCH, gpu=gpu)
+    done = start(folder, HERE / "epochs.py", compile, precision, WIDTH, BATCH, *more, gpu=gpu)
     assert done.returncode == 0, done.stderr[-3000:]
     report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return report
@@ -93,6 +94,13 @@ def test_uncompiled_epochs_never_wait_and_convolve_channels_last_in_the_gpus_own
     assert report["precision"] == precision
     assert_nothing_waits(report)
     assert_convolutions(report, dtype)
+
+
+@pytest.mark.parametrize(("gpu", "precision"), [("h100", "bf16"), ("t4", "fp16")])
+def test_epochs_with_every_option_never_wait(folder: Path, gpu: str, precision: str) -> None:
+    report = epochs(folder, "off", "auto", gpu, *(f"{key}={value}" for key, value in EVERYTHING.items()))
+    assert report["precision"] == precision
+    assert_nothing_waits(report)
 
 
 def test_a_wait_is_named_with_its_place(folder: Path) -> None:

@@ -18,9 +18,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from float64 import train_in_float64
+from options import EVERYTHING
 from places import ROOT
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training import assert_same
 from whole_runs import one_line
 from zygote import Job, Zygote
 
@@ -188,6 +190,25 @@ def test_with_sync_bn_the_state_counts_the_steps(quick_config: Config, tmp_path:
         for part in ("model", "ema"):
             counters = [value for name, value in state[part].items() if name.endswith("num_batches_tracked")]
             assert len(counters) == 8 and all(counter == 4 for counter in counters)
+
+
+def test_every_option_leaves_two_processes_with_the_same_weights(quick_config: Config, tmp_path: Path) -> None:
+    noise = {"data.name": "synthetic", "data.synthetic_count": 64, "train.batch_size": 16, "train.eval_batch_size": 16}
+    config = changed(quick_config, {**noise, **EVERYTHING, "data.backend": "torch", "train.sync_bn": True})
+
+    def work(group: Group) -> dict[str, Any]:
+        data = random_dataset(32, 10, 64)
+        seed_everything(0)
+        trainer = Trainer(config, data, prepare(device="cpu", compile="off"), BackendChoice("torch", "test"), group)
+        trainer.train_epoch(0, OneCycle(0.1, 0.01, 5, 4), StepMeter(0, 4, torch.device("cpu")))
+        state = trainer.state()
+        trainer.close()
+        return state
+
+    one, other = on_processes(work, tmp_path)
+    assert_same(one, other)
+    scales = [value for name, value in one["model"].items() if name.endswith((".1.weight", ".2.weight"))]
+    assert len(scales) == 8 and all(torch.equal(scale, torch.ones_like(scale)) for scale in scales)
 
 
 def test_batch_norm_alone_is_torchs_own() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from options import EVERYTHING
 from training import Lines, assert_equal_weights, make_trainer, weights
 
 import analysis
@@ -68,6 +69,16 @@ def test_training_learns_in_every_precision_and_mode(
     cuda_config: Config, tmp_path: Path, mode: str, precision: str
 ) -> None:
     asked = {"train.compile": mode, "train.precision": precision, "train.tta": True, "train.ema_decay": 0.9}
+    fit(changed(cuda_config, asked), tmp_path / "run", log=Lines())
+    metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert metrics[-1]["train_loss"] < 0.6 * metrics[0]["train_loss"]
+    assert metrics[-1]["test_accuracy"] > 60
+
+
+@pytest.mark.parametrize("mode", ["off", "default", "reduce-overhead"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_training_learns_with_every_option(cuda_config: Config, tmp_path: Path, mode: str, precision: str) -> None:
+    asked = {**EVERYTHING, "augment.flip": False, "train.compile": mode, "train.precision": precision}
     fit(changed(cuda_config, asked), tmp_path / "run", log=Lines())
     metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert metrics[-1]["train_loss"] < 0.6 * metrics[0]["train_loss"]

@@ -6,28 +6,18 @@ import copy
 from typing import Any
 
 import pytest
+import torch
+from options import EVERYTHING, OPTIONS
 from training import assert_same, make_trainer
 
+from dali_pipeline.backend import BackendChoice
 from train.config import Config, changed
+from train.machine.runtime import prepare
 from train.step.borrow import borrowed_state
 from train.step.meter import StepMeter
 from train.step.schedule import Rates, make_schedule
 from train.step.trainer import Trainer
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "alternating flip": {"augment.flip": True, "augment.flip_rule": "alternating"},
-    "decoupled": {"optim.decoupled_weight_decay": True},
-    "lookahead": {"optim.lookahead_every": 3},
-    "norm bias rate": {"optim.norm_bias_rate": 8.0},
-    "muon": {"optim.filters": "muon"},
-    "whitening": {"net.whitening": True},
-    "dirac": {"net.residual_init": "dirac"},
-    "activation": {"net.activation": "gelu"},
-    "views": {"train.tta": "shift", "train.ema_decay": 0.9},
-    "trapezoid": {"schedule.shape": "trapezoid", "schedule.hold_epochs": 0.5},
-    "norms": {"net.norm_scale": "frozen", "net.norm_momentum": 0.3, "net.norm_eps": 1e-3},
-}
-EVERYTHING = {key: value for options in OPTIONS.values() for key, value in options.items()}
 SETS = {**OPTIONS, "everything": EVERYTHING}
 
 
@@ -90,3 +80,41 @@ def test_a_training_starts_over_and_lends_its_state(quick_config: Config, option
     assert_same(trainer.state(), begun)
     assert steps(trainer, 0, 0, 5) == losses
     trainer.close()
+
+
+def noise(config: Config, **options: Any) -> Trainer:
+    """All options together, on a few random images, on contiguous tensors."""
+    few = {"data.name": "synthetic", "data.synthetic_count": 256, "train.batch_size": 128, "train.channels_last": "off"}
+    return make_trainer(changed(config, {**few, **EVERYTHING, **options}), BackendChoice("torch", "test"))
+
+
+def first_losses(trainer: Trainer, count: int = 3) -> list[float]:
+    batch = next(trainer.train_loader.epoch(0))
+    return [trainer.train_one(*batch, rate)[0].item() for rate in (0.02,) * count]
+
+
+def test_in_bf16_the_options_together_follow_fp32(quick_config: Config) -> None:
+    exact, rounded = (noise(quick_config, **{"train.precision": precision}) for precision in ("fp32", "bf16"))
+    expected = first_losses(exact)
+    assert expected[-1] < expected[0]
+    assert first_losses(rounded) == pytest.approx(expected, rel=0.03)
+    scores = [score.loss for trainer in (exact, rounded) for score in trainer.evaluate().values()]
+    assert len(scores) == 2 * 6 and torch.isfinite(torch.tensor(scores)).all()
+    exact.close()
+    rounded.close()
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_compiled_the_options_together_follow_the_eager_ones(quick_config: Config) -> None:
+    if not prepare(device="cpu", compile="auto").compile_mode:
+        pytest.skip("no compiler")
+    eager, compiled = noise(quick_config), noise(quick_config, **{"train.compile": "default"})
+    compiled.warm_up()
+    expected, found = first_losses(eager), first_losses(compiled)
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert found == pytest.approx(expected, rel=1e-2)  # Muon rounds its steps to bf16
+    for one, other in zip(eager.evaluate().values(), compiled.evaluate().values(), strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-2)
+    eager.close()
+    compiled.close()
