@@ -24,7 +24,7 @@ class DataError(UserError):
 
 
 class DataNotWritten(DataError):
-    """A download cannot be written: the disk is full, or the like."""
+    """A download, or decoded images, cannot be written: the disk is full, or the like."""
 
     exit_code = 1
 
@@ -203,8 +203,8 @@ def with_statistics(
 def channel_sums(split: Split) -> tuple[list[int], list[int]]:
     """For each channel the sum of all its values, and of their squares: exact."""
     if split.facts is not None:
-        facts = split.facts if split.rows is None else split.facts.take(split.rows)
-        return facts.sums.sum(0).tolist(), facts.squares.sum(0).tolist()
+        rows = slice(None) if split.rows is None else split.rows
+        return split.facts.sums[rows].sum(0).tolist(), split.facts.squares[rows].sum(0).tolist()
     values, histogram = range(256), channel_histogram(split).tolist()
     sums = [sum(n * v for n, v in zip(counts, values, strict=True)) for counts in histogram]
     return sums, [sum(n * v * v for n, v in zip(counts, values, strict=True)) for counts in histogram]

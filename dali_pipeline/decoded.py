@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dali_pipeline.dataset import DataError, Facts, Pixels
+from dali_pipeline.dataset import DataNotWritten, Facts, Pixels
 from dali_pipeline.errors import cache_folder
 from dali_pipeline.image_files import Decoded
 from dali_pipeline.lock import NoLocks, is_still_at, try_lock
@@ -96,7 +96,8 @@ class DecodedImages:
 
 
 def decoded_images(wanted: Wanted, say: Say | None = None) -> DecodedImages:
-    """The images, found on the disk or else decoded. Raises DataError where there is no room, or no place to write."""
+    """The images, found on the disk or else decoded. Raises DataNotWritten where there is no room, or no place to
+    write."""
     folders = [wanted.beside / FOLDER]
     if (caches := cache_folder()) is not None:
         folders.append(caches / "decoded")
@@ -112,7 +113,7 @@ def decoded_images(wanted: Wanted, say: Say | None = None) -> DecodedImages:
             return _make(folder, wanted, Meter(f"decoding {wanted.what}", wanted.count, say, unit="images"))
         except OSError as error:
             reasons.append(f"{printable_path(folder)}: {error.strerror or error}")
-    raise DataError(
+    raise DataNotWritten(
         f"{wanted.what}: there is no place to keep {_size(wanted)} of decoded images ({'; '.join(reasons)}); "
         "XDG_CACHE_HOME=DIR names a folder that can be written to"
     )
@@ -157,7 +158,7 @@ def _make(folder: Path, wanted: Wanted, meter: Meter) -> DecodedImages:
                     _fill(file, wanted, meter)
                 except OSError as error:
                     kept = "what was decoded so far is kept, and the next start goes on from there"
-                    raise DataError(
+                    raise DataNotWritten(
                         f"{printable_path(path)}: cannot be written: {error.strerror or error}; {kept}"
                     ) from error
                 if sys.platform == "win32":
@@ -168,7 +169,7 @@ def _make(folder: Path, wanted: Wanted, meter: Meter) -> DecodedImages:
         meter.close()
     found = _open(path, wanted)
     if found is None:
-        raise DataError(f"{printable_path(path)}: vanished as soon as it was made; start again")
+        raise DataNotWritten(f"{printable_path(path)}: vanished as soon as it was made; start again")
     return found
 
 
@@ -205,7 +206,7 @@ def _check_room(path: Path, wanted: Wanted, file: FileIO, meter: Meter) -> None:
     there = getattr(os.fstat(file.fileno()), "st_blocks", 0) * 512
     free = shutil.disk_usage(path.parent).free
     if wanted.pixel_bytes + wanted.record_bytes - there > free:
-        raise DataError(
+        raise DataNotWritten(
             f"{printable_path(path.parent)}: {_size(wanted)} of decoded images do not fit, {free / 1e6:,.1f} MB are free; "
             "make room or lower data.image_size"
         )

@@ -196,33 +196,26 @@ def _by_folder(root: Path) -> _Found:
 
     others: Counter[str] = Counter()
     loops: list[str] = []
-    by_split = {
-        split: [
-            sorted(_images(root, f"{part}/{name}".lstrip("/"), others, loops), key=lambda found: os.fsencode(found[0]))
-            for name in classes
-        ]
-        for split, part in sorted(parts.items(), key=lambda item: SPLITS.index(item[0]))
-    }
-    empty = [name for label, name in enumerate(classes) if not any(found[label] for found in by_split.values())]
+    made = _Found((), "test" in parts, notes=notes, remarks=remarks)
+    for split, part in sorted(parts.items(), key=lambda item: SPLITS.index(item[0])):
+        for label, name in enumerate(classes):
+            found = _images(root, f"{part}/{name}".lstrip("/"), others, loops)
+            for path, status in sorted(found, key=lambda named: os.fsencode(named[0])):
+                made.add(path, status, label, split)
+    there = np.bincount(np.frombuffer(made.labels, np.int64), minlength=len(classes)) > 0
+    names = [printable_path(name) for name in classes]
+    made.class_names = _unique([name for name, some_are in zip(names, there, strict=True) if some_are], where)
+    empty = [name for name, some_are in zip(names, there, strict=True) if not some_are]
     if len(empty) == len(classes):
-        raise DataError(
-            f"{where}: holds no image in {some([printable_path(name) for name in classes])}; read are {', '.join(SUFFIXES)}"
-        )
+        raise DataError(f"{where}: holds no image in {some(names)}; read are {', '.join(SUFFIXES)}")
     if empty:
-        notes.append(f"{where}: no image in {some([printable_path(name) for name in empty])}: left out as classes")
+        notes.append(f"{where}: no image in {some(empty)}: left out as classes")
+        made.labels = array("q", (np.cumsum(there) - 1)[np.frombuffer(made.labels, np.int64)].tobytes())
     if loops:
         notes.append(f"links that lead back to a folder around them are not followed: {some(loops)}")
     if others:
         kinds = [f"{count:,} {suffix}" for suffix, count in others.most_common()]
         remarks.append(f"files of other kinds are passed over: {some(kinds)}")
-    kept = [name for name in classes if name not in set(empty)]
-    made = _Found(
-        _unique([printable_path(name) for name in kept], where), "test" in parts, notes=notes, remarks=remarks
-    )
-    for split, found in by_split.items():
-        for label, name in enumerate(kept):
-            for path, status in found[classes.index(name)]:
-                made.add(path, status, label, split)
     return made
 
 

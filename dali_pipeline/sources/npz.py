@@ -13,10 +13,10 @@ from __future__ import annotations
 import hashlib
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -153,6 +153,23 @@ def _labels(archive: zipfile.ZipFile, part: _Part, where: str) -> Labels:
     return np.frombuffer(content, dtype, part.shape[0]).astype(np.int64)
 
 
+class _Names(Sequence[str]):
+    """The images' names for messages, such as train_images[7]."""
+
+    def __init__(self, parts: list[_Part]) -> None:
+        self._parts = parts
+
+    def __len__(self) -> int:
+        return sum(part.shape[0] for part in self._parts)
+
+    def __getitem__(self, place: Any) -> Any:
+        for part in self._parts:
+            if place < part.shape[0]:
+                return f"{part.images}[{place}]"
+            place -= part.shape[0]
+        raise IndexError(place)
+
+
 def _listing(parts: list[_Part], labels: list[Labels], where: str) -> Listing:
     together = np.concatenate(labels)
     values, places = np.unique(together, return_inverse=True)
@@ -162,12 +179,11 @@ def _listing(parts: list[_Part], labels: list[Labels], where: str) -> Listing:
         notes.append(f"{where}: there are no test images, so those of val are the test set")
         splits[splits.index("validation")] = "test"
     numbers = [np.full(part.shape[0], SPLITS.index(split), np.uint8) for part, split in zip(parts, splits, strict=True)]
-    names = [f"{part.images}[{place}]" for part in parts for place in range(part.shape[0])]
     return Listing(
         places.astype(np.int64),
         np.concatenate(numbers) if "test" in splits else None,
         tuple(str(value) for value in values.tolist()),
-        names,
+        _Names(parts),
         tuple(notes),
     )
 

@@ -70,7 +70,9 @@ def assemble(name: str, listing: Listing, decoded: DecodedImages, test: float, w
     if decoded.problems:
         rows = np.delete(rows, list(decoded.problems))
     notes, remarks = list(listing.notes), [*listing.remarks, *_made(decoded)]
-    labels, digests = listing.labels[rows], decoded.facts.digests[rows]
+    labels, digests = listing.labels, decoded.facts.digests
+    if decoded.problems:
+        labels, digests = labels[rows], digests[rows]
     if listing.split is None:
         # other bits of the hash than those by which data.validation then chooses
         salted = np.empty_like(digests)
@@ -82,7 +84,7 @@ def assemble(name: str, listing: Listing, decoded: DecodedImages, test: float, w
             f"data.test={test:g}: {held.sum():,} of {len(held):,} images held out as the test set, by their hash"
         )
     else:
-        split = listing.split[rows]
+        split = listing.split[rows] if decoded.problems else listing.split
     parts = {part: np.flatnonzero(split == place) for place, part in enumerate(SPLITS)}
     counts = {part: np.bincount(labels[places], minlength=len(listing.class_names)) for part, places in parts.items()}
     notes += _check_classes(listing.class_names, counts, where)

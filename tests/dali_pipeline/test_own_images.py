@@ -390,13 +390,16 @@ def test_too_little_room_is_told_before_anything_is_decoded(tmp_path: Path, monk
 
 
 CHILD = """
-import os, signal, sys
+import os, resource, signal, sys
 from dali_pipeline import decoded, image_files, sources
 from dali_pipeline.sources import data_sections
 image_files.BATCH_FILES, decoded.SYNC_SECONDS = 8, 0.0
 lines = []
 def say(line):
     print(line, flush=True)
+if sys.argv[2] == "full":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    image_files.BATCH_FILES = 1
 if sys.argv[2] == "kill":
     read, count = image_files.read_bytes, 0
     def counting(path):
@@ -437,3 +440,51 @@ def test_after_a_kill_the_next_start_goes_on_and_two_at_once_share_the_work(tmp_
     expected = load(tmp_path / "b").train.fingerprint
     assert {text.splitlines()[-1] for text in texts} == {expected}
     assert len(kept(tmp_path / "a")) == 1
+
+
+def test_a_disk_that_is_full_is_named_and_what_was_decoded_is_kept(tmp_path: Path) -> None:
+    """The whole file is larger than the process may write: its size is not reserved, so the records come in the way."""
+    tree(tmp_path, {"train/a": 30, "train/b": 30, "test/a": 2, "test/b": 2})
+    full = child(tmp_path, "full")
+    text = full.communicate(timeout=60)[0]
+    assert full.returncode == 1 and "DataNotWritten" in text
+    assert re.search(r"\.pixels: cannot be written: File too large; what was decoded so far is kept", text), text
+    assert len(load(tmp_path).train) == 60
+
+
+MEMORY = """
+import re, sys, threading, time
+from pathlib import Path
+from dali_pipeline import sources
+from dali_pipeline.sources import data_sections
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+options = data_sections()["npz"](root=sys.argv[1], validation=0.1)
+sources.load(data_sections()["npz"](root=sys.argv[2], validation=0.1))  # what importing and thread pools take
+before, most, done = anonymous(), 0, threading.Event()
+def watch():
+    global most
+    while not done.wait(0.002):
+        most = max(most, anonymous())
+watcher = threading.Thread(target=watch)
+watcher.start()
+dataset = sources.load(options)
+done.set()
+watcher.join()
+print(len(dataset.train) + len(dataset.validation) + len(dataset.test), anonymous() - before, most - before)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+def test_a_start_from_decoded_images_takes_at_most_200_bytes_of_memory_an_image(tmp_path: Path) -> None:
+    count = 200_000
+    for name, images in (("many", count), ("few", 1000)):
+        pixels = np.random.default_rng(0).integers(0, 256, (images, 8, 8), np.uint8)
+        np.savez(tmp_path / f"{name}.npz", images=pixels, labels=np.arange(images) % 10)
+        load(tmp_path / f"{name}.npz", name="npz")
+    words = [sys.executable, "-c", MEMORY, str(tmp_path / "many.npz"), str(tmp_path / "few.npz")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
+    found, kept, most = map(int, done.stdout.split())
+    assert found == count
+    assert kept < most <= 200 * count, f"{kept / count:.0f} bytes an image kept, {most / count:.0f} at most"
