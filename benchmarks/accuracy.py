@@ -142,7 +142,7 @@ def comparable(recipe: dict[str, Any], on: str = "test") -> dict[str, Any]:
 def read_finished(path: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
     """The finished runs, a dict each. An incomplete last line is removed from the file. RecipeChanged where the file is of
     another recipe, or is not a file of finished runs."""
-    from train.config import own_keys
+    from train.config import KEYS, own_keys
 
     if not path.exists():
         return []
@@ -156,10 +156,11 @@ def read_finished(path: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     if torn:
         path.write_text(whole + "\n", encoding="utf-8")
-    # a key that only one of them has counts as null in the other: earlier versions had fewer keys, and all data sets' keys
+    # a key that only one of them has counts as its default in the other: earlier versions had fewer keys, and all data sets' keys
     then, now = flat(own_keys(entries[0]["recipe"])[0]), flat(recipe)
-    names = [*now, *(name for name in then if name not in now)]
-    changed = [f"{name}: {then.get(name)} -> {now.get(name)}" for name in names if then.get(name) != now.get(name)]
+    defaults = {name: KEYS[name][0].default if name in KEYS else None for name in (*now, *then)}
+    then, now = defaults | then, defaults | now
+    changed = [f"{name}: {then[name]} -> {value}" for name, value in now.items() if then[name] != value]
     if changed:
         raise RecipeChanged(
             f"{path} holds runs of another recipe ({'; '.join(changed)}); go on with that one, or name "

@@ -142,6 +142,20 @@ def test_runs_finished_when_recipes_had_the_keys_of_all_data_sets_still_count(
         accuracy.read_finished(tmp_path / "runs.jsonl", noise)
 
 
+def test_runs_finished_before_a_key_existed_count_for_its_default_alone(quick_config: Config, tmp_path: Path) -> None:
+    now = accuracy.comparable(to_dict(quick_config), "validation")
+    then = {**now, "net": {"width": now["net"]["width"]}, "augment": {**now["augment"]}}
+    del then["augment"]["flip_rule"]
+    accuracy.append(tmp_path / "runs.jsonl", {"recipe": then, "environment": {}})
+    accuracy.append(tmp_path / "runs.jsonl", {"seed": 3})
+    assert accuracy.read_finished(tmp_path / "runs.jsonl", now) == [{"seed": 3}]
+    whitened = accuracy.comparable(to_dict(changed(quick_config, {"net.whitening": True})), "validation")
+    with pytest.raises(accuracy.RecipeChanged, match=r"net\.whitening: False -> True"):
+        accuracy.read_finished(tmp_path / "runs.jsonl", whitened)
+    with pytest.raises(accuracy.RecipeChanged, match=r"measured\.on: validation -> None"):
+        accuracy.read_finished(tmp_path / "runs.jsonl", accuracy.comparable(to_dict(quick_config)))
+
+
 @pytest.mark.parametrize("text", ["a line without an end", "two lines\nof notes", "a list\n", '{"loss": 1}\n{"lo'])
 def test_accuracy_neither_changes_nor_removes_a_file_that_it_did_not_write(
     recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
