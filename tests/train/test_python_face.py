@@ -326,7 +326,10 @@ def test_many_shapes_in_one_process_are_all_compiled(small: Config, monkeypatch:
     )
     torch._dynamo.reset()  # what earlier tests have compiled counts too
     # in place of nine trainings: torch counts the shapes of a function, and here two are too many
-    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+    limit, strict = "recompile_limit", "fail_on_recompile_limit_hit"
+    if not hasattr(torch._dynamo.config, limit):  # their names before torch 2.7
+        limit, strict = "cache_size_limit", "fail_on_cache_limit_hit"
+    with torch._dynamo.config.patch({limit: 1, strict: True}):
         for width in (1, 2):
             train.fit(small, f"net.width={width}", "train.compile=default", quiet=True)
         with pytest.raises(train.UserError):  # one that diverges counts as little
