@@ -53,6 +53,8 @@ def describe(augment: Augment) -> str:
         parts.append(
             f"crop from {augment.pad} pixels of {'black' if augment.padding_mode == 'zero' else 'reflected'} padding"
         )
+    if augment.resized:
+        parts.append(f"crops of {augment.scale:.0%} of the area or more, resized")
     if augment.flip:
         parts.append("flip" if augment.flip_rule == "random" else f"{augment.flip_rule} flip")
     if augment.cutout:

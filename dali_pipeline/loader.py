@@ -19,6 +19,7 @@ from dali_pipeline.feed import FeedOrder, Graph, MakeGraph
 from dali_pipeline.memory import Residence, Resident, choose_residence
 from dali_pipeline.plan import NO_AUGMENT, Plan, Stream, Tail, check_shard, identity_plan
 from dali_pipeline.resident import to_device, upload
+from dali_pipeline.resized import ResizedCrop
 from dali_pipeline.torch_graph import TorchGraph
 
 GRAPHS: dict[Backend, MakeGraph] = {"dali": DaliGraph, "torch": TorchGraph}
@@ -80,6 +81,10 @@ class Engine:
         follow: Callable[[int, int], Key],
         processes: int = 1,
     ) -> None:
+        self._resize: ResizedCrop | None = None
+        if order.augment.resized:  # the graph gathers the images as they are
+            self._resize = ResizedCrop(order, split.height, split.width)
+            order = replace(order, augment=NO_AUGMENT)
         self.residence = choose_residence(order.resident, split, order.augment, order.device, processes)
         order = replace(order, resident="always" if self.residence.resident else "never")
         name = backend.name if isinstance(backend, BackendChoice) else choose_backend(backend, order.device).name
@@ -89,9 +94,14 @@ class Engine:
         self._pump = Pump(plan_of, follow)
         self._labels = upload(split.labels, order.device)
         try:
-            self._graph: Graph | None = GRAPHS[name](split, order, self._pump.pull)
+            self._graph: Graph | None = GRAPHS[name](
+                split, order, self._pump.pull if self._resize is None else self._gather
+            )
         except Unsupported as error:
             raise BackendError(str(error)) from None
+
+    def _gather(self) -> Plan:
+        return identity_plan(self._pump.pull().indices)
 
     def batch(self, key: Key) -> tuple[Tensor, Tensor]:
         """(images, labels) of the key's plan of n images: (n, 3, H, W) uint8, channels-last, and (n,) int64."""
@@ -100,6 +110,8 @@ class Engine:
         if self._graph is None:
             raise RuntimeError("the loader is closed")
         images, plan = self._pump.get(key, self._graph.run)
+        if self._resize is not None:
+            images = self._resize(images, plan)
         return images, self._labels[to_device(plan.indices, self._device)]
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ A plan depends only on (seed, epoch) and is drawn with NumPy; `dali_graph` and `
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 Tail = Literal["drop", "endless"]
 
+RECTANGLES = 1 << 64  # the counter of the first block of random resized crops, beyond those of any number of images
+SHAPES = 1024  # steps from the narrowest to the widest shape of a crop
 WORDS_PER_IMAGE = 4  # one Philox-4x64 block: permutation key, crop offset, flip, cutout centre
 _WORD = (1 << 64) - 1
 
@@ -39,6 +42,15 @@ class Augment:
         at_least=0,
         at_most=1024,  # the side of the largest images
     )
+    scale: float = key(
+        1.0,
+        "smallest part of an image's area that a random crop takes, resized back to the whole (arXiv:1409.4842); 1 turns it off",
+        at_least=0.01,
+        at_most=1.0,
+    )
+    aspect: float = key(
+        1.3333, "the widest shape of such a crop, and the inverse of the narrowest", at_least=1.0, at_most=4.0
+    )
 
     def __post_init__(self) -> None:
         if self.pad < 0:
@@ -49,11 +61,25 @@ class Augment:
             raise ValueError(f"augment.padding_mode is {self.padding_mode!r}, expected 'zero' or 'reflect'")
         if self.flip_rule not in ("random", "alternating"):
             raise ValueError(f"augment.flip_rule is {self.flip_rule!r}, expected 'random' or 'alternating'")
+        if not 0 < self.scale <= 1:
+            raise ValueError(f"augment.scale is {self.scale}, expected above 0 and at most 1 (off)")
+        if not self.aspect >= 1:
+            raise ValueError(f"augment.aspect is {self.aspect}, expected 1 or more")
+        if self.resized and self.crop:
+            raise ValueError(
+                f"augment.scale: {self.scale:g} takes crops and resizes them, augment.crop=true takes crops of padded images; "
+                "set augment.crop=false"
+            )
 
     @property
     def offsets(self) -> int:
         """Number of crop offsets an axis: 2 * pad + 1, or 1 without crop."""
         return 2 * self.pad + 1 if self.crop else 1
+
+    @property
+    def resized(self) -> bool:
+        """Whether crops of random size are resized to the whole."""
+        return self.scale < 1
 
 
 NO_AUGMENT = Augment(crop=False, pad=0, flip=False, cutout=0)
@@ -65,7 +91,8 @@ class Plan:
 
     Image `indices` is padded by `pad` on each side. From it a window of the image's own size is cropped, whose corner is at
     row dy and column dx (0..2*pad); the window is mirrored left to right where `flip` is set, and a square around (cy, cx)
-    is painted over.
+    is painted over. With `rectangle`, (n, 4) int16, nothing is padded: the part of the image that begins at row `top` and column
+    `left`, of `rows` x `columns`, in this order, is resized to the whole before it is mirrored.
     """
 
     indices: IntArray
@@ -74,6 +101,7 @@ class Plan:
     flip: BoolArray
     cy: IntArray
     cx: IntArray
+    rectangle: npt.NDArray[np.int16] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -82,7 +110,8 @@ class Plan:
         return Plan(*(array[positions] for array in self._arrays()))
 
     def _arrays(self) -> tuple[npt.NDArray[Any], ...]:
-        return self.indices, self.dy, self.dx, self.flip, self.cy, self.cx
+        drawn = self.indices, self.dy, self.dx, self.flip, self.cy, self.cx
+        return drawn if self.rectangle is None else (*drawn, self.rectangle)
 
     @staticmethod
     def concatenate(plans: list[Plan]) -> Plan:
@@ -115,8 +144,14 @@ def draw_plan(seed: int, epoch: int, num_images: int, augment: Augment, size: in
 
     With augment.flip_rule="alternating" whether an image is mirrored is read from epoch 0's words, and turned in every odd
     epoch: of two epochs in a row each image is mirrored in one (arXiv:2404.00498).
+
+    With augment.scale below 1 image i also uses the words of block 2^64 + i under the same key: area, shape, row and column of
+    its rectangle.
     """
     height, width = image_size(size)
+    rectangle = (
+        _rectangles(_words(seed, epoch, num_images, RECTANGLES), augment, height, width) if augment.resized else None
+    )
     alternating = augment.flip and augment.flip_rule == "alternating"
     first = _mirrored(_words(seed, 0, num_images)) if alternating else None
     words = _words(seed, epoch, num_images)
@@ -134,13 +169,37 @@ def draw_plan(seed: int, epoch: int, num_images: int, augment: Augment, size: in
     else:
         flip = _mirrored(words)[indices]
     centre = _below(words[indices, 3], height * width)
-    return Plan(indices, dy, dx, flip, centre // width, centre % width)
+    if rectangle is not None:
+        rectangle = rectangle[indices]
+    return Plan(indices, dy, dx, flip, centre // width, centre % width, rectangle)
 
 
-def _words(seed: int, epoch: int, num_images: int) -> npt.NDArray[np.uint64]:
-    """(num_images, WORDS_PER_IMAGE) of one epoch, by index of the image."""
+def _words(seed: int, epoch: int, num_images: int, block: int = 0) -> npt.NDArray[np.uint64]:
+    """(num_images, WORDS_PER_IMAGE) of one epoch from this block of the generator on, by index of the image."""
     key = np.array([seed & _WORD, epoch & _WORD], np.uint64)
-    return np.random.Philox(key=key).random_raw(WORDS_PER_IMAGE * num_images).reshape(num_images, WORDS_PER_IMAGE)
+    generator = np.random.Philox(key=key).advance(block)
+    return generator.random_raw(WORDS_PER_IMAGE * num_images).reshape(num_images, WORDS_PER_IMAGE)
+
+
+def _rectangles(words: npt.NDArray[np.uint64], augment: Augment, height: int, width: int) -> npt.NDArray[np.int16]:
+    """(n, 4): top, left, rows, columns of a random part of an image.
+
+    Its area, in pixels, is uniform from augment.scale of the image's on; its shape, columns to rows, is uniform in the logarithm
+    between 1 / augment.aspect and augment.aspect, in SHAPES steps; a side that would exceed the image is cut to it. Its place is
+    uniform among those inside the image. The steps are rounded to 16 bits, and the rest is exact in every floating point
+    arithmetic (division and square root), so that all machines draw the same.
+    """
+    pixels = height * width
+    least = max(1, math.ceil(augment.scale * pixels))
+    area = least + _below(words[:, 0], pixels - least + 1)
+    steps = np.array([round(augment.aspect ** (2 * k / SHAPES - 1) * 65536) / 65536 for k in range(SHAPES + 1)])
+    shape = steps[_below(words[:, 1], SHAPES + 1)]
+    found = np.empty((len(words), 4), np.int16)
+    found[:, 2] = np.clip(np.rint(np.sqrt(area / shape)), 1, height)
+    found[:, 3] = np.clip(np.rint(np.sqrt(area * shape)), 1, width)
+    for side, size in enumerate((height, width)):
+        found[:, side] = _below(words[:, 2 + side], size - found[:, 2 + side].astype(np.int64) + 1)
+    return found
 
 
 def _mirrored(words: npt.NDArray[np.uint64]) -> BoolArray:
@@ -159,9 +218,10 @@ def _order(keys: npt.NDArray[np.uint64]) -> IntArray:
     return order
 
 
-def _below(words: npt.NDArray[np.uint64], n: int) -> IntArray:
-    """0..n-1 from the upper 32 bits (multiply and shift): no value is likelier than another by more than n / 2^32."""
-    drawn: IntArray = (((words >> np.uint64(32)) * np.uint64(n)) >> np.uint64(32)).astype(np.int64)
+def _below(words: npt.NDArray[np.uint64], n: int | IntArray) -> IntArray:
+    """0..n-1 from the upper 32 bits (multiply and shift), `n` one for all or an array: no value is likelier than another by more
+    than n / 2^32."""
+    drawn: IntArray = (((words >> np.uint64(32)) * np.asarray(n, np.uint64)) >> np.uint64(32)).astype(np.int64)
     return drawn
 
 

@@ -47,9 +47,7 @@ class TorchGraph:
                 mirrored=augment.flip,
             )
             self._images = Kept(images, source)
-        self._fill = torch.tensor(order.fill, dtype=torch.uint8, device=self._device).repeat(self._width)
-        self._row_hole = _holes(self._height, augment.cutout).to(self._device)
-        self._column_hole = _holes(self._width, augment.cutout).repeat_interleave(3, 1).to(self._device)
+        self._cutout = Cutout(order.fill, augment.cutout, self._height, self._width, order.device)
         self._apply = _gather_and_cut if augment.cutout else _gather
         self._compiled = torch.compile(self._apply, dynamic=False) if order.compiled else None
 
@@ -75,7 +73,7 @@ class TorchGraph:
         window += self._border
         start = (slot * rows + window[:, 0]) * columns + window[:, 1]
         where = to_device(np.stack([start, plan.cy, plan.cx]), self._device)
-        return self._run(windows, where, self._fill, self._row_hole, self._column_hole)
+        return self._run(windows, where, self._cutout.fill, self._cutout.row_hole, self._cutout.column_hole)
 
     def _run(self, *arguments: Tensor) -> Tensor:
         if self._compiled is not None:
@@ -92,6 +90,19 @@ class TorchGraph:
         return self._apply(*arguments)
 
 
+class Cutout:
+    """Paints the square of a plan in the colour `fill` onto images (n, H, W * 3) uint8."""
+
+    def __init__(self, fill: tuple[int, int, int], side: int, height: int, width: int, device: torch.device) -> None:
+        self.fill = torch.tensor(fill, dtype=torch.uint8, device=device).repeat(width)
+        self.row_hole = _holes(height, side).to(device)
+        self.column_hole = _holes(width, side).repeat_interleave(3, 1).to(device)
+
+    def __call__(self, images: Tensor, cy: Tensor, cx: Tensor) -> Tensor:
+        """`cy`, `cx`: (n,) int64, the rows and columns of the squares' centres."""
+        return _paint(images, self.fill, self.row_hole[cy], self.column_hole[cx])
+
+
 def _holes(size: int, cutout: int) -> Tensor:
     """(size, size) uint8: row c is 255 where a cutout centred at c paints, 0 elsewhere."""
     offset = torch.arange(size) - torch.arange(size)[:, None] + cutout // 2
@@ -105,5 +116,9 @@ def _gather(windows: Tensor, staged: Tensor, fill: Tensor, row_hole: Tensor, col
 def _gather_and_cut(windows: Tensor, staged: Tensor, fill: Tensor, row_hole: Tensor, column_hole: Tensor) -> Tensor:
     """`staged`, (3, n) int64: for each image the index of its window, and the row and column of its cutout's centre."""
     out = windows.index_select(0, staged[0])
-    hole = row_hole[staged[1]][:, :, None] & column_hole[staged[2]][:, None, :]
-    return out ^ ((out ^ fill) & hole)  # `fill` where the mask is 255; unlike where(), this vectorises
+    return _paint(out, fill, row_hole[staged[1]], column_hole[staged[2]])
+
+
+def _paint(images: Tensor, fill: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    hole = rows[:, :, None] & columns[:, None, :]
+    return images ^ ((images ^ fill) & hole)  # `fill` where the mask is 255; unlike where(), this vectorises

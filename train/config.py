@@ -472,7 +472,10 @@ def from_dict(tree: Any) -> Config:
             key: float(value) if type(value) is int and _takes_float(KEYS[f"{section}.{key}"][1]) else value
             for key, value in checked.get(section, {}).items()
         }
-        sections[section] = cls(**values)
+        try:
+            sections[section] = cls(**values)
+        except ValueError as error:  # of two keys that each have a value of their own
+            raise ConfigError(str(error)) from None
     config = Config(**sections)
     _check_together(config)
     return config

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from dali_pipeline.plan import Augment, Plan, Stream, Tail, draw_plan
 
-FIELDS = [field.name for field in dataclasses.fields(Plan)]
+FIELDS = [
+    field.name for field in dataclasses.fields(Plan) if field.name != "rectangle"
+]  # tests/dali_pipeline/test_resized.py
 SEEDS = (0, 1, 2**63, -5)
 
 
