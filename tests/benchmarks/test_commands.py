@@ -17,6 +17,7 @@ from places import CONFIGS, ROOT
 from benchmarks import accuracy, footprint, lr_finder, machine, precision, smoke, throughput
 from benchmarks.outcome import write_report
 from dali_pipeline.errors import UserError
+from train.config import load_config
 
 
 def test_a_recorded_command_names_no_folder_of_this_machine(tmp_path: Path) -> None:
@@ -162,6 +163,30 @@ def test_gpu_session_started_again_does_what_is_left_and_replaces_other_results(
     (tmp_path / "data").mkdir()
     gpu_session(tmp_path, str(tmp_path / "data"))
     assert not (out / "recipe.jsonl").exists()  # of other data
+
+
+def test_gpu_recipes_measures_twenty_seeds_of_each_and_goes_on_after_a_failure(tmp_path: Path) -> None:
+    python, calls = tmp_path / "python", tmp_path / "calls"
+    python.write_text(
+        '#!/bin/sh\nprintf "%s\\t" "$@" >> "$CALLS"; echo >> "$CALLS"\necho "of $2"\n[ "$2" != configs/fast95.yaml ]\n'
+    )
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "gpu_recipes.sh"), "out", str(tmp_path), str(python)],
+        env={**os.environ, "CALLS": str(calls)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+    )
+    recipes = ["fast94", "fast95", "onecycle", "accurate96"]
+    words = [line.rstrip("\t").split("\t") for line in calls.read_text().splitlines()]
+    assert done.returncode == 1 and re.findall(r"^== (\w+)", done.stdout, re.MULTILINE) == recipes
+    for recipe, called in zip(recipes, words, strict=True):
+        assert called[0] == "benchmarks/accuracy.py" and f"of configs/{recipe}.yaml" in done.stdout
+        options = accuracy.parser().parse_intermixed_args(called[1:])
+        assert options.runs == 20 and options.finished == tmp_path / "out" / f"{recipe}.jsonl"
+        load_config(ROOT / options.config, options.overrides)
 
 
 def test_gpu_session_ends_within_the_time_that_it_promises() -> None:
