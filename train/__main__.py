@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from dali_pipeline.words import to_stderr
 from train.config import Config, ConfigError, find_recipe, help_text, load_config, recipes, to_yaml
 from train.machine.openmp import wait_passively
-from train.machine.place import GroupError, place_from_environment, restarted, speaks_for_machine
+from train.machine.place import GroupError, end_with_torchrun, place_from_environment, restarted, speaks_for_machine
 from train.machine.signals import Interrupted, ending_at_once
 from train.screen.streams import Parser, standard_streams, write_out
 
@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    end_with_torchrun()
     with standard_streams():
         return _command(arguments)
 

@@ -23,7 +23,7 @@ from places import ROOT
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training import assert_same
-from whole_runs import one_line
+from whole_runs import eventually, one_line
 from zygote import Job, Zygote
 
 import analysis
@@ -804,35 +804,38 @@ Trainer.evaluate = falling
 # --- torchrun itself
 
 
+def torchrun(recipe: Path, run: Path, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", str(free_port())]
+    return subprocess.Popen(
+        [*command, "-m", "train", "--config", str(recipe), f"run.dir={run}", *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+@pytest.mark.slow
+def test_what_a_killed_torchrun_leaves_behind_saves_and_ends(noise: Config, tmp_path: Path) -> None:
+    recipe = written(changed(noise, {"train.epochs": 1000, "run.checkpoint_every": "epoch"}), tmp_path)
+    run = tmp_path / "run"
+    killed = torchrun(recipe, run)
+    eventually(lambda: (run / "metrics.jsonl").exists() and bool((run / "metrics.jsonl").read_text()), 120)
+    killed.kill()
+    out, err = killed.communicate(timeout=60)  # ends when its processes, which hold its streams, have ended
+    assert "torchrun, which started this process, is gone" in err
+    assert "SIGTERM: stopped after a whole step" in out, err
+    assert 1 <= load_checkpoint(run / "last.pt")["epoch"] < 1000
+
+
 @pytest.mark.slow
 def test_torchrun_passes_sigterm_on_and_resumes(noise: Config, tmp_path: Path) -> None:
     recipe = written(changed(noise, {"train.epochs": 10, "data.synthetic_count": 1280}), tmp_path)
-
-    def torchrun(*words: str) -> subprocess.Popen[str]:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node=2",
-            "--master-port",
-            str(free_port()),
-        ]
-        return subprocess.Popen(
-            [*command, "-m", "train", "--config", str(recipe), f"run.dir={tmp_path / 'run'}", *words],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
-
     metrics = tmp_path / "run" / "metrics.jsonl"
-    first = torchrun()
-    end = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text()):
-        assert time.monotonic() < end and first.poll() is None
-        time.sleep(0.05)
+    first = torchrun(recipe, tmp_path / "run")
+    eventually(lambda: metrics.exists() and bool(metrics.read_text()), 120)
     begun = time.monotonic()
     first.send_signal(signal.SIGTERM)
     out, err = first.communicate(timeout=60)
@@ -840,7 +843,7 @@ def test_torchrun_passes_sigterm_on_and_resumes(noise: Config, tmp_path: Path) -
     assert "SIGTERM: stopped after a whole step" in out, err
     done = load_checkpoint(tmp_path / "run" / "last.pt")["epoch"]
     assert 1 <= done < 10
-    second = torchrun("--resume")
+    second = torchrun(recipe, tmp_path / "run", "--resume")
     out, err = second.communicate(timeout=240)
     assert second.returncode == 0, err
     assert out.count("epoch 10/10: lr") == 1

@@ -79,7 +79,7 @@ class Heartbeat:
         `wait` seconds."""
         end = time.monotonic() + wait
         while True:
-            found = self._silent(MISSED_BEATS * BEAT_SECONDS)
+            found = self._store_name if self._store_gone else self._silent(MISSED_BEATS * BEAT_SECONDS)
             if found is not None or time.monotonic() >= end:
                 return found
             time.sleep(0.1)
@@ -95,7 +95,7 @@ class Heartbeat:
 
     def _silent(self, seconds: float) -> str | None:
         now = time.monotonic()
-        if self._store_gone or now - self._answered >= seconds:
+        if now - self._answered >= seconds:
             return self._store_name
         silent = [
             f"{name} (silent for {now - since:.0f} s, last {doing or 'starting'})"
@@ -118,7 +118,9 @@ class Heartbeat:
             try:
                 self._beat(count)
                 found = self._store.multi_get(self._keys)
-            except RuntimeError:  # the store's process is gone
+            except (
+                RuntimeError
+            ):  # the store's process is gone, torchrun or the first one; what is under way may still be saved
                 self._store_gone = True
                 return
             now = self._answered = time.monotonic()
@@ -129,7 +131,6 @@ class Heartbeat:
 
     def _watch(self) -> None:
         while not self._stopped.wait(BEAT_SECONDS / 2):
-            # a store that is gone needs no longer wait: it was the process of torchrun, or of rank 0
             found = self._silent(self._limit)
             if found is not None and not self._ending:
                 if not self._stopped.wait(GRACE_SECONDS):
