@@ -216,7 +216,7 @@ class Campaign:
     def __init__(self, session: Session, on: str = "test") -> None:
         from benchmarks.measure import reset_device_peak
         from train.step.measures import Measure
-        from train.step.steps import EvalStep
+        from train.step.steps import EvalStep, compile_in_place
         from train.step.views import VIEWS
 
         self.session = session
@@ -240,7 +240,7 @@ class Campaign:
                 channels_last=runtime.channels_last,
             ).to(runtime.device)
             if runtime.compile_mode is not None:
-                self._tta_step.compile(mode=runtime.compile_mode, dynamic=False)
+                compile_in_place(self._tta_step, runtime.compile_mode)
                 with session.times.on("compile", runtime.device):
                     self._measure_tta(self._tta_step)
         self._once = session.times

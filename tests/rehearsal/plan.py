@@ -25,7 +25,7 @@ from torch._inductor.virtualized import V
 import net as networks
 from net.options import NetOptions
 from net.pooling import MaxPool
-from train.step.steps import TrainStep
+from train.step.steps import TrainStep, compile_in_place
 
 KINDS = {"ours": MaxPool.forward, "torch": nn.MaxPool2d.forward}
 
@@ -118,7 +118,7 @@ def make_plan(width: int, batch: int, pooling: str, dtype: torch.dtype) -> dict[
     try:
         net = networks.build(NetOptions(width=width), 10).to(device, memory_format=torch.channels_last)
         step = TrainStep(net, (0.5,) * 3, (0.25,) * 3, autocast_dtype=dtype).to(device)
-        step.compile(dynamic=False)
+        compile_in_place(step, "default")
         images = torch.zeros(batch, 32, 32, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
         labels = torch.zeros(batch, dtype=torch.int64, device=device)
         step(images, labels)[0].backward()

@@ -49,6 +49,21 @@ class _Normalised(nn.Module):
         return torch.autocast(device_type, dtype=self.autocast_dtype)
 
 
+# From how many arrays an intermediate result may be computed before the compiler writes it to memory, instead of computing it
+# again in each kernel that uses it; inductor's own number is 4. With 8 the gradients of activations need not be written
+# (docs/rehearsal.md has the figures).
+READS_BEFORE_WRITING = 8
+
+
+def compile_in_place(step: nn.Module, mode: str) -> None:
+    """Have the step compiled at its first call, by a mode of torch.compile and with READS_BEFORE_WRITING."""
+    from torch._inductor import list_mode_options
+
+    # torch.compile takes a mode or options: these are the mode's
+    options = {**list_mode_options(mode, dynamic=False), "realize_reads_threshold": READS_BEFORE_WRITING}
+    step.compile(options=options, dynamic=False)
+
+
 def balanced_weights(labels: npt.NDArray[np.int64], num_classes: int) -> list[float]:
     """For each class c n / (C * n_c), with n labels in all and n_c of that class: a class of half the mean size weighs 2, and
     the mean weight over all labels is 1. A class without labels has weight 0."""

@@ -31,7 +31,7 @@ from train.step.measures import Measure, measures_of
 from train.step.meter import StepMeter
 from train.step.optim import Optimizers, parameter_groups
 from train.step.schedule import OneCycle, Rates
-from train.step.steps import EvalStep, TrainStep, balanced_weights
+from train.step.steps import EvalStep, TrainStep, balanced_weights, compile_in_place
 from train.step.sync_bn import synchronise_batch_norm
 from train.step.views import VIEWS, Views
 
@@ -185,7 +185,7 @@ class Trainer:
 
     def _compile_steps(self, mode: str) -> None:
         for step in (self.train_step, *self.eval_steps.values()):
-            step.compile(mode=mode, dynamic=False)
+            compile_in_place(step, mode)
 
     def _views_of(self, weights: str) -> list[Views]:
         """The sets of views that the recipe's measures have for these weights."""
