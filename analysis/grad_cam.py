@@ -26,6 +26,7 @@ from analysis.plotting import colormaps
 from analysis.predictions import Ints, Predictions, checked_predictions, prediction_options, worst_first
 from analysis.run import AnalysisError, LoadedRun, class_index, nearest
 from analysis.style import BLUE, GREY, VERMILLION, Pixels, Tile, draw_sheet, percent, pretty
+from dali_pipeline.dataset import ImagesOnDemand
 from train.screen.log import Log
 
 # The default layers of CustomResNet. Grad-CAM weighs each channel by the mean of its gradient over all positions. That works at
@@ -194,7 +195,7 @@ def choose_correct(predictions: Predictions, count: int, *, label: int | None = 
 
 def draw_grad_cam(
     net: nn.Module,
-    images: Pixels,
+    images: Pixels | ImagesOnDemand,
     predictions: Predictions,
     class_names: tuple[str, ...],
     path: Path,
@@ -283,7 +284,7 @@ def draw_for(run: LoadedRun, predictions: Predictions, path: Path, **options: An
     facts = run.snapshot.data
     return draw_grad_cam(
         run.net,
-        run.dataset.test.images,
+        run.dataset.test.images_on_demand,
         predictions,
         run.class_names,
         path,

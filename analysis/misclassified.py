@@ -15,6 +15,7 @@ from analysis.command import command, load_for
 from analysis.predictions import Ints, Predictions, checked_predictions, prediction_options, worst_first
 from analysis.run import AnalysisError, class_index
 from analysis.style import BLUE, VERMILLION, Pixels, Tile, draw_sheet, percent, pretty
+from dali_pipeline.dataset import ImagesOnDemand
 from train.screen.log import Log
 
 ORDERS = {
@@ -41,7 +42,7 @@ def choose(
 
 
 def draw_misclassified(
-    images: Pixels,
+    images: Pixels | ImagesOnDemand,
     predictions: Predictions,
     class_names: tuple[str, ...],
     path: Path,
@@ -100,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
         predictions, _ = checked_predictions(run, log, options.accept_difference)
         path = run.output_dir(options.output) / "misclassified.png"
         draw_misclassified(
-            run.dataset.test.images,
+            run.dataset.test.images_on_demand,
             predictions,
             run.class_names,
             path,

@@ -158,7 +158,7 @@ def _is_report(path: Path) -> bool:
 def draw_everything(run: LoadedRun, predictions: Predictions, agreement: str, folder: Path, say: Say) -> Results:
     """Draw and write all pictures and tables of a run, without report.html."""
     missing: dict[str, str] = {}
-    images, caption = run.dataset.test.images, run.caption(predictions.accuracy)
+    images, caption = run.dataset.test.images_on_demand, run.caption(predictions.accuracy)
     write_predictions(predictions, run.class_names, folder / "predictions.csv")
     drawn = {path.name for path in curves.draw_all(run, folder, say)}
     if not run.metrics:
@@ -340,7 +340,7 @@ def _picture(name: str, results: Results, folder: Path) -> _Picture:
 
 def _worst(run: LoadedRun, predictions: Predictions) -> list[_Answer]:
     """The test images with the highest losses: mistakes, and right answers of low confidence."""
-    images, names = run.dataset.test.images, run.class_names
+    images, names = run.dataset.test.images_on_demand, run.class_names
     answers = []
     for index in worst_first(predictions, wrong_only=False)[:MAX_WORST]:
         said, true = int(predictions.predicted[index]), int(predictions.labels[index])

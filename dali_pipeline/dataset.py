@@ -82,7 +82,12 @@ class Split:
     @property
     def images(self) -> Pixels:
         """(N, H, W, 3) uint8, a contiguous copy."""
-        return np.array(_hwc(self, self.gather(slice(None))), order="C")
+        return self.images_on_demand[:]
+
+    @property
+    def images_on_demand(self) -> ImagesOnDemand:
+        """The same, read from `pixels` only when they are asked for."""
+        return ImagesOnDemand(self)
 
     def gather(self, places: npt.NDArray[Any] | slice) -> Pixels:
         """The pixels of the images at these places, in the order of the axes of `pixels`: a view where they lie in one piece,
@@ -108,6 +113,23 @@ class Split:
             digest.update(np.ascontiguousarray(piece).data)
         digest.update(np.ascontiguousarray(self.labels, "<i8").data)
         return digest.hexdigest()
+
+
+class ImagesOnDemand:
+    """The images of a split, of which those that are asked for are copied: [place] is (H, W, 3), [places] (n, H, W, 3)."""
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+        self.shape = (len(split), split.height, split.width, 3)
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def __getitem__(self, places: int | np.integer[Any] | npt.NDArray[Any] | slice) -> Pixels:
+        if isinstance(places, (int, np.integer)):
+            single: Pixels = self[np.array([places])][0]
+            return single
+        return np.array(_hwc(self._split, self._split.gather(places)), order="C")
 
 
 def some(names: Sequence[str], most: int = 10) -> str:

@@ -809,6 +809,8 @@ def test_images_taken_from_a_memory_map_are_those_taken_from_memory_and_stay_in_
             one, other = ours.take(places).take(then), theirs.take(places).take(then)
             assert isinstance(other.pixels, np.memmap) and len(one) == len(other)
             assert np.array_equal(one.images, other.images) and np.array_equal(one.labels, other.labels)
+            for asked in (0, np.int64(1), slice(1, 3), np.array([2, 0])):
+                assert np.array_equal(other.images_on_demand[asked], one.images[asked])
             assert one.fingerprint == other.fingerprint
             assert np.array_equal(one.gather(slice(1, 3)), other.gather(slice(1, 3)))
             statistics = [with_statistics("x", split, split, ("a", "b", "c"), "a test") for split in (one, other)]
