@@ -17,11 +17,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
 from analysis import curves, grad_cam
 from analysis.command import progress
-from analysis.predictions import Floats, Ints, Predictions, checked_predictions
+from analysis.predictions import Floats, Ints, Predictions, checked_predictions, eval_step, logits_of
 from analysis.report import analyse
 from analysis.run import AnalysisError, LoadedRun, averaged_network, load_run, loader_of, with_data
 from analysis.style import Pixels
@@ -34,7 +33,7 @@ from train.screen.log import Log
 from train.step.evaluation import evaluate
 from train.step.measures import measures_of
 from train.step.steps import EvalStep
-from train.step.views import VIEWS, Views
+from train.step.views import VIEWS
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 # one image, or several of any kind: a path, a Pillow image, or uint8 (H, W, 3), and (N, H, W, 3) for several
@@ -124,12 +123,10 @@ class Classifier:
         if fit not in ("crop", "squash"):
             raise AnalysisError(f"fit={fit!r}: expected crop or squash")
         pixels = [self._fitted(image, fit) for image in _one_by_one(images)]
-        step, device = self._step(self._run.net), self._run.runtime.device
+        step, device = eval_step(self._run), self._run.runtime.device
         logits = [torch.empty(0, len(self.class_names))]
-        with torch.inference_mode(False), torch.no_grad():
-            for start in range(0, len(pixels), 512):
-                batch = torch.from_numpy(np.stack(pixels[start : start + 512])).permute(0, 3, 1, 2).to(device)
-                logits.append(step(batch).cpu())
+        for start in range(0, len(pixels), 512):
+            logits.append(logits_of(step, np.stack(pixels[start : start + 512]), device))
         together = torch.cat(logits)
         labels = together.argmax(1).numpy()
         return Answers(
@@ -153,7 +150,7 @@ class Classifier:
                 for weights in dict.fromkeys(measure.weights for measure in measures):
                     of_step = [measure for measure in measures if measure.weights == weights]
                     net = averaged_network(run) if weights else run.net
-                    step = self._step(net, [VIEWS[measure.views] for measure in of_step])
+                    step = eval_step(run, net, [VIEWS[measure.views] for measure in of_step])
                     scores = self._evaluate(step, split)
                     found |= {m.key: score.accuracy for m, score in zip(of_step, scores, strict=True)}
         return found
@@ -200,19 +197,6 @@ class Classifier:
     def _predictions(self) -> Predictions:
         with _in_words_of_python(), process_as_found():
             return checked_predictions(self._with_data, self._log)[0]
-
-    def _step(self, net: nn.Module, views: Iterable[Views] = (VIEWS["plain"],)) -> EvalStep:
-        """The evaluation step of the training, uncompiled and in eval mode."""
-        data, runtime = self._run.snapshot.data, self._run.runtime
-        step = EvalStep(
-            net,
-            data.mean,
-            data.std,
-            views=tuple(views),
-            autocast_dtype=runtime.autocast_dtype,
-            channels_last=runtime.channels_last,
-        )
-        return step.to(runtime.device).eval()
 
     def _evaluate(self, step: EvalStep, split: str) -> tuple[Any, ...]:
         run = self._with_data

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,14 +16,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.special import log_softmax  # type: ignore[import-untyped]
+from torch import Tensor, nn
 
 from analysis.command import command, load_for, parser, progress
 from analysis.run import AnalysisError, LoadedRun, Say, loader_of
+from analysis.style import Pixels
 from dali_pipeline.loader import EvalLoader
 from train.disk.atomic import write_csv
 from train.screen.log import Log
 from train.step.evaluation import evaluate
 from train.step.steps import EvalStep
+from train.step.views import VIEWS, Views
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -83,16 +87,30 @@ class Predictions:
         return int((top[:, 1] - top[:, 0] <= tolerance).sum())
 
 
+def eval_step(run: LoadedRun, net: nn.Module | None = None, views: Iterable[Views] = (VIEWS["plain"],)) -> EvalStep:
+    """The evaluation step of the training, uncompiled and in eval mode, of the run's network or of `net`."""
+    data, runtime = run.snapshot.data, run.runtime
+    step = EvalStep(
+        run.net if net is None else net,
+        data.mean,
+        data.std,
+        views=tuple(views),
+        autocast_dtype=runtime.autocast_dtype,
+        channels_last=runtime.channels_last,
+    )
+    return step.to(runtime.device).eval()
+
+
+def logits_of(step: EvalStep, images: Pixels, device: torch.device) -> Tensor:
+    """(N, C) float32, on the CPU, for images (N, H, W, 3) uint8."""
+    with torch.inference_mode(False), torch.no_grad():
+        logits: Tensor = step(torch.from_numpy(images).permute(0, 3, 1, 2).to(device))
+    return logits.float().cpu()
+
+
 def predict_test(run: LoadedRun, say: Say = print) -> Predictions:
     """The test set through the same pipeline, step and `evaluate` as in training."""
-    device = run.runtime.device
-    step = EvalStep(
-        run.net,
-        run.snapshot.data.mean,
-        run.snapshot.data.std,
-        autocast_dtype=run.runtime.autocast_dtype,
-        channels_last=run.runtime.channels_last,
-    ).to(device)
+    device, step = run.runtime.device, eval_step(run)
     test, batch_size = run.dataset.test, run.config.train.eval_batch_size
     loader = loader_of(run, lambda backend: EvalLoader(test, batch_size=batch_size, device=device, backend=backend))
     try:

@@ -22,7 +22,12 @@ def printable(text: str) -> str:
 
 def printable_path(path: str | bytes | os.PathLike[str]) -> str:
     """A file's name as a terminal may show it; bytes that are no UTF-8 as \\xNN."""
-    return printable(os.fsencode(path).decode("utf-8", "backslashreplace"))
+    return printable(path_as_text(path))
+
+
+def path_as_text(path: str | bytes | os.PathLike[str]) -> str:
+    """A file's name as text that a file in UTF-8 can hold: as it is, with bytes that are no UTF-8 as \\xNN."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _escape(character: str) -> str:

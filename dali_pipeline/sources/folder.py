@@ -199,7 +199,7 @@ def _by_folder(root: Path) -> _Found:
     made = _Found((), "test" in parts, notes=notes, remarks=remarks)
     for split, part in sorted(parts.items(), key=lambda item: SPLITS.index(item[0])):
         for label, name in enumerate(classes):
-            found = _images(root, f"{part}/{name}".lstrip("/"), others, loops)
+            found = images_below(root, f"{part}/{name}".lstrip("/"), others, loops)
             for path, status in sorted(found, key=lambda named: os.fsencode(named[0])):
                 made.add(path, status, label, split)
     there = np.bincount(np.frombuffer(made.labels, np.int64), minlength=len(classes)) > 0
@@ -211,12 +211,20 @@ def _by_folder(root: Path) -> _Found:
     if empty:
         notes.append(f"{where}: no image in {some(empty)}: left out as classes")
         made.labels = array("q", (np.cumsum(there) - 1)[np.frombuffer(made.labels, np.int64)].tobytes())
-    if loops:
-        notes.append(f"links that lead back to a folder around them are not followed: {some(loops)}")
-    if others:
-        kinds = [f"{count:,} {suffix}" for suffix, count in others.most_common()]
-        remarks.append(f"files of other kinds are passed over: {some(kinds)}")
+    notes += not_followed(loops)
+    remarks += passed_over(others)
     return made
+
+
+def not_followed(loops: Sequence[str]) -> list[str]:
+    """A line about links that `images_below` did not follow, where there are any."""
+    return [f"links that lead back to a folder around them are not followed: {some(loops)}"] if loops else []
+
+
+def passed_over(others: Counter[str]) -> list[str]:
+    """A line about files that `images_below` passed over, where there are any."""
+    kinds = [f"{count:,} {suffix}" for suffix, count in others.most_common()]
+    return [f"files of other kinds are passed over: {some(kinds)}"] if kinds else []
 
 
 def _unique(names: Sequence[str], where: str) -> tuple[str, ...]:
@@ -235,8 +243,9 @@ def _folders(path: Path) -> list[str]:
 _Named = tuple[str, "os.stat_result | None"]
 
 
-def _images(root: Path, folder: str, others: Counter[str], loops: list[str]) -> Iterator[_Named]:
-    """The images below a folder, which may not exist, by their paths from the root; None for a link that leads nowhere."""
+def images_below(root: Path, folder: str, others: Counter[str], loops: list[str]) -> Iterator[_Named]:
+    """The images below a folder of the root, which may not exist, by their paths from the root; None for a link that leads
+    nowhere. Files of other kinds are counted in `others` by their ending, `loops` receives links that are not followed."""
     around: list[tuple[int, int]] = []
 
     def below(folder: str) -> Iterator[_Named]:

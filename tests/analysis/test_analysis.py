@@ -704,14 +704,14 @@ def test_predict_names_bad_files_and_answers_for_the_others(
     whole = (tmp_path / "good.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.png").write_text("no image", encoding="utf-8")
-    files = ["text.png", "good.jpg", "cut.jpg", "missing.png", "."]
+    files = ["text.png", "good.jpg", "cut.jpg", "missing.png", "*.webp"]
     arguments = [str(runs / "first"), *(str(tmp_path / name) for name in files)]
     assert predict.main([*arguments, "--explain", "--device", "cpu", "--output", str(tmp_path / "out")]) == 2
     out, err = capsys.readouterr()
     for name in ("text.png", "cut.jpg", "missing.png"):
         assert f"error: {tmp_path / name}: " in err
-    assert "is a folder" in err
-    assert f"{tmp_path / 'good.jpg'}: " in out and "4 of 5 files" in out
+    assert f"error: {tmp_path / '*.webp'}: matches no file" in err
+    assert f"{tmp_path / 'good.jpg'}: " in out and "3 of 4 files" in out
     assert (tmp_path / "out" / "predict.png").exists()
 
 
