@@ -12,7 +12,7 @@ _WITHOUT_LENGTH = (0x01, *range(0xD0, 0xD8))
 
 
 def plain_size(data: bytes) -> Size | None:
-    """The size of a whole JPEG, PNG, WebP or BMP of 8 bits without transparency; None for any other file."""
+    """The size of a whole JPEG, PNG, WebP, BMP or TIFF of 8 bits without transparency; None for any other file."""
     try:
         if data.startswith(b"\xff\xd8"):
             return _jpeg(data)
@@ -22,6 +22,8 @@ def plain_size(data: bytes) -> Size | None:
             return _webp(data)
         if data.startswith(b"BM"):
             return _bmp(data)
+        if data.startswith((b"II*\0", b"MM\0*")):
+            return _tiff(data)
     except IndexError:  # the file ends within its header
         pass
     return None
@@ -90,3 +92,39 @@ def _bmp(data: bytes) -> Size | None:
     plain = _number(data, 14, 4, "little") >= 40 and _number(data, 28, 2, "little") == 24
     bottom_up = width < 1 << 31 and height < 1 << 31
     return _sized(height, width) if whole and plain and bottom_up and not _number(data, 30, 4, "little") else None
+
+
+# the tags of a TIFF that matter here
+_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _COLOURS, _ORIENTATION, _SAMPLES = 256, 257, 258, 259, 262, 274, 277
+_STARTS, _LENGTHS, _PLANES, _TILES, _EXTRA, _FORMAT = 273, 279, 284, 322, 338, 339
+_TIFF_VALUE_BYTES = {3: 2, 4: 4}  # by the type of a tag's values: 16 and 32 bits
+
+
+def _tiff(data: bytes) -> Size | None:
+    order = "little" if data.startswith(b"II") else "big"
+    start = _number(data, 4, 4, order)
+    count = _number(data, start, 2, order)
+    if count > 100:
+        return None
+    tags: dict[int, list[int]] = {}
+    for entry in range(start + 2, start + 2 + 12 * count, 12):
+        size = _TIFF_VALUE_BYTES.get(_number(data, entry + 2, 2, order), 0)
+        values = _number(data, entry + 4, 4, order)
+        if size and values * size <= len(data):
+            first = entry + 8 if values * size <= 4 else _number(data, entry + 8, 4, order)
+            tags[_number(data, entry, 2, order)] = [_number(data, first + n * size, size, order) for n in range(values)]
+    single = {tag: values[0] for tag, values in tags.items() if len(values) == 1}
+    grey = single.get(_COLOURS) == 1 and single.get(_SAMPLES, 1) == 1 and tags.get(_BITS) == [8]
+    coloured = single.get(_COLOURS) == 2 and single.get(_SAMPLES) == 3 and tags.get(_BITS) == [8, 8, 8]
+    usual = (
+        single.get(_COMPRESSION, 1) in (1, 5, 8, 32946)  # none, LZW, deflate
+        and single.get(_PLANES, 1) == single.get(_ORIENTATION, 1) == 1
+        and set(tags.get(_FORMAT, [1])) == {1}
+        and not tags.keys() & {_TILES, _EXTRA}
+        and _number(data, start + 2 + 12 * count, 4, order) == 0  # no second page
+    )
+    starts, lengths = tags.get(_STARTS, []), tags.get(_LENGTHS, [])
+    ends = [first + length for first, length in zip(starts, lengths, strict=False)]
+    if not ((grey or coloured) and usual and len(starts) == len(lengths) > 0 and max(ends) <= len(data)):
+        return None
+    return _sized(single.get(_HEIGHT, 0), single.get(_WIDTH, 0))

@@ -34,7 +34,7 @@ from dali_pipeline.words import printable_path
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 SPLIT_NAMES = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
-LISTED = 20  # broken files that are named; of more, their number
+LISTED = 200  # broken files that are left out: so many are named, a line each
 MAX_DEPTH = 32  # folders below a class
 LARGEST_TABLE = 1 << 30  # bytes
 
@@ -88,11 +88,14 @@ class Folder(OwnImages):
         decoded = decoded_images(wanted, say)
         listing = found.listing()
         if decoded.problems:
-            named = some(list(decoded.problems.values()), LISTED)
-            amount = f"{len(decoded.problems):,} of {count:,} files cannot be read"
-            if self.on_error == "stop" or len(decoded.problems) == count:
-                raise DataError(f"{amount}: {named}; mend or remove them, or leave them out by data.on_error=skip")
-            listing = replace(listing, notes=(*listing.notes, f"left out by data.on_error=skip, as {amount}: {named}"))
+            problems = list(decoded.problems.values())
+            amount = f"{len(problems):,} of {count:,} files cannot be read"
+            if self.on_error == "stop" or len(problems) == count:
+                remedy = "mend or remove them, or leave them out by data.on_error=skip"
+                raise DataError(f"{amount}: {some(problems)}; {remedy}")
+            left = [f"left out by data.on_error=skip, as {amount}:", *problems[:LISTED]]
+            more = [f"and {len(problems) - LISTED:,} more"] if len(problems) > LISTED else []
+            listing = replace(listing, notes=(*listing.notes, *left, *more))
         version = f"decoded by {reader.version} into {printable_path(decoded.path)}"
         return assemble("folder", listing, decoded, self.test, where, version)
 

@@ -15,7 +15,8 @@ __all__ = ["Say", "Source"]
 @dataclass(frozen=True, kw_only=True)
 class Source(ABC):
     """One kind of data set. The fields of a subclass are the keys of the `data:` section that belong to this source alone,
-    declared with `dali_pipeline.options.key`. No two sources may declare a key of the same name."""
+    declared with `dali_pipeline.options.key`. Sources share a key by inheriting it from one class;
+    no two classes may declare one of the same name."""
 
     def training_images(self) -> int | None:
         """The number of training images; None where it is not known before the data are read."""

@@ -62,6 +62,9 @@ PLAIN: dict[str, Callable[[], bytes]] = {
     "lossy.webp": lambda: encoded(photo(), "WEBP", quality=70),
     "lossless.webp": lambda: encoded(photo(), "WEBP", lossless=True),
     "rgb.bmp": lambda: encoded(photo(), "BMP"),
+    "raw.tif": lambda: encoded(photo(), "TIFF"),
+    "grey.tiff": lambda: encoded(photo().convert("L"), "TIFF", compression="tiff_adobe_deflate"),
+    "lzw.tif": lambda: encoded(photo(500, 300), "TIFF", compression="tiff_lzw"),
     "exact.png": lambda: encoded(photo(32, 32), "PNG"),
 }
 ODD: dict[str, Callable[[], bytes]] = {
@@ -74,7 +77,11 @@ ODD: dict[str, Callable[[], bytes]] = {
     "moving.png": lambda: encoded(photo(), "PNG", save_all=True, append_images=[photo(seed=1)]),
     "pages.tif": lambda: encoded(photo(), "TIFF", save_all=True, append_images=[photo(seed=1)]),
     "float.tif": lambda: encoded(Image.fromarray(np.full((40, 40), 0.5, np.float32)), "TIFF"),
-    "rgb.tif": lambda: encoded(photo(), "TIFF", compression="tiff_lzw"),
+    "cmyk.tif": lambda: encoded(photo().convert("CMYK"), "TIFF", compression="tiff_lzw"),
+    "palette.tif": lambda: encoded(photo().quantize(9), "TIFF"),
+    "clear.tif": lambda: encoded(photo().convert("RGBA"), "TIFF"),
+    "turned.tif": lambda: encoded(photo(), "TIFF", exif=turned(6)),
+    "bits.tif": lambda: encoded(photo().convert("1"), "TIFF"),
     "palette.bmp": lambda: encoded(photo().quantize(9), "BMP"),
     "after.jpg": lambda: encoded(photo(), "JPEG") + b"what a camera appends",
     "noend.png": lambda: encoded(photo(), "PNG")[:-12],
@@ -85,6 +92,7 @@ BROKEN: dict[str, Callable[[], bytes]] = {
     "cut.jpg": lambda: encoded(photo(), "JPEG")[:700],
     "cut.png": lambda: encoded(photo(), "PNG")[:700],
     "cut.webp": lambda: encoded(photo(), "WEBP")[:300],
+    "cut.tif": lambda: encoded(photo(), "TIFF")[:-700],
     "cut.bmp": lambda: encoded(photo(), "BMP")[:700],
     "wrong.png": lambda: damaged_png(),
 }
@@ -261,7 +269,12 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 def test_what_the_rule_made_of_a_file_is_counted(tmp_path: Path) -> None:
     found = read_all(write(tmp_path, ODD))
     made = dict(zip(ODD, found.made.tolist(), strict=True))
-    assert {name for name, what in made.items() if what & Made.OPAQUE} == {"clear.png", "hole.png", "clear.webp"}
+    assert {name for name, what in made.items() if what & Made.OPAQUE} == {
+        "clear.png",
+        "hole.png",
+        "clear.webp",
+        "clear.tif",
+    }
     assert {name for name, what in made.items() if what & Made.EIGHT_BITS} == {"deep.png", "float.tif"}
     assert {name for name, what in made.items() if what & Made.FIRST_FRAME} == {"moving.gif", "moving.png", "pages.tif"}
 
