@@ -19,6 +19,7 @@ from analysis.command import command, load_for, parser
 from analysis.plotting import Axes, MaxNLocator, drawn
 from analysis.run import LoadedRun, Say
 from analysis.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, new_figure, plain, save
+from dali_pipeline.regular import NotARegularFile
 from train.screen.log import Log
 from train.step.measures import recorded
 from train.step.range_test import RangeTest, RangeTestError, Suggestion, suggest
@@ -208,7 +209,7 @@ def draw_all(run: LoadedRun, folder: Path, say: Say = print) -> list[Path]:
             used = run.snapshot.rates.lr_max, run.snapshot.rates.lr_min
             draw_lr_finder(run.path / "lr_finder.csv", folder / "lr_finder.png", used=used, caption=caption)
             drawn.append(folder / "lr_finder.png")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, NotARegularFile) as error:
             say(f"lr_finder.csv is damaged ({error}): no lr_finder.png")
     return drawn
 

@@ -32,8 +32,10 @@ from analysis.predictions import (
 )
 from analysis.run import LoadedRun, Say, load_run
 from analysis.style import Pixels, percent
+from dali_pipeline.regular import read_regular
 from train.config import to_dict
 from train.disk.atomic import write_atomic
+from train.disk.folder import MOST_BYTES
 from train.screen.log import Log
 from train.screen.progress import duration
 from train.step.measures import Measure, recorded
@@ -150,7 +152,7 @@ def analyse(
 def _is_report(path: Path) -> bool:
     """Whether a file is a report that `render` made."""
     try:
-        return CONTENT_SECURITY_POLICY in path.read_text(encoding="utf-8")
+        return CONTENT_SECURITY_POLICY in read_regular(path, MOST_BYTES).decode("utf-8")
     except (OSError, ValueError):
         return False
 

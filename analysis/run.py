@@ -17,19 +17,17 @@ from dali_pipeline.backend import BackendChoice, BackendError, choose_backend
 from dali_pipeline.dataset import DataError, Dataset
 from dali_pipeline.errors import UserError, at_home
 from dali_pipeline.images import Resize
+from dali_pipeline.regular import read_regular
 from net.interface import Network
 from net.options import NetOptions
 from train.config import Config, ConfigError, from_record, load_config
-from train.disk.folder import own_folder, read_metrics
+from train.disk.content import is_epoch
+from train.disk.folder import MOST_BYTES, own_folder, read_metrics
 from train.disk.snapshot import Snapshot, load_snapshot
 from train.machine.runtime import Runtime, RuntimeUnavailable, prepare
-from train.step.measures import recorded
 
 Item = TypeVar("Item")
 Say = Callable[[str], None]
-
-# the keys that the curves and the report need in every line of metrics.jsonl
-REQUIRED_METRICS = {"epoch", "lr", "train_loss", "train_accuracy", "seconds", "images_per_second"}
 
 
 class AnalysisError(UserError):
@@ -228,10 +226,10 @@ def _check_recipe(path: Path, file: str, config: Config) -> None:
 
 def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path, MOST_BYTES).decode("utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{path.name} cannot be read ({error}): left out")
         return {}
     return content if isinstance(content, dict) else {}
@@ -242,12 +240,12 @@ def _metrics(path: Path, snapshot: Snapshot, notes: list[str]) -> list[dict[str,
     try:
         entries = read_metrics(path / "metrics.jsonl")
         for number, entry in enumerate(entries, 1):
-            if not isinstance(entry, dict) or not set(entry) >= REQUIRED_METRICS or not recorded(entry):
+            if not is_epoch(entry):
                 raise ValueError(f"line {number} is no epoch")
         return entries
     except FileNotFoundError:
         pass
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         notes.append(
             f"metrics.jsonl is damaged ({error}): the curves are drawn from the copy in {path.name}'s checkpoint"
         )
@@ -284,11 +282,11 @@ def _build_net(state: dict[str, Any], num_classes: int, shape: NetOptions, where
             f"{type(net).__name__} ({len(missing)} such): a checkpoint of another network or version"
         )
     for key, what, ours in (("prep.0.weight", "width", shape.width), ("classifier.weight", "class count", num_classes)):
-        found = int(state[key].shape[0])
-        if found != ours:
+        found = tuple(state[key].shape[:1])
+        if found != (ours,):
             raise AnalysisError(
-                f"{where}: its weights have {what} {found}, its own record says {ours}; the file was put together from "
-                "two runs, take the other of best.pt and last.pt (--checkpoint)"
+                f"{where}: its weights have {what} {', '.join(map(str, found))}, its own record says {ours}; the file was "
+                "put together from two runs, take the other of best.pt and last.pt (--checkpoint)"
             )
     for key, tensor in expected.items():
         if state[key].shape != tensor.shape:

@@ -31,6 +31,7 @@ from net.interface import Network
 from net.options import NetOptions
 from train.config import from_record
 from train.disk.atomic import fsync_folder, open_new
+from train.disk.content import misfit
 from train.disk.folder import own_folder
 from train.disk.snapshot import Snapshot, load_snapshot
 from train.errors import explained
@@ -69,6 +70,8 @@ def network(snapshot: Snapshot, ema: bool = False) -> Network:
             raise ExportError("--ema: the run kept no average of its weights (train.ema_decay=0)")
         weights = {key.removeprefix("module."): t for key, t in snapshot.ema.items() if key.startswith("module.")}
     net = networks.build(from_record(snapshot.config).net, len(snapshot.data.class_names))
+    if problem := misfit(weights, net.state_dict(), "ema" if ema else "model"):
+        raise ExportError(f"the checkpoint is not that of the network of its recipe: {problem}")
     net.load_state_dict(weights)
     return net.eval()
 

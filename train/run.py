@@ -9,7 +9,7 @@ from typing import Any
 from train.config import Config, ConfigError, changed, to_yaml
 from train.disk.atomic import write_csv
 from train.disk.folder import RunFolder
-from train.disk.resume import check_same_data, load_for_resume, note_changes, restore_last
+from train.disk.resume import check_fits, check_same_data, load_for_resume, note_changes, restore_last
 from train.disk.snapshot import Position, Snapshot
 from train.loop import Run
 from train.machine.place import restarted
@@ -71,6 +71,7 @@ def fit(
         if snapshot is not None:
             position, rates = snapshot.position, snapshot.rates
             with group.phase("preparing the run"), group.together():
+                check_fits(snapshot, trainer.state(), trainer.steps_per_epoch, Path(run_dir or "."))
                 trainer.load_state(snapshot.trainer_state)
                 session.times.add(snapshot.times)
             note_changes(snapshot.machine, session.machine(), log)

@@ -14,6 +14,8 @@ from train.disk.checkpoint import CheckpointError, load_checkpoint, save_checkpo
 from train.disk.snapshot import DataFacts, Position, Snapshot, load_snapshot
 from train.step.schedule import Rates
 
+EPOCH = {"epoch": 1, "lr": 0.1, "train_loss": 1.0, "train_accuracy": 75.0, "seconds": 2.0, "images_per_second": 500.0}
+EPOCH |= {"test_loss": 0.9, "test_accuracy": 81.0}
 FACTS = DataFacts("digits", ("0", "1"), (1.0, 2.0, 3.0), (4.0, 5.0, 6.0), (1, 2, 3), 32, 32)
 
 
@@ -23,7 +25,7 @@ def snapshot(quick_config: Config) -> Snapshot:
     trainer = make_trainer(config)
     for images, labels in trainer.train_loader.epoch(0, trainer.steps_per_epoch - 2):
         trainer.train_one(images, labels, 0.05)
-    position = Position(1, 2, [0.5, 0.25], [60, 70], 1.5, 81.0, 1, [{"epoch": 1, "test_accuracy": 81.0}])
+    position = Position(1, 2, [0.5, 0.25], [60, 70], 1.5, 81.0, 1, [EPOCH])
     trainer.close()
     return Snapshot(
         **trainer.state(),

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from dali_pipeline.regular import kind_in_the_way
 from train.failpoints import failpoint
 
 
@@ -97,7 +98,7 @@ def is_temporary(name: str, of: Sequence[str]) -> bool:
 
 
 def remove_stale(folder: Path, names: Sequence[str]) -> None:
-    """Remove temporary files of these names that a killed process left behind."""
+    """Remove temporary files of these names that a killed process left behind; a folder or a pipe is none."""
     for stale in folder.glob(".*.tmp"):
-        if is_temporary(stale.name, names):
+        if is_temporary(stale.name, names) and kind_in_the_way(stale) is None:
             stale.unlink(missing_ok=True)

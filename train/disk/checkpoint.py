@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dali_pipeline.errors import UserError
+from dali_pipeline.regular import NotARegularFile, open_to_read
 from train.disk.atomic import write_atomic
 from train.failpoints import failpoint
 
@@ -47,11 +49,24 @@ def unseal(content: bytes) -> bytes:
 def carries_seal(path: Path) -> bool:
     """Whether a file ends with the comment that `seal` writes; the rest of it may be damaged."""
     try:
-        with path.open("rb") as file:
-            file.seek(max(file.seek(0, os.SEEK_END) - _COMMENT, 0))
-            return file.read(len(_MARK)) == _MARK
+        with open_to_read(path) as file:
+            return _ends_in_seal(file)
     except OSError:
         return False
+
+
+def _ends_in_seal(file: FileIO) -> bool:
+    file.seek(max(file.seek(0, os.SEEK_END) - _COMMENT, 0))
+    return file.read(len(_MARK)) == _MARK
+
+
+def _read_sealed(path: Path) -> bytes:
+    """The content of a file; none of it where it does not end in a seal, however large it is."""
+    with open_to_read(path) as file:
+        if not _ends_in_seal(file):
+            return b""
+        file.seek(0)
+        return file.readall()
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any], keep_previous: Path | None = None) -> None:
@@ -102,13 +117,17 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
     """
     path = Path(path)
     try:
-        content = path.read_bytes()
+        content = _read_sealed(path)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path}: no such checkpoint; a run writes last.pt before its first step, best.pt after its first epoch"
         ) from None
+    except NotARegularFile as error:
+        raise CheckpointError(f"{path}: {error.strerror}{_other(path)}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except MemoryError:
+        raise CheckpointError(f"{path}: not usable, its {path.stat().st_size:,} bytes do not fit the memory") from None
     try:
         state = torch.load(io.BytesIO(unseal(content)), map_location=map_location, weights_only=True)
     except ValueError as error:

@@ -12,7 +12,7 @@ from typing import Any
 
 from dali_pipeline.errors import UserError
 from dali_pipeline.lock import NoLocks, is_still_at, try_lock
-from dali_pipeline.regular import NotARegularFile, open_regular
+from dali_pipeline.regular import NotARegularFile, kind_in_the_way, open_regular, read_regular
 from train.disk.atomic import is_temporary, open_new, remove_stale, write_atomic
 from train.disk.checkpoint import CHECKPOINTS, carries_seal
 from train.failpoints import failpoint
@@ -56,6 +56,7 @@ FOLDERS = {
 _LOCK = ".lock"  # the file that is locked; empty, because on Windows no other process could read it
 _OWNER = ".lock.pid"  # the process id of the run that holds the lock
 _PROBE = "writable"  # the temporary file of this name is written and removed, to see whether the folder can be written
+MOST_BYTES = 200_000_000  # of a text file of a run: metrics of 100,000 epochs take a fifth of it
 _ENVIRONMENT_KEYS = {"versions", "device", "precision", "compile", "backend", "data_source"}
 
 
@@ -112,14 +113,27 @@ class RunFolder:
             probe.unlink()
         except OSError as error:
             self.close()
-            raise RunFolderError(f"{self.path}: cannot be written: {error.strerror}; choose another run.dir=") from None
+            inside = f" ({error.filename})" if error.filename and Path(error.filename) != self.path else ""
+            raise RunFolderError(
+                f"{self.path}: cannot be written: {error.strerror}{inside}; choose another run.dir="
+            ) from None
         except RunFolderError:
             self.close()
             raise
 
     def _check(self, resume: bool, overwrite: bool) -> None:
         for name in FOLDERS:
-            own_folder(self.path, name)
+            if os.path.lexists(own_folder(self.path, name)) and not (self.path / name).is_dir():
+                raise RunFolderError(
+                    f"{self.path / name}: is no folder, and a run writes into a folder of that name; move it away or choose "
+                    "another run.dir="
+                )
+        for name in (*WRITTEN, _OWNER):
+            if kind := kind_in_the_way(self.path / name):
+                raise RunFolderError(
+                    f"{self.path / name}: is {kind}, not a regular file, and a run writes a file of that name; move it away "
+                    "or choose another run.dir="
+                )
         held = self.holds_run()
         if resume and not any(self._has(name) for name in ("last.pt", "previous.pt")):
             raise RunFolderError(
@@ -149,12 +163,13 @@ class RunFolder:
         """Whether there is a file that only a run writes, known by its content."""
         if any(carries_seal(self.path / name) for name in CHECKPOINTS):
             return True
-        with contextlib.suppress(OSError, ValueError):
-            found = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            found = json.loads(read_regular(self.path / "environment.json", MOST_BYTES).decode("utf-8"))
             if isinstance(found, dict) and found.keys() >= _ENVIRONMENT_KEYS:
                 return True
-        with contextlib.suppress(OSError, ValueError), (self.path / "lr_finder.csv").open(encoding="utf-8") as file:
-            return file.readline().strip() == ",".join(CURVE_COLUMNS)
+        with contextlib.suppress(OSError, ValueError):
+            table = read_regular(self.path / "lr_finder.csv", MOST_BYTES).decode("utf-8")
+            return table.partition("\n")[0].strip() == ",".join(CURVE_COLUMNS)
         return False
 
     def _namesakes(self) -> list[str]:
@@ -209,7 +224,7 @@ class RunFolder:
     def _owner(self) -> str:
         """The process id that the lock's owner has written into the file beside it."""
         with contextlib.suppress(OSError, ValueError):
-            owner = (self.path / _OWNER).read_text(encoding="ascii")
+            owner = read_regular(self.path / _OWNER, 64).decode("ascii")
             if owner.isdecimal():
                 return owner
         return "unknown"
@@ -282,4 +297,5 @@ def _clear(folder: Path, files: tuple[str, ...]) -> list[str]:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The epochs of a run folder's metrics.jsonl, oldest first."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = read_regular(path, MOST_BYTES).decode("utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.strip()]

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from dali_pipeline.dataset import Dataset
-from train.config import KEYS, Config, ConfigError, changes, own_keys, sources_of_key, to_dict
+from dali_pipeline.regular import read_regular
+from train.config import KEYS, Config, ConfigError, changes, from_record, own_keys, sources_of_key, to_dict
 from train.disk.atomic import write_atomic
-from train.disk.checkpoint import CheckpointError, load_checkpoint
-from train.disk.snapshot import Snapshot
+from train.disk.checkpoint import CheckpointError
+from train.disk.content import misfit
+from train.disk.snapshot import Snapshot, load_snapshot
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -35,23 +37,25 @@ def load_for_resume(
     path: Path, config: Config, *, fallback: bool, extend: bool, log: Callable[[str], None]
 ) -> Snapshot:
     """The state to continue from: last.pt of the folder, or with `fallback` previous.pt where last.pt is damaged. Raises
-    CheckpointError; ConfigError where the recipe differs. With `extend`, train.epochs may be larger than before."""
+    CheckpointError; ConfigError where the recipe differs. With `extend`, train.epochs may be larger than before. A best.pt that
+    is not that of the state's best epoch is put right, with a warning."""
     last, previous = path / "last.pt", path / "previous.pt"
     try:
-        state = load_checkpoint(last)
+        file, snapshot = last, load_snapshot(last)
     except CheckpointError as error:
         if not fallback:
             hint = "; --fallback continues from previous.pt" if previous.exists() else ""
             raise CheckpointError(f"{error}{hint}") from None
-        state = load_checkpoint(previous)
+        file, snapshot = previous, load_snapshot(previous)
         log(f"WARNING: {error}; continuing from {previous}")
-    snapshot = Snapshot.from_dict(state, path)
-    (old, note), new = own_keys(snapshot.config), to_dict(config)
-    if note:
-        log(f"note: the checkpoint's recipe: {note}")
-    longer = config.train.epochs > old["train"]["epochs"]
+    try:
+        epochs = from_record(snapshot.config, lambda note: log(f"note: the checkpoint's recipe: {note}")).train.epochs
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: holds no recipe that this version reads: {error}") from None
+    (old, _), new = own_keys(snapshot.config), to_dict(config)
+    longer = config.train.epochs > epochs
     if extend and longer:
-        old = {**old, "train": {**old["train"], "epochs": config.train.epochs}}
+        old = {**old, "train": {**old.get("train", {}), "epochs": config.train.epochs}}
     changed = differences(old, new)
     if changed:
         hint = "; a longer training of the same recipe needs --extend" if longer and not extend else ""
@@ -59,15 +63,59 @@ def load_for_resume(
             f"{path}: --resume continues the recipe that the run began with, but these keys differ: "
             f"{'; '.join(changed)}. Leave them as they were, or start a new run{hint}"
         )
+    position = snapshot.position
+    if position.epoch > config.train.epochs or (position.epoch == config.train.epochs and position.step):
+        raise CheckpointError(
+            f"{file}: holds what no training leaves: epoch is {position.epoch} and step {position.step}, with "
+            f"train.epochs={config.train.epochs}; use another checkpoint of the run"
+        )
+    _settle_best(path, file, snapshot, log)
     return snapshot
+
+
+def _settle_best(path: Path, file: Path, snapshot: Snapshot, log: Callable[[str], None]) -> None:
+    """See to it that best.pt holds the weights of the epoch that the state to continue from calls the best. Where it does not (it
+    is damaged or gone, or a kill came between writing it and last.pt), it is written from that state, if that is of the best
+    epoch; else no epoch counts as the best so far, and the next one will be."""
+    position, best = snapshot.position, path / "best.pt"
+    if position.best_epoch == 0:
+        return
+    try:
+        found = load_snapshot(best).position
+        if (found.epoch, found.step) == (position.best_epoch, 0):
+            return
+        reason = f"{best}: is of epoch {found.epoch}, and the best epoch of {file.name} is {position.best_epoch}"
+    except CheckpointError as error:
+        reason = str(error)
+    if (position.epoch, position.step) == (position.best_epoch, 0):
+        write_atomic(best, read_regular(file))
+        log(f"WARNING: {reason}; written anew from {file.name}, which is of that epoch")
+        return
+    log(
+        f"WARNING: {reason}; the weights of epoch {position.best_epoch} ({position.best_accuracy:.2f}%) are lost, and "
+        "best.pt will be the best of the epochs from here on"
+    )
+    position.best_accuracy, position.best_epoch = -1.0, 0
+
+
+def check_fits(snapshot: Snapshot, state: dict[str, Any], steps_per_epoch: int, where: Path) -> None:
+    """Raise CheckpointError unless the snapshot can be loaded into a trainer in this `state` (`Trainer.state`)."""
+    problem = None
+    if snapshot.steps_per_epoch != steps_per_epoch:
+        problem = f"steps_per_epoch is {snapshot.steps_per_epoch}, and an epoch has {steps_per_epoch}"
+    for name, found in snapshot.trainer_state.items():
+        optional = name == "scaler" and not (found and state[name])  # it may come from a training without one
+        problem = problem or (None if optional else misfit(found, state[name], name))
+    if problem:
+        raise CheckpointError(f"{where}: the checkpoint is not that of this network and recipe: {problem}")
 
 
 def restore_last(path: Path) -> None:
     """Where last.pt is damaged, replace it by previous.pt; otherwise the next save would keep the damaged one as previous.pt."""
     try:
-        load_checkpoint(path / "last.pt")
+        load_snapshot(path / "last.pt")
     except CheckpointError:
-        write_atomic(path / "last.pt", (path / "previous.pt").read_bytes())
+        write_atomic(path / "last.pt", read_regular(path / "previous.pt"))
 
 
 def check_same_data(snapshot: Snapshot, dataset: Dataset) -> None:

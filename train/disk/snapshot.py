@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from train.disk.checkpoint import CheckpointError, load_checkpoint
+from train.disk.content import problem_with
 from train.step.schedule import Rates
 
 
@@ -86,6 +87,10 @@ class Snapshot:
         missing = [name for name in chain(own, *inside.values()) if name not in state]
         if missing:
             raise CheckpointError(f"{where}: the checkpoint is no training state, it lacks {', '.join(missing)}")
+        if problem := problem_with(state):
+            raise CheckpointError(
+                f"{where}: holds what no training leaves: {problem}; use another checkpoint of the run"
+            )
         data: dict[str, Any] = {}
         for name in inside["data"]:
             value = state[name]

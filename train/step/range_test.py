@@ -6,6 +6,7 @@ The test trains on borrowed state: afterwards the network and its optimizers are
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dali_pipeline.errors import UserError
+from dali_pipeline.regular import read_regular
 from train.step.borrow import borrowed_state
 from train.step.schedule import Rates
 from train.step.trainer import Trainer
@@ -70,8 +72,7 @@ class RangeTest:
     @classmethod
     def read_csv(cls, path: Path) -> RangeTest:
         """Read a file that holds the table of `rows`."""
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(io.StringIO(read_regular(path).decode("utf-8"), newline="")))
         return cls(
             tuple(float(row["lr"]) for row in rows),
             tuple(float(row["loss"]) for row in rows),
