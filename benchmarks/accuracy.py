@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":  # instead of this folder, whose files could hide packages of the same name
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from benchmarks.given import reading, whole
 from dali_pipeline.errors import UserError
+from train.screen.streams import Parser
 
 if TYPE_CHECKING:
     from dali_pipeline.dataset import Dataset
@@ -53,10 +55,12 @@ class RecipeChanged(UserError):
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("config", help="the recipe, a YAML file of configs/")
     result.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the recipe")
-    result.add_argument("--runs", type=int, required=True, metavar="N", help="how many seeds, counted from train.seed")
+    result.add_argument(
+        "--runs", type=whole(), required=True, metavar="N", help="how many seeds, counted from train.seed"
+    )
     result.add_argument(
         "--on",
         choices=("test", "validation"),
@@ -74,9 +78,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from train.machine.openmp import wait_passively
 
     wait_passively()  # before torch is imported
-    if options.runs < 1:
-        print(f"error: --runs {options.runs}, expected 1 or more", file=sys.stderr)
-        return 2
     from benchmarks.machine import command
     from benchmarks.outcome import explained, write_report
     from train.config import load_config
@@ -147,17 +148,25 @@ def read_finished(path: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
-    whole, _, torn = text.rpartition("\n")
+    complete, _, torn = text.rpartition("\n")
     if not (text.startswith(FIRST_LINE_START) or FIRST_LINE_START.startswith(text)):
         raise RecipeChanged(f"{path} is not a file of finished runs; name another file with --finished")
-    entries = [json.loads(line) for line in whole.splitlines()]
+    entries = []
+    for number, line in enumerate(complete.splitlines(), 1):
+        try:
+            entries.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            reason = f"line {number} is damaged ({error}); name another file with --finished"
+            raise RecipeChanged(f"{path}: {reason}") from None
     if not entries:
         path.unlink()
         return []
     if torn:
-        path.write_text(whole + "\n", encoding="utf-8")
+        path.write_text(complete + "\n", encoding="utf-8")
     # a key that only one of them has counts as its default in the other: earlier versions had fewer keys, and all data sets' keys
-    then, now = flat(own_keys(entries[0]["recipe"])[0]), flat(recipe)
+    with reading(path, "a file of finished runs"):
+        then = flat(own_keys(entries[0]["recipe"])[0])
+    now = flat(recipe)
     defaults = {name: KEYS[name][0].default if name in KEYS else None for name in (*now, *then)}
     then, now = defaults | then, defaults | now
     changed = [f"{name}: {then[name]} -> {value}" for name, value in now.items() if then[name] != value]

@@ -24,6 +24,7 @@ from torch import Tensor
 if __name__ == "__main__":  # instead of this folder, whose files could hide packages of the same name
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from benchmarks.given import whole
 from benchmarks.outcome import explained
 from dali_pipeline import sources
 from dali_pipeline.dali import backend_of, device_id, import_dali
@@ -35,6 +36,7 @@ from dali_pipeline.options import DataOptions
 from dali_pipeline.plan import Augment, Plan, Stream
 from dali_pipeline.resident import resident_images, to_device
 from dali_pipeline.torch_graph import TorchGraph
+from train.screen.streams import Parser
 
 FILL = (125, 123, 114)
 NextBatch = Callable[[], Tensor]
@@ -135,13 +137,13 @@ def rate(run: NextBatch, batch_size: int, seconds: float, device: torch.device) 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--batch-size", type=whole(), default=512)
     parser.add_argument("--padding-mode", choices=("zero", "reflect"), default="zero")
     parser.add_argument("--seconds", type=float, default=0.5, help="per way and round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=None, help="torch's, on the CPU")
+    parser.add_argument("--rounds", type=whole(), default=5)
+    parser.add_argument("--threads", type=whole(), default=None, help="torch's, on the CPU")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)

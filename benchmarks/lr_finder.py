@@ -17,16 +17,19 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # instead of this folder, whose files could hide packages of the same name
 
+from benchmarks.given import whole  # noqa: E402
+from train.screen.streams import Parser  # noqa: E402
+
 GRID = (0.4, 0.8, 1.6)  # the fixed peak rates
 RECIPE = ["net.width=16", "train.epochs=4", "schedule.peak_epoch=1.5", "train.compile=off", "run.analyse=false"]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"on top of {' '.join(RECIPE)}")
     parser.add_argument("--config", default=str(ROOT / "configs" / "onecycle.yaml"), help="the recipe (onecycle.yaml)")
-    parser.add_argument("--seeds", type=int, default=5, help="range tests, and trainings with what they found")
-    parser.add_argument("--grid-seeds", type=int, default=1, help="trainings for each rate of the grid")
+    parser.add_argument("--seeds", type=whole(), default=5, help="range tests, and trainings with what they found")
+    parser.add_argument("--grid-seeds", type=whole(0), default=1, help="trainings for each rate of the grid")
     parser.add_argument(
         "--work", type=Path, default=Path("runs/lr_finder"), help="run folders; what is there is not repeated"
     )

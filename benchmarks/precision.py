@@ -22,6 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # instead of this folder, whose files could hide packages of the same name
 
+from benchmarks.given import whole  # noqa: E402
+from train.screen.streams import Parser  # noqa: E402
+
 if TYPE_CHECKING:
     from train.config import Config
 
@@ -32,10 +35,12 @@ ENOUGH_RUNS = 5
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("config", help="the recipe, a YAML file of configs/")
     result.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the recipe")
-    result.add_argument("--runs", type=int, required=True, metavar="N", help="how many seeds, counted from train.seed")
+    result.add_argument(
+        "--runs", type=whole(), required=True, metavar="N", help="how many seeds, counted from train.seed"
+    )
     result.add_argument("--finished", type=Path, metavar="FILE", help="JSONL of the runs (runs/precision/RECIPE.jsonl)")
     result.add_argument("--json", type=Path, metavar="FILE", help="write the last line of the output here too")
     return result
@@ -46,9 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from train.machine.openmp import wait_passively
 
     wait_passively()  # before torch is imported
-    if options.runs < 1:
-        print(f"error: --runs {options.runs}, expected 1 or more", file=sys.stderr)
-        return 2
     from benchmarks.machine import command
     from benchmarks.outcome import explained, write_report
     from train.config import load_config

@@ -22,6 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # instead of this folder, whose files could hide packages of the same name
 
+from benchmarks.given import whole  # noqa: E402
+from train.screen.streams import Parser  # noqa: E402
+
 KIND = "recipes"
 RECIPE = "onecycle"
 COMMON = ("data.validation=10000", "schedule.lr_max=0.4", "schedule.lr_min=0.004", "run.analyse=false")
@@ -86,10 +89,12 @@ STAGES = {"kinds": (8, kinds), "left-out": (16, left_out), "epochs": (16, epochs
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("stage", choices=STAGES)
     result.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over every candidate")
-    result.add_argument("--runs", type=int, required=True, metavar="N", help="how many seeds, counted from train.seed")
+    result.add_argument(
+        "--runs", type=whole(), required=True, metavar="N", help="how many seeds, counted from train.seed"
+    )
     result.add_argument("--work", type=Path, metavar="DIR", help="the files of finished runs (runs/recipes/STAGE)")
     result.add_argument("--json", type=Path, metavar="FILE", help="write the last line of the output here too")
     result.add_argument("--picture", type=Path, metavar="FILE", help="draw the accuracies against the epochs")
@@ -98,9 +103,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
-    if options.runs < 1:
-        print(f"error: --runs {options.runs}, expected 1 or more", file=sys.stderr)
-        return 2
     from train.machine.openmp import wait_passively
 
     wait_passively()  # before torch is imported

@@ -24,6 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # instead of this folder, whose files could hide packages of the same name
 
+from benchmarks.given import read_json, reading, whole  # noqa: E402
+from train.screen.streams import Parser  # noqa: E402
+
 REHEARSAL = ROOT / "tests" / "rehearsal"
 EPOCH_IMAGES = 50_000
 
@@ -191,9 +194,9 @@ def plan_on_the_spot() -> dict[str, Any]:
 
 def read_plan(path: Path) -> dict[str, Any]:
     """A plan as tests/rehearsal/plan.py prints it: the first of a list."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    plan: dict[str, Any] = found[0] if isinstance(found, list) else found
-    missing = {"width", "batch", "rows", "flops_per_step"} - plan.keys()
+    found = read_json(path)
+    plan: dict[str, Any] = found[0] if isinstance(found, list) and found else found
+    missing = {"width", "batch", "rows", "flops_per_step"} - (plan.keys() if isinstance(plan, dict) else set())
     if missing:
         raise RuntimeError(f"{path}: no plan of kernels, it lacks {', '.join(sorted(missing))}")
     return plan
@@ -201,8 +204,9 @@ def read_plan(path: Path) -> dict[str, Any]:
 
 def measured_steps(path: Path) -> tuple[str, float]:
     """(name of the GPU, images/s of the training step alone) of a report of benchmarks/throughput.py."""
-    report = json.loads(path.read_text(encoding="utf-8"))
-    return report["machine"].get("gpu") or report["machine"]["cpu"], report["stages"]["step"]["median"]
+    report = read_json(path)
+    with reading(path, "a report of benchmarks/throughput.py"):
+        return report["machine"].get("gpu") or report["machine"]["cpu"], float(report["stages"]["step"]["median"])
 
 
 def lines_of(report: dict[str, Any]) -> list[str]:
@@ -296,10 +300,10 @@ def make_report(plan: dict[str, Any], epochs: int, measured: Path | None) -> dic
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", type=Path, help="a plan of kernels; made on the spot if not given")
     parser.add_argument("--measured", type=Path, help="throughput.json of a GPU, to stand beside the predictions")
-    parser.add_argument("--epochs", type=int, default=24, help="of the recipe, %(default)s by default")
+    parser.add_argument("--epochs", type=whole(), default=24, help="of the recipe, %(default)s by default")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the shares of a step")
     options = parser.parse_args(arguments)

@@ -6,8 +6,8 @@ python benchmarks/tables.py [--check]
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +15,58 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # instead of this folder, whose files could hide packages of the same name
 
+from benchmarks.given import read_json, reading  # noqa: E402
+from dali_pipeline.errors import UserError  # noqa: E402
+from dali_pipeline.words import to_stderr  # noqa: E402
+from train.screen.streams import Parser, say_error, standard_streams  # noqa: E402
+
 BEGIN, END = "<!-- results: python benchmarks/tables.py -->", "<!-- /results -->"
 REFERENCE_PEER = "torchvision_pil_2_workers"
 
 
-def load_results(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The reports of one kind ("throughput", "accuracy", "validation", "recipes"), in order of their file names."""
-    reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    return [report for report in reports if report.get("kind") == kind]
+def load_results(folder: Path, kind: str) -> dict[Path, dict[str, Any]]:
+    """The reports of one kind ("throughput", "accuracy", "validation", "recipes"), in order of their file names. Raises
+    UserError, which names a file that is damaged."""
+    reports = {path: read_json(path) for path in sorted(folder.glob("*.json"))}
+    for path, report in reports.items():
+        if not isinstance(report, dict):
+            raise UserError(f"{path}: holds a {type(report).__name__}, expected the report of a benchmark")
+    return {path: report for path, report in reports.items() if report.get("kind") == kind}
+
+
+def _rows(folder: Path, kind: str, table: Callable[[list[dict[str, Any]]], list[str]]) -> list[str]:
+    """The table of all reports of a kind. UserError names the one that lacks something."""
+    reports = load_results(folder, kind)
+    for path, report in reports.items():
+        with reading(path, f"a whole report of benchmarks/{kind}.py"):
+            table([report])
+    return table(list(reports.values())) if reports else []
 
 
 def throughput_block(folder: Path) -> str:
     """What docs/throughput.md has between the two markers, markers included."""
-    reports = load_results(folder, "throughput")
-    return _block(throughput_table(reports) if reports else [])
+    return _block(_rows(folder, "throughput", throughput_table))
 
 
 def accuracy_block(folder: Path) -> str:
     """What the README has between the two markers, markers included."""
-    reports = load_results(folder, "accuracy")
-    return _block(accuracy_table(reports) if reports else [])
+    return _block(_rows(folder, "accuracy", accuracy_table))
 
 
 def validation_block(folder: Path) -> str:
     """What docs/configuration.md has between the two markers, markers included."""
-    return _block([line for report in load_results(folder, "validation") for line in validation_table(report)])
+    return _block(
+        _rows(folder, "validation", lambda found: [row for report in found for row in validation_table(report)])
+    )
 
 
 def recipes_block(folder: Path) -> str:
     """What docs/recipes.md has between the two markers, markers included."""
     from benchmarks.recipes import table
 
-    return _block([line for report in load_results(folder, "recipes") for line in (*table(report), "")][:-1])
+    return _block(
+        _rows(folder, "recipes", lambda found: [row for report in found for row in (*table(report), "")])[:-1]
+    )
 
 
 # by document, the function that makes its block
@@ -234,20 +254,28 @@ def replaced(text: str, block: str) -> str:
     return before + block + after
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a document is out of date")
-    options = parser.parse_args()
-    outdated = False
-    for name, block in BLOCKS.items():
-        before = (ROOT / name).read_text(encoding="utf-8")
-        after = replaced(before, block(ROOT / "benchmarks" / "results"))
-        if after != before and options.check:
-            print(f"{name} is not what benchmarks/tables.py makes", file=sys.stderr)
-            outdated = True
-        elif after != before:
-            (ROOT / name).write_text(after, encoding="utf-8")
-    return int(outdated)
+    parser.add_argument("--results", type=Path, metavar="DIR", help="the reports (benchmarks/results)")
+    with standard_streams():
+        options = parser.parse_args(arguments)
+        outdated = False
+        try:
+            # all blocks before a document is changed
+            blocks = {name: block(options.results or ROOT / "benchmarks" / "results") for name, block in BLOCKS.items()}
+        except UserError as error:
+            say_error(str(error))
+            return error.exit_code
+        for name, block in blocks.items():
+            before = (ROOT / name).read_text(encoding="utf-8")
+            after = replaced(before, block)
+            if after != before and options.check:
+                to_stderr(f"{name} is not what benchmarks/tables.py makes")
+                outdated = True
+            elif after != before:
+                (ROOT / name).write_text(after, encoding="utf-8")
+        return int(outdated)
 
 
 if __name__ == "__main__":

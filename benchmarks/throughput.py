@@ -20,6 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # instead of this folder, whose files could hide packages of the same name
 
+from benchmarks.given import whole  # noqa: E402
+from train.screen.streams import Parser  # noqa: E402
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -39,7 +42,7 @@ ABLATIONS = ("channels_last", "compile", "precision", "batch", "pipelines", "pre
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument(
         "overrides",
         nargs="*",
@@ -49,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--config", default=str(ROOT / "configs" / "onecycle.yaml"), help="the recipe (onecycle.yaml)")
     result.add_argument("--data-root", metavar="DIR", help="measure on the CIFAR-10 in DIR; default: random images")
     result.add_argument("--quick", action="store_true", help="within a minute: few repeats, one peer, 10,000 images")
-    result.add_argument("--repeats", type=int, help="samples a stage (default: 9, with --quick 3)")
+    result.add_argument("--repeats", type=whole(), help="samples a stage (default: 9, with --quick 3)")
     result.add_argument(
         "--peers",
         action=argparse.BooleanOptionalAction,

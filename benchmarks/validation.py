@@ -19,6 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # instead of this folder, whose files could hide packages of the same name
 
+from benchmarks.given import whole  # noqa: E402
+from train.screen.streams import Parser  # noqa: E402
+
 if TYPE_CHECKING:
     from train.session import Session
 
@@ -26,10 +29,12 @@ KIND = "validation"
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("config", help="the recipe, a YAML file of configs/")
     result.add_argument("overrides", nargs="*", metavar="section.key=value", help="data.validation= among them")
-    result.add_argument("--runs", type=int, required=True, metavar="N", help="how many seeds, counted from train.seed")
+    result.add_argument(
+        "--runs", type=whole(), required=True, metavar="N", help="how many seeds, counted from train.seed"
+    )
     result.add_argument(
         "--finished", type=Path, metavar="FILE", help="JSONL of the runs (runs/validation/RECIPE.jsonl)"
     )
@@ -59,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "data.validation: null, no images are held out; add data.validation=5000, or another number"
             )
         recipe = comparable(to_dict(config), "validation and test, each epoch")
-        seeds = range(config.train.seed, config.train.seed + max(options.runs, 1))
+        seeds = range(config.train.seed, config.train.seed + options.runs)
         done = {entry["seed"]: entry for entry in read_finished(finished, recipe)}
         missing = [seed for seed in seeds if seed not in done]
         if missing:

@@ -26,7 +26,9 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":  # instead of this folder, whose files could hide packages of the same name
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from benchmarks.given import whole
 from dali_pipeline.errors import UserError
+from train.screen.streams import Parser
 
 if TYPE_CHECKING:
     from train.config import Config
@@ -38,11 +40,11 @@ RECIPE = ["data.name=synthetic", "data.synthetic_count=5120", "train.device=cpu"
 
 
 def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"on top of {' '.join(RECIPE)}")
     result.add_argument("--config", default=str(ROOT / "configs" / "cpu.yaml"), help="the recipe (cpu.yaml)")
-    result.add_argument("--rounds", type=int, default=10, help="turns of each policy (10)")
-    result.add_argument("--steps", type=int, default=2, help="training steps in a turn (2)")
+    result.add_argument("--rounds", type=whole(), default=10, help="turns of each policy (10)")
+    result.add_argument("--steps", type=whole(), default=2, help="training steps in a turn (2)")
     result.add_argument("--json", type=Path, metavar="FILE", help="write the last line of the output here too")
     result.add_argument("--work", action="store_true", help=argparse.SUPPRESS)  # a process of one policy
     return result
