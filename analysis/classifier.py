@@ -228,13 +228,9 @@ class Classifier:
             image = Image.fromarray(array)
         try:
             return fit_image(image, height, width, fit)
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            EOFError,
-            OverflowError,
-        ) as error:  # such as Pillow's for a truncated file
+        except MemoryError:
+            raise
+        except Exception as error:  # a Pillow image decodes late, and decoders raise what they like for a damaged file
             raise ImageError(f"a Pillow image of {image.size} cannot be read: {error}") from None
 
 

@@ -3,7 +3,8 @@
 - What EXIF says of the orientation is carried out.
 - Greyscale, palettes, CMYK and other colours become RGB. Transparent parts become white.
 - 16 bits a channel: the upper eight are kept. Of floating-point files, values lie between 0 and 1 where none is above 1, else
-  between 0 and 255; what lies outside is cut off.
+  between 0 and 255 where none is above 255, else between 0 and 65535, and are scaled to 0 to 255. A file with values outside,
+  negative ones or NaN is refused.
 - Of several frames or pages, the first.
 - The middle is cut out in the wanted proportions ("crop": the short side decides), or the image is stretched to them ("squash");
   then it is resized, bicubically and with antialiasing. An image of the right size stays as it is.
@@ -20,9 +21,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntFlag
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dali_pipeline.dataset import Pixels
@@ -134,13 +136,23 @@ def _transparent(image: Image.Image) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
+def _in_range(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The values; ValueError unless they are all numbers from 0 to 65535."""
+    if not np.isfinite(values).all():
+        raise ValueError("it holds values that are no finite numbers (NaN or infinity)")
+    low, high = values.min(), values.max()
+    if low < 0 or high > 65535:
+        raise ValueError(f"its values lie between {low:g} and {high:g}, expected 0 to 1, 0 to 255 or 0 to 65535")
+    return values
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535).astype(np.uint16) >> 8).astype(np.uint8))
+        image = Image.fromarray((_in_range(np.asarray(image)).astype(np.uint16) >> 8).astype(np.uint8))
     elif image.mode == "F":
-        values = np.nan_to_num(np.asarray(image, np.float64))
-        scale = 255 if values.max() <= 1 else 1
-        image = Image.fromarray(np.clip(values * scale, 0, 255).astype(np.uint8))
+        values = _in_range(np.asarray(image, np.float64))
+        highest = next(limit for limit in (1, 255, 65535) if values.max() <= limit)
+        image = Image.fromarray((values * (255 / highest)).astype(np.uint8))
     if _transparent(image):
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
