@@ -27,7 +27,7 @@ def find_compiler(device: torch.device) -> tuple[bool, str]:
     name = asked or names.get(sys.platform, "g++")
     found = shutil.which(name)
     if found is None:
-        missing = f"CXX={asked} is no program" if asked else f"no C++ compiler {name} on the PATH"
+        missing = f"CXX={asked} is no program" if asked else f"no C++ compiler on the PATH ({name})"
         return False, f"{missing}; install one, or set CXX to the path of one"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return False, "the package triton is missing"

@@ -77,7 +77,7 @@ torch.nn.Module.compile = compile
     assert environment["compile"] == "off" and any("torch.compile failed" in note for note in environment["notes"])
     assert load_checkpoint(tmp_path / "run" / "last.pt")["machine"]["compile"] == "off"
     code, _, err = runs.run(*words, "train.compile=default", "--overwrite", before=fail)
-    assert code == 1 and "g++ crashed" in err
+    assert code == 2 and "train.compile=default: torch.compile failed" in one_line(err) and "g++ crashed" in err
 
 
 def test_without_anything_to_draw_with_a_run_says_so_and_ends_well(runs: Zygote, recipe: Path, tmp_path: Path) -> None:
