@@ -85,6 +85,15 @@ def copied(runs: Path, tmp_path: Path) -> Path:
     return target
 
 
+BEFORE_THE_FIRST_EPOCH: dict[str, Any] = {
+    "epoch": 0,
+    "metrics": [],
+    "best_epoch": 0,
+    "best_accuracy": -1.0,
+    "test_accuracy": None,
+}
+
+
 def edit_checkpoint(path: Path, **changes: Any) -> None:
     state = load_checkpoint(path)
     state.update(changes)
@@ -310,7 +319,7 @@ def test_an_analysis_into_a_folder_of_pictures_neither_removes_nor_shows_them(
     for name in ("curves.png", "lr_finder.png"):  # a run without an epoch or a range test has neither
         (tmp_path / name).write_bytes(b"mine")
     (copied / "metrics.jsonl").unlink()
-    edit_checkpoint(copied / "best.pt", metrics=[])
+    edit_checkpoint(copied / "best.pt", **BEFORE_THE_FIRST_EPOCH)
     page = analyse(copied, output=tmp_path, device="cpu", accept_difference=True, log=QUIET).read_text()
     assert (tmp_path / "lr_finder.png").read_bytes() == (tmp_path / "curves.png").read_bytes() == b"mine"
     assert "Learning rate range test" not in page and "Not drawn: no epoch is finished" in page
@@ -450,7 +459,8 @@ def test_report_in_a_browser_shows_every_image_in_light_and_dark_and_fits_a_phon
 def test_an_interrupted_run_is_analysed_with_what_is_there(copied: Path, tmp_path: Path) -> None:
     for name in ("best.pt", "previous.pt", "metrics.jsonl", "summary.json", "environment.json"):
         (copied / name).unlink(missing_ok=True)
-    edit_checkpoint(copied / "last.pt", epoch=0, step=3, metrics=[], test_accuracy=None)
+    three_steps = {"step": 3, "step_losses": [2.3, 2.2, 2.1], "step_correct": [7, 8, 9]}
+    edit_checkpoint(copied / "last.pt", **BEFORE_THE_FIRST_EPOCH | three_steps)
     said: list[str] = []
     page = analyse(copied, device="cpu", log=said.append).read_text(encoding="utf-8")
     assert any("last.pt" in line for line in said), "falling back is said aloud"
