@@ -725,12 +725,14 @@ def test_a_process_that_never_comes_is_waited_for_no_longer_than_the_limit(
 
 @pytest.mark.slow
 def test_a_compiler_that_fails_on_one_process_is_off_on_all(runs: Zygote, noise: Config, tmp_path: Path) -> None:
-    one = "import torch, train.machine.runtime as r, torch._dynamo.exc as e\n"
+    one = "import inspect, torch, train.machine.runtime as r, torch._dynamo.exc as e\n"
     one += "r.find_compiler = lambda device: (True, 'g++ found')\n"
     one += "import train.machine.weighing as w; w.COLD_SECONDS = 0.0\n"  # it pays, for so few steps too
     fail = """
 def compile(self, **_):
-    def call(*_, **__): raise e.BackendCompilerFailed(lambda: None, RuntimeError("g++ crashed"), None)
+    arguments = (lambda: None, RuntimeError("g++ crashed"), None)  # torch 2.6 takes two of them
+    failure = e.BackendCompilerFailed
+    def call(*_, **__): raise failure(*arguments[: len(inspect.signature(failure).parameters)])
     self._compiled_call_impl = call
 torch.nn.Module.compile = compile
 """
