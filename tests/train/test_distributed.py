@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,22 +73,57 @@ def _forked(rank: int, work: Any, store: str, world_size: int, out: str) -> None
         dist.destroy_process_group()
 
 
-_START = """
+_PARENT = """
 import pickle, sys
-import torch.multiprocessing as mp
-forked, arguments, count = pickle.load(open(sys.argv[1], "rb"))
-mp.start_processes(forked, arguments, count, start_method="fork")
+import torch, torch.multiprocessing as mp
+import dali_pipeline.sources.synthetic, train.step.trainer, train.step.sync_bn
+for path in map(str.strip, sys.stdin):
+    forked, arguments, count = pickle.load(open(path, "rb"))
+    try:
+        mp.start_processes(forked, arguments, count, start_method="fork")
+        print("fine", flush=True)
+    except Exception as error:
+        print(repr(str(error)), flush=True)
 """
 
 
+@functools.cache
+def _parent() -> subprocess.Popen[str]:
+    """A process that has imported everything and started no thread: torch refuses a backward pass in a process forked from one
+    that has."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support")))}
+    return subprocess.Popen(
+        [sys.executable, "-c", _PARENT],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _end_of_parent() -> Iterator[None]:
+    yield
+    if _parent.cache_info().currsize:
+        _parent().communicate(timeout=30)
+        _parent.cache_clear()
+
+
 def on_processes(work: Any, folder: Path, world_size: int = 2) -> list[Any]:
-    """What `work(group)` gives on each of the processes. They are forked from a fresh one: torch refuses a backward pass in a
-    process forked from one that has started threads for its own."""
+    """What `work(group)` gives on each of the processes, which are forked for it from one that has imported torch."""
     arguments = (work, str(folder / "store"), world_size, str(folder / "out"))
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     (folder / "work").write_bytes(cloudpickle.dumps((_forked, arguments, world_size)))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support")))}
-    subprocess.run([sys.executable, "-c", _START, str(folder / "work")], env=environment, check=True, timeout=120)
+    parent = _parent()
+    assert parent.stdin is not None and parent.stdout is not None
+    parent.stdin.write(f"{folder / 'work'}\n")
+    parent.stdin.flush()
+    if not select.select([parent.stdout], [], [], 120)[0]:
+        os.killpg(parent.pid, signal.SIGKILL)
+        raise TimeoutError("the processes have not ended after 120 s")
+    answer = parent.stdout.readline().strip()
+    assert answer == "fine", answer
     return [torch.load(f"{folder / 'out'}.{rank}", weights_only=False) for rank in range(world_size)]
 
 
