@@ -225,9 +225,7 @@ def test_the_headline_of_the_report_is_chosen_by_nothing_or_by_validation(config
         fit(changed(config, {"data.validation": amount}), tmp_path / name)
         run = load_run(tmp_path / name, say=lambda line: None)
         predictions = predict_test(run, say=lambda line: None)
-        results = Results(
-            predictions, "", [], np.zeros((10, 10), np.int64), reliability(predictions.confidence, predictions.hits), {}
-        )
+        results = Results(predictions, "", [], reliability(predictions.confidence, predictions.hits), {})
         notes = [note for _, _, note in headline(run, results)[:2]]
         assert all(word in note for word, note in zip(words, notes, strict=True)), notes
 
