@@ -79,3 +79,22 @@ def test_resume_with_a_scaler_is_exact(
     a, b = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts"))
     assert a["scaler"]["scale"] > 2.0**10
     assert equal(a, b)
+
+
+def test_an_average_of_weights_goes_through_extending_and_resuming_to_the_same_bits(
+    quick_config: Config, tmp_path: Path, arm: Arm
+) -> None:
+    average = {"train.ema_decay": 0.9, "train.ema_every": 3, "run.checkpoint_every": 1}
+    short = changed(quick_config, {**average, "train.epochs": 1, "schedule.peak_epoch": 0.5})
+    longer = changed(short, {"train.epochs": 3})
+    for name in ("whole", "parts"):
+        fit(short, tmp_path / name, log=Log(quiet=True))
+    fit(longer, tmp_path / "whole", log=Log(quiet=True), resume=True, extend=True)
+    arm("step", stop_before(14 + 1))  # in the second of the two epochs, between two updates of the average
+    with pytest.raises(Stop):
+        fit(longer, tmp_path / "parts", log=Log(quiet=True), resume=True, extend=True)
+    disarm()
+    fit(longer, tmp_path / "parts", log=Log(quiet=True), resume=True)
+    a, b = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts"))
+    assert a["epoch"] == 3 and a["ema"] is not None and not equal(a["ema"], a["model"])
+    assert equal(a, b)
