@@ -135,6 +135,8 @@ from dali_pipeline.loader import EvalLoader, TrainLoader
 from dali_pipeline.plan import Augment
 
 path, backend, count, side = sys.argv[1], sys.argv[2], 200_000, 16
+augments = {"padded": Augment(), "resized": Augment(crop=False, scale=0.3, flip_rule="alternating")}
+augment = augments[sys.argv[3]]
 
 
 def anonymous():
@@ -147,7 +149,7 @@ def use(count):
     split = Split(pixels, np.arange(200_000) % 7).take(slice(count))
     names = tuple("abcdefg")
     data = hold_out(with_statistics("mapped", split, split.take(slice(count // 10)), names, "a file"), 0.1)
-    order = FeedOrder(batch_size=500, augment=Augment(), fill=data.fill, device=torch.device("cpu"), resident="never")
+    order = FeedOrder(batch_size=500, augment=augment, fill=data.fill, device=torch.device("cpu"), resident="never")
     train = TrainLoader(data.train, order, seed=0, backend=backend)
     held = EvalLoader(data.validation, batch_size=500, device=torch.device("cpu"), backend=backend, resident="never")
     for epoch in range(3):
@@ -183,15 +185,16 @@ print((most - before) / count)
 
 @pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("augment", ["padded", "resized"])
 @pytest.mark.parametrize("backend", ["dali", "torch"])
 def test_a_memory_map_of_200_000_images_costs_at_most_200_bytes_of_memory_an_image(
-    backend: str, tmp_path: Path
+    backend: str, augment: str, tmp_path: Path
 ) -> None:
     """Statistics, validation split, three epochs and evaluations; an image itself has 768 bytes."""
     path = tmp_path / "pixels"
     np.random.default_rng(0).integers(0, 256, 200_000 * 768, np.uint8).tofile(path)
-    command = [sys.executable, "-c", textwrap.dedent(MAPPED), str(path), backend]
+    command = [sys.executable, "-c", textwrap.dedent(MAPPED), str(path), backend, augment]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    print(f"{backend}: {float(done.stdout):.0f} bytes an image")
+    print(f"{backend}, {augment}: {float(done.stdout):.0f} bytes an image")
     assert 0 < float(done.stdout) <= 200

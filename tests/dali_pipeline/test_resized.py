@@ -194,6 +194,20 @@ def test_pixels_are_those_of_pillow_and_of_exact_interpolation_up_to_rounding() 
         assert np.abs(found - exact.permute(1, 2, 0).numpy()).mean() < 0.35
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("resident", ["always", "never"])
+@pytest.mark.parametrize("backend", ["dali", "torch"])
+def test_gpu_gives_the_bits_of_the_cpu(backend: str, resident: Any) -> None:
+    split, batches = make_split(600, 64, 64), {}
+    for device in ("cpu", "cuda"):
+        augment, where = resizing(scale=0.08), torch.device(device)
+        order = FeedOrder(batch_size=128, augment=augment, fill=FILL, device=where, resident=resident)
+        loader = TrainLoader(split, order, seed=0, backend=backend)
+        batches[device] = [images.cpu() for images, _ in loader.epoch(0)]
+        loader.close()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(batches["cpu"], batches["cuda"], strict=True))
+
+
 def test_the_whole_image_as_its_own_rectangle_stays_as_it_is() -> None:
     images = make_split(4, 24, 16).images
     np.testing.assert_array_equal(resized(images, np.array([[0, 0, 24, 16]] * 4, np.int16)), images)
