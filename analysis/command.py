@@ -84,7 +84,7 @@ def command(
 ) -> int:
     """Parse the arguments and call `run`. An error that a user can correct becomes one line on stderr and exit code 2."""
     with standard_streams():
-        options = arguments_parser.parse_args(arguments)
+        options = arguments_parser.parse_intermixed_args(arguments)
         log = Log()
         with explained(log, out_of_memory="; try --device cpu", reads_files=True) as outcome:
             outcome.code = body(options, log) or 0

@@ -23,7 +23,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from dali_pipeline.dataset import DataError, Dataset, some
-from dali_pipeline.decoded import Wanted, decoded_images
+from dali_pipeline.decoded import DecodedImages, Wanted, decoded_images
 from dali_pipeline.errors import at_home
 from dali_pipeline.image_files import Decoded, ImageFiles
 from dali_pipeline.options import key
@@ -53,19 +53,21 @@ class Folder(OwnImages):
         "stop", "what becomes of files that cannot be read: stop before the training, or leave them out and list them"
     )
 
-    def load(self, root: Path, *, download: bool, say: Say | None) -> Dataset:
+    def find(self, root: Path) -> Found:
+        """The files, before any of them is opened. Raises DataError where they are no data set."""
         where = printable_path(root)
         if not root.is_dir():
             what = "is a file, expected a folder" if root.exists() else "no such folder"
             raise DataError(f"data.root: {where}: {what}; data.root=DIR names the folder of your images")
         try:
-            found = (
-                _by_folder(root)
-                if self.table is None
-                else _by_table(root, at_home(self.table, "data.table", DataError))
-            )
+            if self.table is None:
+                return _by_folder(root)
+            return _by_table(root, at_home(self.table, "data.table", DataError))
         except OSError as error:
             raise DataError(f"{printable_path(error.filename or root)}: {error.strerror or error}") from None
+
+    def decode(self, root: Path, found: Found, say: Say | None) -> tuple[DecodedImages, str]:
+        """The files' images, in their order, and what decoded them. Raises DataError."""
         reader = ImageFiles(self.image_size, self.image_size, self.resize, self.decoder)
 
         def read(start: int, stop: int) -> Iterator[Decoded]:
@@ -75,18 +77,22 @@ class Folder(OwnImages):
                     reader.fallback = None
                 yield batch
 
-        count = len(found.paths)
         wanted = Wanted(
             key=f"{reader.version} {self.resize} ".encode() + found.digest.digest(),
-            count=count,
+            count=len(found.paths),
             height=self.image_size,
             width=self.image_size,
             read=read,
-            what=where,
+            what=printable_path(root),
             beside=root,
         )
-        decoded = decoded_images(wanted, say)
-        listing = found.listing()
+        return decoded_images(wanted, say), reader.version
+
+    def load(self, root: Path, *, download: bool, say: Say | None) -> Dataset:
+        where = printable_path(root)
+        found = self.find(root)
+        decoded, version = self.decode(root, found, say)
+        count, listing = len(found.paths), found.listing()
         if decoded.problems:
             problems = list(decoded.problems.values())
             amount = f"{len(problems):,} of {count:,} files cannot be read"
@@ -96,8 +102,8 @@ class Folder(OwnImages):
             left = [f"left out by data.on_error=skip, as {amount}:", *problems[:LISTED]]
             more = [f"and {len(problems) - LISTED:,} more"] if len(problems) > LISTED else []
             listing = replace(listing, notes=(*listing.notes, *left, *more))
-        version = f"decoded by {reader.version} into {printable_path(decoded.path)}"
-        return assemble("folder", listing, decoded, self.test, where, version)
+        how = f"decoded by {version} into {printable_path(decoded.path)}"
+        return assemble("folder", listing, decoded, self.test, where, how)
 
 
 class Paths(Sequence[str]):
@@ -144,8 +150,9 @@ class _Part(Sequence[str]):
 
 
 @dataclass
-class _Found:
-    """The files, in order; `digest` is a hash of their paths, sizes and times of change."""
+class Found:
+    """The files, in order, by their paths below the folder, with their labels and splits (places in SPLITS; without `has_test`
+    the test set is still to be held out of those in train). `digest` is a hash of their paths, sizes and times of change."""
 
     class_names: tuple[str, ...]
     has_test: bool
@@ -172,7 +179,7 @@ class _Found:
 # folders
 
 
-def _by_folder(root: Path) -> _Found:
+def _by_folder(root: Path) -> Found:
     where, inside = printable_path(root), _folders(root)
     parts: dict[str, str] = {}  # by split, the folder
     notes, remarks = [], []
@@ -199,7 +206,7 @@ def _by_folder(root: Path) -> _Found:
 
     others: Counter[str] = Counter()
     loops: list[str] = []
-    made = _Found((), "test" in parts, notes=notes, remarks=remarks)
+    made = Found((), "test" in parts, notes=notes, remarks=remarks)
     for split, part in sorted(parts.items(), key=lambda item: SPLITS.index(item[0])):
         for label, name in enumerate(classes):
             found = images_below(root, f"{part}/{name}".lstrip("/"), others, loops)
@@ -279,7 +286,7 @@ def images_below(root: Path, folder: str, others: Counter[str], loops: list[str]
 # tables
 
 
-def _by_table(root: Path, table: Path) -> _Found:
+def _by_table(root: Path, table: Path) -> Found:
     path = root / table
     where = f"data.table: {printable_path(path)}"
     try:
@@ -299,7 +306,7 @@ def _by_table(root: Path, table: Path) -> _Found:
         raise DataError(f"{where}, line {rows.line_num}: {error}") from None
     classes = sorted({label for _, label, _ in entries.values()}, key=_natural)
     given = {split for _, _, split in entries.values()}
-    made = _Found(_unique([printable_path(name) for name in classes], where), "test" in given)
+    made = Found(_unique([printable_path(name) for name in classes], where), "test" in given)
     if "test" not in given and "validation" in given:
         made.notes.append(f"{where}: names no test images, so those of val are the test set")
         made.has_test = True
