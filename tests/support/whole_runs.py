@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 from zygote import Job
 
+from train.config import Config
+
+# what the fixture `trained` gives: the folder of the undisturbed run of a recipe
+Trained = Callable[[Config], Path]
 # train.failpoints.arm, as the fixture `arm` gives it
 Arm = Callable[[str, Callable[[int], object]], None]
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from zygote import Zygote, zygote
 
 from train import failpoints
-from train.config import Config, changed, to_yaml
+from train.config import Config, changed, from_dict, to_yaml
+from train.run import fit
+from train.screen.log import Log
 
 pytest.register_assert_rewrite("whole_runs")
 
@@ -22,6 +26,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
         pytest.skip("needs fork()")
     with zygote(tmp_path_factory.mktemp("runs")) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Config], Path]:
+    """The folder of the undisturbed run of a recipe, trained once for all tests, which read it and change a copy."""
+
+    @functools.cache
+    def of_recipe(text: str) -> Path:
+        config = from_dict(yaml.safe_load(text))
+        folder = tmp_path_factory.mktemp("trained") / "run"
+        fit(config, folder, log=Log(quiet=True))
+        return folder
+
+    return lambda config: of_recipe(to_yaml(config))
 
 
 @pytest.fixture

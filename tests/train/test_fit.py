@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import yaml
 from places import ROOT
 from torch import Tensor
 from training import Lines, assert_equal_weights, make_trainer, weights
-from whole_runs import Arm, Stop, equal, one_line, stop_before
+from whole_runs import Arm, Stop, Trained, equal, one_line, stop_before
 from zygote import Zygote
 
 from dali_pipeline import dali_graph, sources
@@ -99,11 +100,10 @@ def test_a_run_writes_its_folder_and_says_what_happened(quick_config: Config, tm
     assert f"python -m analysis {run}" in log.text
 
 
-def test_checkpoint_holds_the_accuracy_that_it_reports(quick_config: Config, tmp_path: Path) -> None:
-    fit(quick_config, tmp_path / "run", log=Lines())
+def test_checkpoint_holds_the_accuracy_that_it_reports(quick_config: Config, trained: Trained) -> None:
     dataset = sources.load(quick_config.data)
     for name in ("last.pt", "best.pt"):
-        state = load_checkpoint(tmp_path / "run" / name)
+        state = load_checkpoint(trained(quick_config) / name)
         assert not any("_orig_mod" in key for key in state["model"])
         trainer = make_trainer(quick_config, TORCH)
         trainer.net.load_state_dict(state["model"])
@@ -112,10 +112,12 @@ def test_checkpoint_holds_the_accuracy_that_it_reports(quick_config: Config, tmp
         assert score.accuracy == state["test_accuracy"]
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_others(quick_config: Config, tmp_path: Path) -> None:
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        fit(changed(quick_config, {"train.seed": seed}), tmp_path / name, log=Lines())
-    a, b, c = (weights(tmp_path / name / "last.pt") for name in "abc")
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
+    quick_config: Config, trained: Trained, tmp_path: Path
+) -> None:
+    for seed in (0, 1):
+        fit(changed(quick_config, {"train.seed": seed}), tmp_path / str(seed), log=Lines())
+    a, b, c = (weights(run / "last.pt") for run in (trained(quick_config), tmp_path / "0", tmp_path / "1"))
     assert_equal_weights(a, b)
     assert not torch.equal(a["prep.0.weight"], c["prep.0.weight"])
 
@@ -129,16 +131,15 @@ def test_dali_and_torch_pipelines_train_the_same_network(quick_config: Config, t
 
 @pytest.mark.parametrize("steps", [1, 5, 11, 14, 21])
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    quick_config: Config, tmp_path: Path, arm: Arm, steps: int
+    quick_config: Config, trained: Trained, tmp_path: Path, arm: Arm, steps: int
 ) -> None:
     config = changed(quick_config, {"train.ema_decay": 0.9, "train.tail": "endless", "run.checkpoint_every": 1})
-    fit(config, tmp_path / "whole", log=Lines())
     arm("step", stop_before(steps + 1))
     with pytest.raises(Stop):
         fit(config, tmp_path / "parts", log=Lines())
     disarm()
     fit(config, tmp_path / "parts", log=Lines(), resume=True)
-    a, b = load_checkpoint(tmp_path / "whole" / "last.pt"), load_checkpoint(tmp_path / "parts" / "last.pt")
+    a, b = load_checkpoint(trained(config) / "last.pt"), load_checkpoint(tmp_path / "parts" / "last.pt")
     assert_equal_weights(a["model"], b["model"])
     assert_equal_weights(a["ema"], b["ema"])
     assert a["optimizer"]["sgd"]["state"]
@@ -174,8 +175,10 @@ def test_a_run_resumed_where_auto_is_another_precision_goes_on_in_its_own(
     assert_equal_weights(weights(tmp_path / "whole" / "last.pt"), weights(tmp_path / "parts" / "last.pt"))
 
 
-def test_resume_under_another_recipe_names_the_keys_and_both_values(quick_config: Config, tmp_path: Path) -> None:
-    fit(quick_config, tmp_path / "run", log=Lines())
+def test_resume_under_another_recipe_names_the_keys_and_both_values(
+    quick_config: Config, trained: Trained, tmp_path: Path
+) -> None:
+    shutil.copytree(trained(quick_config), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"optim\.momentum: 0\.9 -> 0\.8"):
         fit(changed(quick_config, {"optim.momentum": 0.8}), tmp_path / "run", log=Lines(), resume=True)
     longer = changed(quick_config, {"train.epochs": 3})
@@ -211,9 +214,11 @@ def test_differences_name_no_key_that_comes_and_goes_with_the_data_set(quick_con
     assert differences(noise, larger) == ["data.synthetic_size: 64 -> 96"]
 
 
-def test_a_checkpoint_that_holds_the_keys_of_all_data_sets_resumes(quick_config: Config, tmp_path: Path) -> None:
+def test_a_checkpoint_that_holds_the_keys_of_all_data_sets_resumes(
+    quick_config: Config, trained: Trained, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    fit(quick_config, run, log=Lines())
+    shutil.copytree(trained(quick_config), run)
     state = load_checkpoint(run / "last.pt")
     del state["format"]
     state["config"]["data"] |= {"synthetic_size": 64, "synthetic_classes": 10, "synthetic_count": 50000}
@@ -228,8 +233,8 @@ def test_a_checkpoint_that_holds_the_keys_of_all_data_sets_resumes(quick_config:
         assert recorded["data"] == to_dict(quick_config)["data"]
 
 
-def test_an_existing_run_is_not_overwritten_by_accident(quick_config: Config, tmp_path: Path) -> None:
-    fit(quick_config, tmp_path / "run", log=Lines())
+def test_an_existing_run_is_not_overwritten_by_accident(quick_config: Config, trained: Trained, tmp_path: Path) -> None:
+    shutil.copytree(trained(quick_config), tmp_path / "run")
     (tmp_path / "run" / "notes.txt").write_text("mine")
     before = (tmp_path / "run" / "last.pt").read_bytes()
     with pytest.raises(RunFolderError, match=r"--resume.*--overwrite"):
@@ -406,13 +411,13 @@ def test_data_that_dali_cannot_take_go_to_torch_under_auto_and_are_refused_on_re
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     monkeypatch.setattr(dali_graph, "MAX_STRIP_BYTES", 100 * 32 * 32 * 3)
     config = changed(quick_config, {"train.batch_size": 61})
-    with pytest.raises(BackendError, match="take a batch size divisible by 16"):
+    with pytest.raises(BackendError, match="take a batch size divisible by 8"):
         fit(changed(config, {"data.backend": "dali"}), tmp_path / "refused", log=Lines())
     log = Lines()
     fit(changed(config, {"data.backend": "auto"}), tmp_path / "run", log=log)
     assert "WARNING: pipeline: torch" in log.text
     record = json.loads((tmp_path / "run" / "environment.json").read_text(encoding="utf-8"))
-    assert record["backend"] == "torch" and "divisible by 16" in record["backend_reason"]
+    assert record["backend"] == "torch" and "divisible by 8" in record["backend_reason"]
 
 
 def test_a_checkpoint_of_another_device_keeps_this_ones_kernels_and_scaler(quick_config: Config) -> None:

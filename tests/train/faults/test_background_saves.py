@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from training import Lines
-from whole_runs import Arm, equal
+from whole_runs import Arm, Trained, equal
 
 import train.loop
 from train.config import Config, changed
@@ -46,9 +46,8 @@ def test_saving_in_the_background_leaves_the_same_files(
 
 @pytest.mark.usefixtures("in_background")
 def test_a_run_interrupted_during_a_save_in_the_background_is_resumed_exactly(
-    quick_config: Config, tmp_path: Path, arm: Arm
+    quick_config: Config, trained: Trained, tmp_path: Path, arm: Arm
 ) -> None:
-    fit(quick_config, tmp_path / "whole", log=Log(quiet=True))
     config = changed(quick_config, {"run.checkpoint_every": 1})
     arm("step", lambda count: signal.raise_signal(signal.SIGINT) if count == 4 else None)
     with pytest.raises(Interrupted):
@@ -56,7 +55,7 @@ def test_a_run_interrupted_during_a_save_in_the_background_is_resumed_exactly(
     assert load_checkpoint(tmp_path / "parts" / "last.pt")["step"] == 4
     disarm()
     fit(config, tmp_path / "parts", log=Log(quiet=True), resume=True)
-    whole, parts = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts"))
+    whole, parts = (load_checkpoint(run / "last.pt") for run in (trained(quick_config), tmp_path / "parts"))
     assert equal(whole["model"], parts["model"]) and equal(whole["optimizer"], parts["optimizer"])
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from places import ROOT
 from training import Lines
-from whole_runs import Arm, Stop, dies, equal, one_line, stop_before
+from whole_runs import Arm, Stop, Trained, dies, equal, one_line, stop_before
 from zygote import Zygote
 
 from train.config import Config, changed
@@ -82,10 +82,9 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("how", ["cut short", "gone", "of another epoch"])
 def test_a_damaged_best_is_written_anew_from_a_last_of_its_epoch(
-    quick_config: Config, tmp_path: Path, arm: Arm, how: str
+    quick_config: Config, trained: Trained, tmp_path: Path, arm: Arm, how: str
 ) -> None:
     config = changed(quick_config, {"data.backend": "torch"})
-    fit(config, tmp_path / "whole", log=Log(quiet=True))
     arm("step", stop_before(12))  # the first of the second epoch
     with pytest.raises(Stop):
         fit(config, tmp_path / "run", log=Log(quiet=True))
@@ -97,7 +96,7 @@ def test_a_damaged_best_is_written_anew_from_a_last_of_its_epoch(
     fit(config, tmp_path / "run", log=log, resume=True)
     assert f"WARNING: {best}: " in log.text and "written anew from last.pt, which is of that epoch" in log.text
     for name in ("last.pt", "best.pt"):
-        assert equal(load_checkpoint(tmp_path / "run" / name), load_checkpoint(tmp_path / "whole" / name))
+        assert equal(load_checkpoint(tmp_path / "run" / name), load_checkpoint(trained(config) / name))
 
 
 @pytest.mark.parametrize("how", ["cut short", "gone"])
@@ -117,10 +116,9 @@ def test_a_lost_best_is_said_and_the_best_of_the_epochs_to_come_takes_its_place(
 
 
 def test_a_kill_between_best_and_last_is_noticed_and_the_run_ends_with_the_same_bits(
-    quick_config: Config, tmp_path: Path, arm: Arm
+    quick_config: Config, trained: Trained, tmp_path: Path, arm: Arm
 ) -> None:
     config = changed(quick_config, {"data.backend": "torch"})
-    fit(config, tmp_path / "whole", log=Log(quiet=True))
     arm("best written", stop_before(2))
     with pytest.raises(Stop):
         fit(config, tmp_path / "run", log=Log(quiet=True))
@@ -131,7 +129,7 @@ def test_a_kill_between_best_and_last_is_noticed_and_the_run_ends_with_the_same_
     fit(config, tmp_path / "run", log=log, resume=True)
     assert "best.pt: is of epoch 2, and the best epoch of last.pt is 1" in log.text
     for name in ("last.pt", "best.pt"):
-        assert equal(load_checkpoint(tmp_path / "run" / name), load_checkpoint(tmp_path / "whole" / name))
+        assert equal(load_checkpoint(tmp_path / "run" / name), load_checkpoint(trained(config) / name))
 
 
 def test_a_huge_file_and_a_pipe_in_the_place_of_a_checkpoint_are_named_at_once(tmp_path: Path) -> None:
