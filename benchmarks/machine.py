@@ -14,7 +14,7 @@ import torch
 from train.machine.environment import system_facts
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("data.root", "run.dir", "--data-root", "--work")
+FOLDERS = ("data.root", "run.dir", "--data-root", "--folder", "--work")
 
 
 def command(script: str, arguments: Sequence[str]) -> str:

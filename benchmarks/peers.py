@@ -156,21 +156,33 @@ def _data_loader(
 
 
 def _area(task: Task) -> tuple[float, float]:
-    share = CUTOUT**2 / (task.images.shape[1] * task.images.shape[2])
+    return _share(task.images.shape[1:3])
+
+
+def _share(size: tuple[int, ...]) -> tuple[float, float]:
+    share = CUTOUT**2 / (size[0] * size[1])
     return share, share
+
+
+def pil_augmentations(size: tuple[int, ...], augment: bool, fill: tuple[int, int, int]) -> list[Any]:
+    """torchvision's transforms of a Pillow image of this height and width to uint8 (3, H, W), with the augmentation or not."""
+    from torchvision import transforms
+
+    steps: list[Any] = []
+    if augment:
+        steps += [transforms.RandomCrop(size, CROP_PAD), transforms.RandomHorizontalFlip()]
+    steps.append(transforms.PILToTensor())
+    if augment:
+        steps.append(transforms.RandomErasing(p=1.0, scale=_share(size), ratio=(1, 1), value=fill))
+    return steps
 
 
 def _pil(task: Task) -> Callable[[Images], Tensor]:
     from PIL import Image
     from torchvision import transforms
 
-    steps: list[Any] = [Image.fromarray]
-    if task.augment:
-        steps += [transforms.RandomCrop(task.images.shape[1:3], CROP_PAD), transforms.RandomHorizontalFlip()]
-    steps.append(transforms.PILToTensor())
-    if task.augment:
-        steps.append(transforms.RandomErasing(p=1.0, scale=_area(task), ratio=(1, 1), value=task.fill))
-    return transforms.Compose(steps)  # type: ignore[no-any-return]
+    steps = pil_augmentations(task.images.shape[1:3], task.augment, task.fill)
+    return transforms.Compose([Image.fromarray, *steps])  # type: ignore[no-any-return]
 
 
 def _v2(task: Task) -> Callable[[Images], Tensor]:

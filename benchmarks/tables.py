@@ -25,7 +25,7 @@ REFERENCE_PEER = "torchvision_pil_2_workers"
 
 
 def load_results(folder: Path, kind: str) -> dict[Path, dict[str, Any]]:
-    """The reports of one kind ("throughput", "accuracy", "validation", "recipes"), in order of their file names. Raises
+    """The reports of one kind ("throughput", "image_folder", "accuracy", ...), in order of their file names. Raises
     UserError, which names a file that is damaged."""
     reports = {path: read_json(path) for path in sorted(folder.glob("*.json"))}
     for path, report in reports.items():
@@ -45,7 +45,11 @@ def _rows(folder: Path, kind: str, table: Callable[[list[dict[str, Any]]], list[
 
 def throughput_block(folder: Path) -> str:
     """What docs/throughput.md has between the two markers, markers included."""
-    return _block(_rows(folder, "throughput", throughput_table))
+    files = _rows(
+        folder, "image_folder", lambda found: [row for report in found for row in ("", *folder_table(report))]
+    )
+    rows = [*_rows(folder, "throughput", throughput_table), *files]
+    return _block(rows if rows[:1] != [""] else rows[1:])
 
 
 def accuracy_block(folder: Path) -> str:
@@ -132,6 +136,32 @@ def ratios(report: dict[str, Any]) -> dict[str, str]:
         ),
         "model FLOP utilisation, of the machine's matrix products": _ratio(report, "model_flop_utilisation", "{:.1%}"),
     }
+
+
+def folder_table(report: dict[str, Any]) -> list[str]:
+    """Of a report of throughput.py --folder, a row for each stage with its ratios, and below it the command."""
+    from benchmarks.image_folder import LABELS
+
+    found, settings = report["ratios"], report["settings"]
+    rows = [
+        f"| {settings['images']:,} image files, images/s, median; ratios: median of paired ratios | {_machine(report)} | "
+        "over ImageFolder, not augmented | over ImageFolder, augmented |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, words in LABELS.items():
+        over = [found.get(f"{name}_over_{theirs}") for theirs in ("image_folder_plain", "image_folder")]
+        cells = " | ".join("" if ratio is None else f"{ratio:.1f}x" for ratio in over)
+        rows.append(f"| {words} | {_cell(report, name)} | {cells} |")
+    height, width = settings["image_size"]
+    seconds = settings["images"] / report["stages"]["later_start"]["median"]
+    return [
+        *rows,
+        "",
+        f"- {settings['training_images']:,} training images of {height} x {width}, batch {settings['batch_size']}, "
+        f"{settings['backend']} pipeline, torch {report['versions']['torch']}, torchvision {report['versions']['torchvision']}; "
+        f"n = {report['stages']['decode']['repeats']}; load average {_load(report)}. A later start takes {seconds:.2f} s. Pixels "
+        f"of both ways differ by at most {settings['largest_difference']} of 255. `{report['command']}`",
+    ]
 
 
 def fastest_reference(report: dict[str, Any]) -> str | None:

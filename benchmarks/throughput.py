@@ -1,6 +1,7 @@
 """Images per second of the input pipeline, the training step and training as a whole; what limits it; other pipelines' speed.
 
 python benchmarks/throughput.py [--quick] [--json FILE] [--ablations] [--profile FILE] [section.key=value ...]
+python benchmarks/throughput.py --folder DIR [--json FILE] [section.key=value ...]
 """
 
 from __future__ import annotations
@@ -51,8 +52,13 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--config", default=str(ROOT / "configs" / "onecycle.yaml"), help="the recipe (onecycle.yaml)")
     result.add_argument("--data-root", metavar="DIR", help="measure on the CIFAR-10 in DIR; default: random images")
+    result.add_argument(
+        "--folder",
+        metavar="DIR",
+        help="measure how image files become batches: those in DIR, by torchvision's ImageFolder and in this project's ways",
+    )
     result.add_argument("--quick", action="store_true", help="within a minute: few repeats, one peer, 10,000 images")
-    result.add_argument("--repeats", type=whole(), help="samples a stage (default: 9, with --quick 3)")
+    result.add_argument("--repeats", type=whole(), help="samples a stage (default: 9, with --quick or --folder 3)")
     result.add_argument(
         "--peers",
         action=argparse.BooleanOptionalAction,
@@ -97,10 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_report(options.json, report)
 
     with explained() as outcome:
-        report = measure(options, lambda line: print(line, flush=True), save)
+        measured = measure_files if options.folder else measure
+        report = measured(options, lambda line: print(line, flush=True), save)
         save(report)
         print(json.dumps(report))
-        for name in report["wrong_pixels"]:
+        for name in report.get("wrong_pixels", []):
             print(f"error: {name}: {report['left_out'][name]}", file=sys.stderr)
             outcome.code = 1
     return outcome.code
@@ -115,7 +122,7 @@ def recipe(options: argparse.Namespace) -> Config:
     from train.config import ConfigError, load_config
 
     wanted = {
-        "data.name": "cifar10" if options.data_root else "synthetic",
+        "data.name": "folder" if options.folder else "cifar10" if options.data_root else "synthetic",
         "data.root": options.data_root or "data",
         "data.download": "false",
         "net.width": str(GPU_WIDTH if torch.cuda.is_available() else CPU_WIDTH),
@@ -134,6 +141,16 @@ def recipe(options: argparse.Namespace) -> Config:
                     f"augment.{key}: {asked} here, {theirs} in the other pipelines; measure without them: --no-peers"
                 )
     return config
+
+
+def measure_files(
+    options: argparse.Namespace, say: Callable[[str], None], save: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """What --folder asks for."""
+    from benchmarks.image_folder import check, measure_folder
+
+    check(options)
+    return measure_folder(options, recipe(options), say)
 
 
 def measure(
