@@ -26,6 +26,8 @@ def _import_matplotlib() -> None:
     that uses it too are left as they are."""
     try:
         import matplotlib
+    except ImportError:
+        raise  # it is not there, or broken
     except Exception:  # ValueError for a backend, and for the file whatever reading it raises
         for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
             del sys.modules[name]  # what the half import has left

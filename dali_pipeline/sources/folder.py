@@ -18,19 +18,21 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
 from dali_pipeline.dataset import DataError, Dataset, some
-from dali_pipeline.decoded import DecodedImages, Wanted, decoded_images
 from dali_pipeline.errors import at_home
-from dali_pipeline.image_files import Decoded, ImageFiles
 from dali_pipeline.options import key
 from dali_pipeline.progress import Say
 from dali_pipeline.regular import read_regular
 from dali_pipeline.sources.own_images import SPLITS, Listing, OwnImages, assemble
 from dali_pipeline.words import printable_path
+
+if TYPE_CHECKING:
+    from dali_pipeline.decoded import DecodedImages
+    from dali_pipeline.image_files import Decoded
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 SPLIT_NAMES = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
@@ -68,6 +70,10 @@ class Folder(OwnImages):
 
     def decode(self, root: Path, found: Found, say: Say | None) -> tuple[DecodedImages, str]:
         """The files' images, in their order, and what decoded them. Raises DataError."""
+        # here, as what decodes images is slow to import
+        from dali_pipeline.decoded import Wanted, decoded_images
+        from dali_pipeline.image_files import ImageFiles
+
         reader = ImageFiles(self.image_size, self.image_size, self.resize, self.decoder)
 
         def read(start: int, stop: int) -> Iterator[Decoded]:

@@ -16,20 +16,19 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
-from PIL import __version__ as pillow_version
 
 from dali_pipeline.dataset import DataError, Dataset, Labels
-from dali_pipeline.decoded import Wanted, decoded_images
-from dali_pipeline.image_files import Decoded, cpu_threads
-from dali_pipeline.images import Resize, fit_rgb
 from dali_pipeline.progress import Say
 from dali_pipeline.sources.own_images import SPLITS, Listing, OwnImages, assemble
 from dali_pipeline.words import printable_path
+
+if TYPE_CHECKING:
+    from dali_pipeline.image_files import Decoded
+    from dali_pipeline.images import Resize
 
 # by split, the names of images and labels; the first that are there count
 NAMES = {
@@ -45,6 +44,11 @@ class Npz(OwnImages):
     """Images and labels in one .npz file."""
 
     def load(self, root: Path, *, download: bool, say: Say | None) -> Dataset:
+        # here, as what decodes images is slow to import
+        from PIL import __version__ as pillow_version
+
+        from dali_pipeline.decoded import Wanted, decoded_images
+
         path = _file(root)
         where = printable_path(path)
         try:
@@ -190,6 +194,8 @@ def _listing(parts: list[_Part], labels: list[Labels], where: str) -> Listing:
 
 def _images(path: Path, parts: list[_Part], start: int, stop: int, size: int, resize: Resize) -> Iterator[Decoded]:
     """The images from one place up to another, over all splits; a compressed array is read from its beginning."""
+    from dali_pipeline.image_files import Decoded, cpu_threads
+
     first = 0
     with zipfile.ZipFile(path) as archive, ThreadPoolExecutor(cpu_threads()) as workers:
         for part in parts:
@@ -214,4 +220,8 @@ def _images(path: Path, parts: list[_Part], start: int, stop: int, size: int, re
 
 
 def _fit(image: npt.NDArray[np.uint8], size: int, resize: Resize) -> npt.NDArray[np.uint8]:
+    from PIL import Image
+
+    from dali_pipeline.images import fit_rgb
+
     return fit_rgb(Image.fromarray(np.broadcast_to(image, (*image.shape[:2], 3)).copy()), size, size, resize)

@@ -5,26 +5,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from dali_pipeline.dataset import DataError, Dataset, Labels, Split, some, with_statistics
-from dali_pipeline.decoded import DecodedImages
 from dali_pipeline.hold_out import chosen_by_hash
-from dali_pipeline.images import Made
 from dali_pipeline.options import key
 from dali_pipeline.sources.source import Source
 from dali_pipeline.words import printable_path
 
+if TYPE_CHECKING:
+    from dali_pipeline.decoded import DecodedImages
+
 SPLITS = ("train", "validation", "test")
 UNEVEN = 1.5  # from this ratio of the largest class to the smallest on, the log gives both
-MADE = {
-    Made.OPAQUE: "with transparent parts, which became white",
-    Made.EIGHT_BITS: "of more than 8 bits a channel, which became 8",
-    Made.FIRST_FRAME: "of several frames, of which the first was taken",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +108,14 @@ def _as_slice(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64] | slice:
 
 
 def _made(decoded: DecodedImages) -> list[str]:
-    counts = {words: int(np.count_nonzero(decoded.made & kind)) for kind, words in MADE.items()}
+    from dali_pipeline.images import Made  # here, as what decodes images is slow to import
+
+    kinds = {
+        Made.OPAQUE: "with transparent parts, which became white",
+        Made.EIGHT_BITS: "of more than 8 bits a channel, which became 8",
+        Made.FIRST_FRAME: "of several frames, of which the first was taken",
+    }
+    counts = {words: int(np.count_nonzero(decoded.made & kind)) for kind, words in kinds.items()}
     return [f"{count:,} image{'s' * (count > 1)} {words}" for words, count in counts.items() if count]
 
 

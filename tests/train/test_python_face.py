@@ -152,7 +152,7 @@ BAD: dict[str, tuple[Any, tuple[Any, ...], str]] = {
         (),
         "schedule.peak_epoch: 9 lies after the end of the training",
     ),
-    "a section that is none": (Config(data=None), (), "data: expected keys below it, found None"),
+    "a section that is none": (Config(data=3), (), "data: expected keys below it, found 3"),
     "data without a name": (Config(data=DataOptions(name="cifar-11")), (), "data.name: 'cifar-11'"),
     "a pair of run keys": (Config(run=RunOptions(checkpoint_every="2 days")), (), "run.checkpoint_every: '2 days'"),
     "an unknown key": ({"train": {"epoch": 3}}, (), "train.epoch: unknown key, did you mean epochs?"),
