@@ -13,7 +13,7 @@ import torch
 
 from train.config import checkpoint_interval, to_dict
 from train.disk.checkpoint import CheckpointError, on_host, save_last
-from train.disk.folder import RunFolder
+from train.disk.folder import RunFolder, RunFolderError
 from train.disk.snapshot import DataFacts, Position, Snapshot, load_snapshot
 from train.failpoints import failpoint
 from train.machine.signals import Interrupted
@@ -74,7 +74,13 @@ class Run:
         if self.config.run.tensorboard and folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=position.epoch + 1)  # type: ignore[no-untyped-call]
+            events = folder.path / "tensorboard"
+            try:
+                self.writer = SummaryWriter(str(events), purge_step=position.epoch + 1)  # type: ignore[no-untyped-call]
+            except OSError as error:
+                raise RunFolderError(
+                    f"{events}: cannot be written: {error.strerror}; choose another run.dir= or leave run.tensorboard off"
+                ) from None
 
     def train(self) -> None:
         """Train the epochs that are left."""

@@ -155,6 +155,14 @@ def test_what_is_wrong_is_named_with_the_file(
     assert str(refused.value).startswith(f"{tmp_path}") and said in str(refused.value)
 
 
+@pytest.mark.parametrize("found", [torch.zeros(3), "3", None, 3.0, True, 99, "x" * 50_000])
+def test_a_format_that_is_no_known_number_is_refused(run: tuple[Path, Config], tmp_path: Path, found: object) -> None:
+    save_checkpoint(tmp_path / "last.pt", load_checkpoint(run[0] / "last.pt") | {"format": found})
+    with pytest.raises(CheckpointError, match=r"last\.pt: of format .*, this version reads format 3") as refused:
+        load_checkpoint(tmp_path / "last.pt")
+    assert len(str(refused.value)) < 1500
+
+
 def test_what_fits_differs_neither_in_names_nor_in_shapes() -> None:
     expected = {"a": torch.zeros(2), "b": [1, {"c": None}], "d": 0.5}
     assert misfit({"a": torch.ones(2), "b": [7, {"c": True}], "d": 3}, expected, "state") is None

@@ -135,8 +135,8 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
     except Exception as error:  # crafted bytes can make torch's unpickler raise any error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path}: refused, it does not hold plain tensors and numbers: {reason}") from None
-    if not isinstance(state, dict) or state.get("format") not in READABLE_FORMATS:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    if not isinstance(state, dict) or type(found) is not int or found not in READABLE_FORMATS:
         raise CheckpointError(
             f"{path}: of format {found!r}, this version reads format {FORMAT}; use the version that wrote it"
         )

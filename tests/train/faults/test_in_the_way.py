@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from places import CONFIGS
 
 from train.__main__ import main
+from train.config import Config, changed
 from train.disk.checkpoint import save_checkpoint
 from train.disk.folder import FOLDERS, WRITTEN, RunFolder, RunFolderError
+from train.run import fit
+from train.screen.log import Log
 
 HOW: list[dict[str, bool]] = [{}, {"overwrite": True}, {"range_test": True}, {"resume": True}]
 
@@ -70,3 +76,18 @@ def test_a_run_folder_that_cannot_be_is_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_tensorboard_folder_that_cannot_be_written_is_named(
+    quick_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: str, purge_step: int) -> None:
+        raise PermissionError(13, "Permission denied", f"{folder}/events.out.tfevents.1")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=refuse))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    config = changed(quick_config, {"run.tensorboard": True, "data.backend": "torch"})
+    with pytest.raises(
+        RunFolderError, match=r"run/tensorboard: cannot be written: Permission denied; .*run\.tensorboard"
+    ):
+        fit(config, tmp_path / "run", log=Log(quiet=True))
