@@ -21,7 +21,7 @@ from dali_pipeline.regular import read_regular
 from net.interface import Network
 from net.options import NetOptions
 from train.config import Config, ConfigError, from_record, load_config
-from train.disk.content import is_epoch
+from train.disk.content import is_epoch, is_number
 from train.disk.folder import MOST_BYTES, own_folder, read_metrics
 from train.disk.snapshot import Snapshot, load_snapshot
 from train.machine.runtime import Runtime, RuntimeUnavailable, prepare
@@ -167,7 +167,7 @@ def load_run(
         class_names=class_names,
         metrics=_metrics(path, snapshot, notes),
         environment=environment,
-        summary=_read_json(path / "summary.json", []),
+        summary=_read_json(path / "summary.json", notes),
         notes=notes,
         data=_load_data(config, snapshot, where, data_root, download, notes) if need_data else None,
     )
@@ -232,7 +232,29 @@ def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{path.name} cannot be read ({error}): left out")
         return {}
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        notes.append(f"{path.name} holds a {type(content).__name__}: left out")
+        return {}
+    wrong = [name for name, value in content.items() if not _is_recorded(name, value)]
+    if wrong:
+        notes.append(f"{path.name}: not what a run writes, and left out: {', '.join(wrong)}")
+    return {name: value for name, value in content.items() if name not in wrong}
+
+
+def _is_recorded(name: str, value: Any) -> bool:
+    """Whether a value of environment.json or summary.json can be what a run writes, as far as the analysis computes with it."""
+    if name == "precision":
+        return isinstance(value, str) and value in ("fp32", "bf16", "fp16")
+    if name in ("device", "device_name"):
+        return value is None or isinstance(value, str)
+    if name == "channels_last":
+        return isinstance(value, bool)
+    if name == "test":
+        return isinstance(value, dict) and all(
+            isinstance(part, dict) and is_number(part.get("accuracy")) and is_number(part.get("epoch"))
+            for part in value.values()
+        )
+    return is_number(value) if name.startswith("last_") else True
 
 
 def _metrics(path: Path, snapshot: Snapshot, notes: list[str]) -> list[dict[str, Any]]:

@@ -27,13 +27,16 @@ class TooLarge(OSError):
 
 
 def kind_in_the_way(path: Path) -> str | None:
-    """What lies at `path` where a file is to be written: "a folder", "a named pipe" ...; None where nothing or a regular file
-    does, or a link, which is replaced."""
-    try:
-        mode = path.lstat().st_mode
-    except OSError:
-        return None
-    return None if stat.S_ISREG(mode) or stat.S_ISLNK(mode) else _kind(mode)
+    """What lies at `path` where a file is to be written: "a folder", "a symbolic link to a device" ...; None where nothing or a
+    regular file does, or a link to either, which is replaced."""
+    for look, words in ((Path.lstat, ""), (Path.stat, "a symbolic link to ")):
+        try:
+            mode = look(path).st_mode
+        except OSError:
+            return None
+        if not stat.S_ISLNK(mode):
+            return None if stat.S_ISREG(mode) else words + _kind(mode)
+    return None
 
 
 def open_regular(path: Path) -> FileIO:

@@ -456,6 +456,27 @@ def test_report_in_a_browser_shows_every_image_in_light_and_dark_and_fits_a_phon
 # runs that are not whole
 
 
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("environment.json", {"precision": [1], "device": {"x": 1}, "device_name": 3, "channels_last": "yes"}),
+        ("environment.json", {"precision": True}),
+        ("environment.json", [1]),
+        ("summary.json", {"test": [1], "last_accuracy": "high", "last_test_tta_accuracy": None}),
+        ("summary.json", {"test": {"best.pt": {"epoch": 3}, "last.pt": 7}, "chosen_on": "validation"}),
+        ("summary.json", "x"),
+    ],
+)
+def test_records_with_values_that_no_run_writes_are_left_out_and_named(copied: Path, name: str, damage: Any) -> None:
+    whole = json.loads((copied / name).read_text())
+    (copied / name).write_text(json.dumps(whole | damage if isinstance(damage, dict) else damage))
+    said: list[str] = []
+    run = load_run(copied, device="cpu", need_data=False, say=said.append)
+    run.caption()
+    predictions.eval_step(run)
+    assert any(line.startswith(f"note: {name}") and "left out" in line for line in said)
+
+
 def test_an_interrupted_run_is_analysed_with_what_is_there(copied: Path, tmp_path: Path) -> None:
     for name in ("best.pt", "previous.pt", "metrics.jsonl", "summary.json", "environment.json"):
         (copied / name).unlink(missing_ok=True)

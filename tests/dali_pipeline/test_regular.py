@@ -64,6 +64,7 @@ def test_what_stands_in_the_way_of_a_file_is_named_and_a_file_or_link_does_not(
     monkeypatch.chdir(tmp_path)
     lay(kind, Path("it"))
     Path("file").touch()
-    Path("link").symlink_to("it")
-    assert kind_in_the_way(Path("it")) == kind
-    assert [kind_in_the_way(Path(name)) for name in ("file", "link", "none")] == [None] * 3
+    for name, target in (("link", "it"), ("to a file", "file"), ("dangling", "nowhere")):
+        Path(name).symlink_to(target)
+    assert kind_in_the_way(Path("it")) == kind and kind_in_the_way(Path("link")) == f"a symbolic link to {kind}"
+    assert [kind_in_the_way(Path(name)) for name in ("file", "to a file", "dangling", "none")] == [None] * 4

@@ -153,7 +153,7 @@ def test_a_folder_or_a_pipe_is_not_replaced_by_a_file(tmp_path: Path, kind: str,
         path.symlink_to(target)
     target.mkdir() if kind == "folder" else os.mkfifo(target)
     before = path.lstat()
-    with pytest.raises(WriteError, match="no regular file"):
+    with pytest.raises(WriteError, match="not a regular file"):
         write_atomic(path, b"new")
     assert os.path.samestat(path.lstat(), before)
     assert {p.name for p in tmp_path.iterdir()} == {path.name, target.name}

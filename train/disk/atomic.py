@@ -47,14 +47,14 @@ def write_atomic(path: Path, content: bytes, keep_previous: Path | None = None) 
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        if path.exists() and not path.is_file():
-            raise OSError(errno.EINVAL, "it is there and no regular file")
+        if kind := kind_in_the_way(path):
+            raise OSError(errno.EINVAL, f"it is {kind}, not a regular file")
         with open_new(temporary) as file:
             file.write(content)
             file.flush()
             failpoint("write")
             os.fsync(file.fileno())
-        if keep_previous is not None and path.exists():
+        if keep_previous is not None and path.is_file():
             _keep(path, keep_previous)
             failpoint("previous written")
         temporary.replace(path)

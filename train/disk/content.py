@@ -59,7 +59,7 @@ def misfit(found: Any, expected: Any, name: str) -> str | None:
 
 def is_epoch(entry: Any) -> bool:
     """A line of the metrics: numbers by name, among them the loss and the accuracy of an evaluation."""
-    if not (_named(_number)(entry) and all(name in entry for name in OF_EACH_EPOCH)):
+    if not (_named(is_number)(entry) and all(name in entry for name in OF_EACH_EPOCH)):
         return False
     measures = recorded(entry)
     positive = entry["seconds"] > 0 and entry["images_per_second"] > 0
@@ -91,8 +91,8 @@ def _tensor(value: Any) -> bool:
     )
 
 
-def _number(value: Any) -> bool:
-    """A finite one; true is none."""
+def is_number(value: Any) -> bool:
+    """Whether this is a finite number; true is none."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return abs(value) < 10**18 if isinstance(value, int) else math.isfinite(value)
@@ -121,18 +121,18 @@ def _text(value: Any) -> bool:
 
 
 def _positive(value: Any) -> bool:
-    return _number(value) and value > 0
+    return is_number(value) and value > 0
 
 
 def _not_negative(value: Any) -> bool:
-    return _number(value) and value >= 0
+    return is_number(value) and value >= 0
 
 
 RULES = {
     "model": Rule("tensors by name", _named(_tensor)),
     "ema": Rule("tensors by name, or null", lambda value: value is None or _named(_tensor)(value)),
     "optimizer": Rule("the states of optimizers by name", _named(lambda part: isinstance(part, Mapping))),
-    "scaler": Rule("numbers by name", _named(_number)),
+    "scaler": Rule("numbers by name", _named(is_number)),
     "steps_per_epoch": Rule("a whole number above 0", lambda value: _count(value) and value > 0),
     "times": Rule(
         f"seconds, for {', '.join(f.name for f in fields(Times))}",
@@ -144,17 +144,17 @@ RULES = {
     "config": Rule("sections of keys", _named(_named(lambda part: True))),
     "epoch": Rule("a whole number from 0", _count),
     "step": Rule("a whole number from 0", _count),
-    "step_losses": Rule("a list of finite numbers", _list_of(_number)),
+    "step_losses": Rule("a list of finite numbers", _list_of(is_number)),
     "step_correct": Rule("a list of whole numbers from 0", _list_of(_count)),
     "seconds": Rule("a number from 0", _not_negative),
-    "best_accuracy": Rule("a percentage, or -1", lambda value: _number(value) and -1 <= value <= 100),
+    "best_accuracy": Rule("a percentage, or -1", lambda value: is_number(value) and -1 <= value <= 100),
     "best_epoch": Rule("a whole number from 0", _count),
     "metrics": Rule("a list with the numbers of each epoch by name", _list_of(is_epoch)),
     "lr_max": Rule("a number above 0", _positive),
     "lr_min": Rule("a number above 0", _positive),
     "data_name": Rule("text", _text),
     "class_names": Rule("a list of text", _list_of(_text)),
-    "mean": Rule("three numbers", _list_of(_number, 3)),
+    "mean": Rule("three numbers", _list_of(is_number, 3)),
     "std": Rule("three numbers from 0", _list_of(_not_negative, 3)),
     "fill": Rule("three whole numbers from 0 to 255", _list_of(lambda part: _count(part) and part <= 255, 3)),
     "height": Rule("a whole number above 0", lambda value: _count(value) and value > 0),

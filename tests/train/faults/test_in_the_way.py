@@ -25,12 +25,14 @@ def lay(kind: str, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     if kind == "a folder":
         path.mkdir()
-    else:
+    elif kind == "a named pipe":
         os.mkfifo(path)
+    else:
+        path.symlink_to(os.devnull)
 
 
-@pytest.mark.parametrize("kind", ["a folder", "a named pipe"])
-@pytest.mark.parametrize("name", [*WRITTEN, ".lock", ".lock.pid"])
+@pytest.mark.parametrize("kind", ["a folder", "a named pipe", "a symbolic link to a device"])
+@pytest.mark.parametrize("name", [*WRITTEN, ".lock.pid"])
 def test_what_is_no_file_in_the_place_of_one_is_refused_by_name(tmp_path: Path, name: str, kind: str) -> None:
     path = tmp_path / "run" / name
     lay(kind, path)
@@ -39,7 +41,7 @@ def test_what_is_no_file_in_the_place_of_one_is_refused_by_name(tmp_path: Path, 
             save_checkpoint(tmp_path / "run" / "last.pt", {})
         with pytest.raises(RunFolderError, match=rf"run/{name}: is {kind}, not a regular file.*another run\.dir="):
             RunFolder(tmp_path / "run", **how)
-    assert path.is_dir() if kind == "a folder" else path.is_fifo()
+    assert {"a folder": path.is_dir(), "a named pipe": path.is_fifo()}.get(kind, path.is_char_device())
 
 
 @pytest.mark.parametrize("kind", ["a file", "a named pipe"])
