@@ -150,7 +150,9 @@ def folder_table(report: dict[str, Any]) -> list[str]:
     ]
     for name, words in LABELS.items():
         over = [found.get(f"{name}_over_{theirs}") for theirs in ("image_folder_plain", "image_folder")]
-        cells = " | ".join("" if ratio is None else f"{ratio:.1f}x" for ratio in over)
+        cells = " | ".join(
+            "" if ratio is None else f"{ratio:.1f}x" if ratio < 10 else f"{ratio:.0f}x" for ratio in over
+        )
         rows.append(f"| {words} | {_cell(report, name)} | {cells} |")
     height, width = settings["image_size"]
     seconds = settings["images"] / report["stages"]["later_start"]["median"]

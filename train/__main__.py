@@ -157,7 +157,10 @@ def _analyse(folder: Path, config: Config, log: Log) -> None:
             f"WARNING: the run is complete, its analysis is not: {_reason(error)}. Again with: python -m analysis {folder}"
         )
         return
-    log(f"next           open {report}; python -m analysis.compare {folder} OTHER-RUN")
+    log(
+        f"next           open {report}; python -m analysis.predict {folder} IMAGES; "
+        f"python -m analysis.compare {folder} OTHER-RUN"
+    )
 
 
 def _draw_range_test(log: Log, folder: Path) -> None:

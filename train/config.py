@@ -241,6 +241,15 @@ def _check_tree(tree: Any) -> dict[str, dict[str, Any]]:
     return tree
 
 
+def check_batch_size(batch_size: int, images: int, name: str) -> None:
+    """Raises ConfigError where a batch holds more images than the data set `name` has for training."""
+    if batch_size > images:
+        fitting = 1 << max(images.bit_length() - 1, 0)
+        raise ConfigError(
+            f"train.batch_size: {batch_size} is more than the {images} training images of {name}; train.batch_size={fitting} fits"
+        )
+
+
 def _check_together(config: Config) -> None:
     """Checks that involve more than one key. Raises ConfigError."""
     checkpoint_interval(config.run.checkpoint_every)
@@ -248,10 +257,8 @@ def _check_together(config: Config) -> None:
     source = source_of(config.data)
     # where it is known without reading the data, a wrong size is refused before torch is imported or anything downloaded
     images = source.training_images()
-    if images is not None and train.batch_size > images:
-        raise ConfigError(
-            f"train.batch_size: {train.batch_size} is more than the {images} training images of {config.data.name}"
-        )
+    if images is not None:
+        check_batch_size(train.batch_size, images, config.data.name)
     held = config.data.validation
     if isinstance(held, float) and held >= 1:
         raise ConfigError(

@@ -18,7 +18,7 @@ from dali_pipeline.dataset import Dataset
 from net.options import parts_of
 from train.agreement import asked_of, disagreement, facts_of
 from train.compiling import Choice
-from train.config import Config, ConfigError
+from train.config import Config, ConfigError, check_batch_size
 from train.disk.initial import InitialWeights, load_initial_weights
 from train.failpoints import failpoint
 from train.machine.distributed import OtherProcessFailed, from_environment, name_of_process, process_group
@@ -240,10 +240,7 @@ class Session:
 
     def _check_fit(self, dataset: Dataset) -> None:
         train, world = self.config.train, self.group.world_size
-        if train.batch_size > len(dataset.train):
-            raise ConfigError(
-                f"train.batch_size: {train.batch_size} is more than the {len(dataset.train)} training images of {dataset.name}"
-            )
+        check_batch_size(train.batch_size, len(dataset.train), dataset.name)
         for key in ("batch_size", "eval_batch_size"):
             if getattr(train, key) % world:
                 raise ConfigError(f"train.{key}: {getattr(train, key)} does not divide by the {world} processes")

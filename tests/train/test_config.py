@@ -27,6 +27,7 @@ from train.config import (
     StrictLoader,
     changed,
     changes,
+    check_batch_size,
     checkpoint_interval,
     find_recipe,
     from_dict,
@@ -620,3 +621,12 @@ def test_print_config_prints_what_loads_back(tmp_path: Path) -> None:
     assert result.returncode == 0
     path = write(tmp_path, result.stdout)
     assert load_config(path) == load_config(CONFIGS / "quickstart.yaml", ["train.seed=7"])
+
+
+@pytest.mark.parametrize(("images", "fitting"), [(14, 8), (64, 64), (1, 1), (50_000, 32_768)])
+def test_a_batch_of_more_images_than_there_are_is_refused_with_one_that_fits(images: int, fitting: int) -> None:
+    check_batch_size(fitting, images, "folder")
+    with pytest.raises(
+        ConfigError, match=f"more than the {images} training images of folder; train.batch_size={fitting} fits"
+    ):
+        check_batch_size(images + 1, images, "folder")
