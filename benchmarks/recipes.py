@@ -200,6 +200,12 @@ def table(report: dict[str, Any]) -> list[str]:
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw the accuracy of each candidate against the epochs that it trains, without and with six views."""
+    from analysis.plotting import drawn
+
+    drawn(_draw)(report, path)
+
+
+def _draw(report: dict[str, Any], path: Path) -> None:
     from analysis.style import BLUE, GREEN, ORANGE, VERMILLION, new_figure, save
 
     caption = f"width {report['recipe']['net']['width']}, held-out training images, n = {report['runs']}"

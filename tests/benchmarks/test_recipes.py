@@ -110,4 +110,6 @@ def test_a_campaign_goes_on_where_it_was(
     report = json.loads((tmp_path / "found.json").read_text())
     assert report == json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["accuracies"]["shift_accuracy"]["n"] for row in report["rows"]] == [2, 2]
-    assert recipes.main([*words, "--runs", "0"]) == 2
+    with pytest.raises(SystemExit) as refused:
+        recipes.main([*words, "--runs", "0"])
+    assert refused.value.code == 2
