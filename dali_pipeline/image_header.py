@@ -1,9 +1,13 @@
-"""Which image files are of the plain kinds that DALI decodes to the same pixels as Pillow: read off their first bytes.
+"""Which image files are of the plain kinds that DALI decodes to the same pixels as Pillow: read off their structure.
 
-Everything else is left to Pillow: odd kinds, several frames, transparency, more than 8 bits, a file that is cut off.
+Everything else is left to Pillow: odd kinds, several frames, transparency, more than 8 bits, a file that is cut off or whose
+parts do not hold together.
 """
 
 from __future__ import annotations
+
+import re
+import zlib
 
 Size = tuple[int, int]  # height, width, before any turning
 
@@ -40,24 +44,105 @@ def _sized(height: int, width: int) -> Size | None:
 
 
 def _jpeg(data: bytes) -> Size | None:
+    """Walks every segment up to the end of the image."""
     if data[-2:] != b"\xff\xd9":  # cut off, or something follows the image
         return None
-    place = 2
-    while data[place] == 0xFF:
+    end, place = len(data) - 2, 2
+    size: Size | None = None
+    components: dict[int, int] = {}  # of the frame: by identifier, its quantisation table
+    quantisation: set[int] = set()
+    huffman: set[int] = set()
+    scans = 0
+    while place < end:
+        if data[place] != 0xFF:
+            return None
         marker = data[place + 1]
-        if marker in _START_OF_FRAME:
-            if data[place + 4] != 8 or data[place + 9] not in (1, 3, 4):
-                return None
-            return _sized(_number(data, place + 5, 2), _number(data, place + 7, 2))
         if marker == 0xFF:  # padding
             place += 1
-        elif marker in _WITHOUT_LENGTH:
+            continue
+        if marker in _WITHOUT_LENGTH:
             place += 2
-        elif marker < 0xC0 or marker in (0xD8, 0xD9, 0xDA) or (0xC3 <= marker <= 0xCF and marker != 0xC4):
+            continue
+        if marker < 0xC0 or marker in (0xD8, 0xD9) or (0xC3 <= marker <= 0xCF and marker != 0xC4):
             return None
-        else:
-            place += 2 + _number(data, place + 2, 2)
-    return None
+        length = _number(data, place + 2, 2)
+        segment = data[place + 4 : place + 2 + length]
+        place += 2 + length
+        if length < 2 or place > end:
+            return None
+        if marker == 0xDB and not _quantisation_tables(segment, quantisation):
+            return None
+        if marker == 0xC4 and not _huffman_tables(segment, huffman):
+            return None
+        if marker in _START_OF_FRAME:
+            count = segment[5]
+            if size or segment[0] != 8 or count not in (1, 3, 4) or len(segment) != 6 + 3 * count:
+                return None
+            for at in range(6, len(segment), 3):
+                across, down = segment[at + 1] >> 4, segment[at + 1] & 15
+                if not (1 <= across <= 4 and 1 <= down <= 4):
+                    return None
+                components[segment[at]] = segment[at + 2]
+            size = _sized(_number(segment, 1, 2), _number(segment, 3, 2))
+            if size is None or len(components) != count:
+                return None
+        if marker == 0xDA:
+            if size is None or not _scan(segment, components, quantisation, huffman):
+                return None
+            scans += 1
+            found = _AFTER_SCAN.search(data, place)
+            place = end if found is None else found.start()
+    return size if scans else None
+
+
+# a marker that ends a scan: neither a stuffed byte nor a restart
+_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+
+
+def _quantisation_tables(segment: bytes, known: set[int]) -> bool:
+    at = 0
+    while at < len(segment):
+        precision, table = segment[at] >> 4, segment[at] & 15
+        at += 1 + 64 * (1 + precision)
+        if precision > 1 or table > 3 or at > len(segment):
+            return False
+        known.add(table)
+    return True
+
+
+def _huffman_tables(segment: bytes, known: set[int]) -> bool:
+    """Whether each table has a code for each of its symbols, and none left that is all ones."""
+    at = 0
+    while at < len(segment):
+        table, counts = segment[at], segment[at + 1 : at + 17]
+        total, free = sum(counts), 1
+        for count in counts:
+            free = 2 * free - count
+            if free < 1:
+                return False
+        at += 17 + total
+        if len(counts) < 16 or total > 256 or table & 15 > 3 or table >> 4 > 1 or at > len(segment):
+            return False
+        known.add(table)
+    return True
+
+
+def _scan(segment: bytes, components: dict[int, int], quantisation: set[int], huffman: set[int]) -> bool:
+    """Whether the head of a scan names components of the frame and tables that were given before it."""
+    count = segment[0]
+    if not 1 <= count <= 4 or len(segment) != 4 + 2 * count:
+        return False
+    first, last = segment[1 + 2 * count], segment[2 + 2 * count]
+    if first > last or last > 63 or len({segment[at] for at in range(1, 1 + 2 * count, 2)}) != count:
+        return False
+    for at in range(1, 1 + 2 * count, 2):
+        component, direct, alternating = segment[at], segment[at + 1] >> 4, segment[at + 1] & 15
+        if components.get(component) not in quantisation:
+            return False
+        # a scan of a progressive image may need one of the two alone
+        if (first == 0 and direct not in huffman) or (last > 0 and 16 + alternating not in huffman):
+            return False
+    return True
 
 
 def _png(data: bytes) -> Size | None:
@@ -68,7 +153,10 @@ def _png(data: bytes) -> Size | None:
         # transparency, an animation, an orientation
         if len(kind) < 4 or kind in (b"tRNS", b"acTL", b"eXIf"):
             return None
-        place += 12 + _number(data, place, 4)
+        end = place + 8 + _number(data, place, 4)
+        if zlib.crc32(data[place + 4 : end]) != _number(data, end, 4):
+            return None
+        place = end + 4
     return _sized(_number(data, 20, 4), _number(data, 16, 4)) if len(data) == place + 12 else None
 
 

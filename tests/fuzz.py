@@ -1,6 +1,6 @@
-"""Damaged recipes, checkpoints and run folders without end, each of which must be refused in one line or do no harm.
+"""Damaged recipes, checkpoints, run folders and image files without end, each of which must be refused in one line or do no harm.
 
-python tests/fuzz.py recipes|checkpoints|folders [--seconds 600] [--seed 0]
+python tests/fuzz.py recipes|checkpoints|folders|images [--seconds 600] [--seed 0]
 
 The last line says how many cases were tried and what came of them. A case that ends in an exception is kept in the folder that
 is named, with its number; `--only NUMBER` repeats it.
@@ -233,7 +233,63 @@ def folders(folder: Path) -> Case:
     return case
 
 
-KINDS = {"recipes": recipes, "checkpoints": checkpoints, "folders": folders}
+def images(folder: Path) -> Case:
+    """Batches of 80 image files, some of them damaged: those that are whole must be read as they are alone, and a damaged one
+    costs at most itself."""
+    import numpy as np
+    from PIL import Image, features
+
+    from dali_pipeline.image_files import ImageFiles
+    from dali_pipeline.images import ImageError, read_image
+
+    noise = np.random.default_rng(0).integers(0, 256, (40, 48, 4), np.uint8)
+    kinds = {"JPEG": ("RGB", "L", "CMYK"), "PNG": ("RGB", "RGBA", "L", "I;16"), "BMP": ("RGB",), "GIF": ("P",)}
+    kinds |= {"TIFF": ("RGB", "CMYK", "F"), "WEBP": ("RGB", "RGBA")}
+    kinds |= {"AVIF": ("RGB",)} if features.check("avif") else {}
+    whole: list[bytes] = []
+    for kind, modes in kinds.items():
+        for mode in modes:
+            image = Image.fromarray(noise, "RGBA").resize((37, 29)).convert("RGB")
+            image = image.convert("L").convert("F") if mode == "F" else image.convert(mode)
+            stream = io.BytesIO()
+            image.save(stream, kind)
+            whole.append(stream.getvalue())
+    paths = [folder / str(number) for number in range(len(whole))]
+    for path, content in zip(paths, whole, strict=True):
+        path.write_bytes(content)
+    expected = [read_image(path, 32, 32) for path in paths]
+    reader = ImageFiles(32, 32)
+
+    def alone(path: Path) -> Any:
+        with contextlib.suppress(ImageError):
+            return read_image(path, 32, 32)
+        return None
+
+    def case(draw: random.Random, here: Path) -> str:
+        chosen = [draw.randrange(len(whole)) for _ in range(80)]
+        bad = {place for place in range(80) if draw.random() < draw.choice((0.02, 0.3))}
+        for place, number in enumerate(chosen):
+            content = whole[number]
+            (here / str(place)).write_bytes(damaged_bytes(draw, content) if place in bad else content)
+        found = list(reader.read([str(here / str(place)) for place in range(80)]))
+        pixels = np.concatenate([part.pixels for part in found])
+        firsts = np.cumsum([0] + [len(part.pixels) for part in found]).tolist()
+        problems = {first + place for first, part in zip(firsts, found, strict=False) for place in part.problems}
+        assert len(pixels) == 80 and problems <= bad, f"refused, and whole: {sorted(problems - bad)}"
+        for place, number in enumerate(chosen):
+            if place not in bad:
+                assert (pixels[place] == expected[number]).all(), f"file {place}: other pixels"
+        differ = 0
+        for place in bad:
+            own = alone(here / str(place))
+            assert (own is None) == (place in problems), f"file {place}: read alone or among others, not both"
+            differ += own is not None and bool((own != pixels[place]).any())
+        return f"batches of which {'some damaged files have' if differ else 'no damaged file has'} other pixels alone"
+
+    return case
+
+
+KINDS = {"recipes": recipes, "checkpoints": checkpoints, "folders": folders, "images": images}
 
 
 def main() -> int:

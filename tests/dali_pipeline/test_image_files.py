@@ -147,6 +147,36 @@ def test_plain_kinds_are_recognised_with_their_size_and_nothing_else_is() -> Non
         assert plain_size(make()) is None or name == "wrong.png", name
 
 
+def test_a_file_whose_parts_do_not_hold_together_is_left_to_pillow() -> None:
+    """DALI 2.4 can crash where it refuses one file of a batch, so a file that it would refuse must not come to it."""
+    jpeg = PLAIN["444.jpg"]()
+    assert plain_size(jpeg) == (45, 67)
+
+    def changed(marker: int, offset: int, value: int) -> bytes:
+        content = bytearray(jpeg)
+        content[jpeg.index(bytes([0xFF, marker])) + offset] = value
+        return bytes(content)
+
+    scan = jpeg.index(b"\xff\xda")
+    for damaged in (
+        changed(0xDB, 1, 0x02),  # a marker that there is not
+        changed(0xDB, 4, 0x50),  # a quantisation table of five bytes a number
+        changed(0xC0, 9, 2),  # a frame of two components
+        changed(0xC0, 11, 0x01),  # a component that is sampled nowhere
+        changed(0xC0, 12, 3),  # its quantisation table was not given
+        changed(0xC4, 5, 200),  # 200 codes of one bit
+        changed(0xC4, 4, 0x03),  # the table that the scan needs has another number
+        changed(0xDA, 5, 9),  # a scan of a component that the frame has not
+        changed(0xDA, 3, 80),  # a segment that ends within the picture's data
+        jpeg[:scan] + jpeg[-2:],  # no scan
+        jpeg[:scan] + jpeg[scan + 14 :],
+    ):
+        assert plain_size(damaged) is None
+    png = bytearray(PLAIN["rgb.png"]())
+    png[png.index(b"IDAT") + 30] ^= 1  # its checksum tells
+    assert plain_size(bytes(png)) is None
+
+
 @pytest.mark.parametrize("resize", ["crop", "squash"])
 def test_dali_gives_the_pixels_of_pillow_to_the_bit(tmp_path: Path, resize: Any) -> None:
     dali()
