@@ -282,9 +282,11 @@ def images(folder: Path) -> Case:
         differ = 0
         for place in bad:
             own = alone(here / str(place))
-            assert (own is None) == (place in problems), f"file {place}: read alone or among others, not both"
-            differ += own is not None and bool((own != pixels[place]).any())
-        return f"batches of which {'some damaged files have' if differ else 'no damaged file has'} other pixels alone"
+            if own is None or place in problems:
+                differ += (own is None) != (place in problems)
+            else:
+                differ += bool((own != pixels[place]).any())
+        return f"damaged files that DALI and Pillow read differently: {'some' if differ else 'none'}"
 
     return case
 
