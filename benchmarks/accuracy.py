@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":  # instead of this folder, whose files could hide packages of the same name
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks.given import reading, whole
+from benchmarks.given import add_finished, finished_runs, parsed, reading, seeds_parser
 from dali_pipeline.errors import UserError
-from train.screen.streams import Parser
 
 if TYPE_CHECKING:
     from dali_pipeline.dataset import Dataset
@@ -55,12 +54,7 @@ class RecipeChanged(UserError):
 
 
 def parser() -> argparse.ArgumentParser:
-    result = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("config", help="the recipe, a YAML file of configs/")
-    result.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the recipe")
-    result.add_argument(
-        "--runs", type=whole(), required=True, metavar="N", help="how many seeds, counted from train.seed"
-    )
+    result = seeds_parser(__doc__)
     result.add_argument(
         "--on",
         choices=("test", "validation"),
@@ -68,31 +62,21 @@ def parser() -> argparse.ArgumentParser:
         help="what to measure: the test set (default), or to choose between recipes without it the images that "
         "data.validation= holds out",
     )
-    result.add_argument("--finished", type=Path, metavar="FILE", help="JSONL of the runs (runs/accuracy/RECIPE.jsonl)")
-    result.add_argument("--json", type=Path, metavar="FILE", help="write the last line of the output here too")
+    add_finished(result, KIND)
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_intermixed_args(arguments)
-    from train.machine.openmp import wait_passively
-
-    wait_passively()  # before torch is imported
-    from benchmarks.machine import command
-    from benchmarks.outcome import explained, write_report
+    options = parsed(parser(), arguments)
+    from benchmarks.outcome import conclude, explained
     from train.config import load_config
     from train.screen.log import Log
 
     log = Log()
-    finished = options.finished or Path("runs/accuracy") / f"{Path(options.config).stem}.jsonl"
     with explained(log) as outcome:
-        report = measure(load_config(options.config, options.overrides), options.runs, finished, log, options.on)
-        report["command"] = command("accuracy", sys.argv[1:] if arguments is None else arguments)
-        for line in lines(report):
-            print(line)
-        if options.json:
-            write_report(options.json, report)
-        print(json.dumps(report))
+        config, finished = load_config(options.config, options.overrides), finished_runs(options, KIND)
+        report = measure(config, options.runs, finished, log, options.on)
+        conclude(report, KIND, arguments, options, lines)
     return outcome.code
 
 

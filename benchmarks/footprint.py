@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
+from benchmarks.given import parsed  # noqa: E402
+
 if TYPE_CHECKING:
     from train.config import Config
     from train.session import Session
@@ -162,10 +164,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--config", default=str(ROOT / "configs" / "onecycle.yaml"))
-    options = parser.parse_intermixed_args()
-    from train.machine.openmp import wait_passively
-
-    wait_passively()  # before torch is imported
+    options = parsed(parser)
     from benchmarks.outcome import explained
     from train.config import load_config
 

@@ -1,16 +1,18 @@
-"""What the benchmarks are given: numbers on the command line, and files of JSON. Imports no torch."""
+"""What the benchmarks are given: their command lines, and files of JSON. Imports no torch."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dali_pipeline.errors import UserError
 from dali_pipeline.regular import read_regular
+from train.machine.openmp import wait_passively
+from train.screen.streams import Parser
 
 MOST = 1_000_000  # of anything that is counted
 MOST_BYTES = 100_000_000  # of a file of JSON
@@ -29,6 +31,38 @@ def whole(at_least: int = 1) -> Callable[[str], int]:
         return number
 
     return convert
+
+
+def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line of a benchmark that trains. Threads that wait are made to sleep, which counts before torch is imported."""
+    options = parser.parse_intermixed_args(arguments)
+    wait_passively()
+    return options
+
+
+def seeds_parser(doc: str | None, overrides: str = "replaces a value of the recipe", **first: Any) -> Parser:
+    """The parser of a measurement over several seeds, with what all of them take; `first` is its first argument, by default the
+    recipe."""
+    result = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument(**(first or {"dest": "config", "help": "the recipe, a YAML file of configs/"}))
+    result.add_argument("overrides", nargs="*", metavar="section.key=value", help=overrides)
+    result.add_argument(
+        "--runs", type=whole(), required=True, metavar="N", help="how many seeds, counted from train.seed"
+    )
+    result.add_argument("--json", type=Path, metavar="FILE", help="write the last line of the output here too")
+    return result
+
+
+def add_finished(parser: Parser, kind: str) -> None:
+    """The option for the file of finished runs, which `finished_runs` reads."""
+    words = f"JSONL of the runs (runs/{kind}/RECIPE.jsonl)"
+    parser.add_argument("--finished", type=Path, metavar="FILE", help=words)
+
+
+def finished_runs(options: argparse.Namespace, kind: str) -> Path:
+    """The file of finished runs: as given, or the recipe's own."""
+    given: Path | None = options.finished
+    return given or Path("runs") / kind / f"{Path(options.config).stem}.jsonl"
 
 
 def read_json(path: Path) -> Any:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # instead of this folder, whose files could hide packages of the same name
 
-from benchmarks.given import whole  # noqa: E402
+from benchmarks.given import parsed, whole  # noqa: E402
 from train.screen.streams import Parser  # noqa: E402
 
 GRID = (0.4, 0.8, 1.6)  # the fixed peak rates
@@ -34,10 +34,7 @@ def main() -> int:
         "--work", type=Path, default=Path("runs/lr_finder"), help="run folders; what is there is not repeated"
     )
     parser.add_argument("--json", type=Path, help="write the result here")
-    options = parser.parse_intermixed_args()
-    from train.machine.openmp import wait_passively
-
-    wait_passively()  # before torch is imported
+    options = parsed(parser)
     from benchmarks.outcome import explained, write_report
 
     with explained() as outcome:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,3 +32,24 @@ def write_report(path: Path, report: dict[str, Any], indent: int = 1) -> None:
         write_atomic(path, (json.dumps(report, indent=indent) + "\n").encode())
     except OSError as error:
         raise UserError(f"--json {path}: cannot be written: {error.strerror}") from None
+
+
+def conclude(
+    report: dict[str, Any],
+    script: str,
+    arguments: Sequence[str] | None,
+    options: argparse.Namespace,
+    lines: Callable[[dict[str, Any]], Iterable[str]] | None = None,
+    draw: Callable[[dict[str, Any], Path], None] | None = None,
+) -> None:
+    """Note the command in the report and hand it out: lines for a person, --picture, --json, and all of it as the last line."""
+    from benchmarks.machine import command  # imports torch, for which roofline.py need not wait
+
+    report["command"] = command(script, sys.argv[1:] if arguments is None else arguments)
+    for line in () if lines is None else lines(report):
+        print(line)
+    if draw is not None and options.picture:
+        draw(report, options.picture)
+    if options.json:
+        write_report(options.json, report)
+    print(json.dumps(report))

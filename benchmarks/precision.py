@@ -9,7 +9,6 @@ Each finished run is a line of a JSONL file; after an interruption the same comm
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -22,8 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # instead of this folder, whose files could hide packages of the same name
 
-from benchmarks.given import whole  # noqa: E402
-from train.screen.streams import Parser  # noqa: E402
+from benchmarks.given import add_finished, finished_runs, parsed, seeds_parser  # noqa: E402
 
 if TYPE_CHECKING:
     from train.config import Config
@@ -35,37 +33,22 @@ ENOUGH_RUNS = 5
 
 
 def parser() -> argparse.ArgumentParser:
-    result = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("config", help="the recipe, a YAML file of configs/")
-    result.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the recipe")
-    result.add_argument(
-        "--runs", type=whole(), required=True, metavar="N", help="how many seeds, counted from train.seed"
-    )
-    result.add_argument("--finished", type=Path, metavar="FILE", help="JSONL of the runs (runs/precision/RECIPE.jsonl)")
-    result.add_argument("--json", type=Path, metavar="FILE", help="write the last line of the output here too")
+    result = seeds_parser(__doc__)
+    add_finished(result, KIND)
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_intermixed_args(arguments)
-    from train.machine.openmp import wait_passively
-
-    wait_passively()  # before torch is imported
-    from benchmarks.machine import command
-    from benchmarks.outcome import explained, write_report
+    options = parsed(parser(), arguments)
+    from benchmarks.outcome import conclude, explained
     from train.config import load_config
     from train.screen.log import Log
 
     log = Log()
-    finished = options.finished or Path("runs/precision") / f"{Path(options.config).stem}.jsonl"
     with explained(log) as outcome:
-        report = measure(load_config(options.config, options.overrides), options.runs, finished, log)
-        report["command"] = command(KIND, sys.argv[1:] if arguments is None else arguments)
-        for line in lines(report):
-            print(line)
-        if options.json:
-            write_report(options.json, report)
-        print(json.dumps(report))
+        config, finished = load_config(options.config, options.overrides), finished_runs(options, KIND)
+        report = measure(config, options.runs, finished, log)
+        conclude(report, KIND, arguments, options, lines)
     return outcome.code
 
 

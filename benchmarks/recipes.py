@@ -11,7 +11,6 @@ benchmarks/accuracy.py writes them; after an interruption the same command conti
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # instead of this folder, whose files could hide packages of the same name
 
-from benchmarks.given import whole  # noqa: E402
-from train.screen.streams import Parser  # noqa: E402
+from benchmarks.given import parsed, seeds_parser  # noqa: E402
 
 KIND = "recipes"
 RECIPE = "onecycle"
@@ -89,26 +87,16 @@ STAGES = {"kinds": (8, kinds), "left-out": (16, left_out), "epochs": (16, epochs
 
 
 def parser() -> argparse.ArgumentParser:
-    result = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("stage", choices=STAGES)
-    result.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over every candidate")
-    result.add_argument(
-        "--runs", type=whole(), required=True, metavar="N", help="how many seeds, counted from train.seed"
-    )
+    result = seeds_parser(__doc__, "laid over every candidate", dest="stage", choices=STAGES)
     result.add_argument("--work", type=Path, metavar="DIR", help="the files of finished runs (runs/recipes/STAGE)")
-    result.add_argument("--json", type=Path, metavar="FILE", help="write the last line of the output here too")
     result.add_argument("--picture", type=Path, metavar="FILE", help="draw the accuracies against the epochs")
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_intermixed_args(arguments)
-    from train.machine.openmp import wait_passively
-
-    wait_passively()  # before torch is imported
+    options = parsed(parser(), arguments)
     from benchmarks.accuracy import measure
-    from benchmarks.machine import command
-    from benchmarks.outcome import explained, write_report
+    from benchmarks.outcome import conclude, explained
     from train.config import Config, load_config
     from train.screen.log import Log
 
@@ -130,14 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 log(f"{candidate.name}, {chosen.train.epochs} epochs, {runs} of {options.runs} runs")
                 reports[candidate] = measure(chosen, runs, work / candidate.file, log, "validation")
         report = summarise(options.stage, reports)
-        report["command"] = command(KIND, sys.argv[1:] if arguments is None else arguments)
-        for line in table(report):
-            print(line)
-        if options.picture:
-            draw(report, options.picture)
-        if options.json:
-            write_report(options.json, report)
-        print(json.dumps(report))
+        conclude(report, KIND, arguments, options, table, draw)
     return outcome.code
 
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # instead of this folder, whose files could hide packages of the same name
 
-from benchmarks.given import whole  # noqa: E402
+from benchmarks.given import parsed, whole  # noqa: E402
 from train.screen.streams import Parser  # noqa: E402
 
 if TYPE_CHECKING:
@@ -87,10 +87,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_intermixed_args(arguments)
-    from train.machine.openmp import wait_passively
-
-    wait_passively()  # before torch is imported
+    options = parsed(parser(), arguments)
     from benchmarks.machine import command  # imports torch, for which --help need not wait
     from benchmarks.outcome import explained, write_report
 

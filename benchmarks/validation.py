@@ -9,7 +9,6 @@ chooses nothing by it. Each finished run is a line of a JSONL file; the same com
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # instead of this folder, whose files could hide packages of the same name
 
-from benchmarks.given import whole  # noqa: E402
-from train.screen.streams import Parser  # noqa: E402
+from benchmarks.given import add_finished, finished_runs, parsed, seeds_parser  # noqa: E402
 
 if TYPE_CHECKING:
     from train.session import Session
@@ -29,33 +27,22 @@ KIND = "validation"
 
 
 def parser() -> argparse.ArgumentParser:
-    result = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("config", help="the recipe, a YAML file of configs/")
-    result.add_argument("overrides", nargs="*", metavar="section.key=value", help="data.validation= among them")
-    result.add_argument(
-        "--runs", type=whole(), required=True, metavar="N", help="how many seeds, counted from train.seed"
-    )
-    result.add_argument(
-        "--finished", type=Path, metavar="FILE", help="JSONL of the runs (runs/validation/RECIPE.jsonl)"
-    )
-    result.add_argument("--json", type=Path, metavar="FILE", help="write the last line of the output here too")
+    result = seeds_parser(__doc__, "data.validation= among them")
+    add_finished(result, KIND)
     result.add_argument("--picture", type=Path, metavar="FILE", help="draw both accuracies by epoch")
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_intermixed_args(arguments)
-    from train.machine.openmp import wait_passively
-
-    wait_passively()  # before torch is imported
+    options = parsed(parser(), arguments)
     from benchmarks.accuracy import append, check_same_machine, comparable, read_environment, read_finished
-    from benchmarks.machine import command, machine_facts
-    from benchmarks.outcome import explained, write_report
+    from benchmarks.machine import machine_facts
+    from benchmarks.outcome import conclude, explained
     from train.config import ConfigError, load_config, to_dict
     from train.screen.log import Log
     from train.session import Session
 
-    finished = options.finished or Path("runs/validation") / f"{Path(options.config).stem}.jsonl"
+    finished = finished_runs(options, KIND)
     log = Log()
     with explained(log) as outcome:
         config = load_config(options.config, options.overrides)
@@ -79,12 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     append(finished, done[seed])
                     log(f"seed {seed}: {sentence(done[seed]['epochs'])}")
         report = summarise([done[seed] for seed in seeds], recipe, read_environment(finished))
-        report["command"] = command(KIND, sys.argv[1:] if arguments is None else arguments)
-        if options.picture:
-            draw(report, options.picture)
-        if options.json:
-            write_report(options.json, report)
-        print(json.dumps(report))
+        conclude(report, KIND, arguments, options, draw=draw)
     return outcome.code
 
 

@@ -52,22 +52,17 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
-    from benchmarks.outcome import explained, write_report
+    from benchmarks.outcome import conclude, explained
     from train.config import load_config
 
     with explained() as outcome:
         if options.work:
             work(load_config(options.config))
             return outcome.code
-        from benchmarks.machine import command
-
         given = {word.partition("=")[0] for word in options.overrides}
         words = [word for word in RECIPE if word.partition("=")[0] not in given] + options.overrides
         report = measure(load_config(options.config, words), options.rounds, options.steps, print)
-        report["command"] = command("waiting", sys.argv[1:] if arguments is None else arguments)
-        if options.json:
-            write_report(options.json, report)
-        print(json.dumps(report))
+        conclude(report, "waiting", arguments, options)
     return outcome.code
 
 

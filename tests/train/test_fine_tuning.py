@@ -13,12 +13,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from training import Lines, assert_equal_weights, assert_same, weights
+from whole_runs import Arm, Stop, stop_before
 
 import net as networks
 from dali_pipeline.errors import UserError
 from net.options import PARTS, NetOptions, parts_of
 from train.config import Config, ConfigError, changed, load_config
 from train.disk.checkpoint import load_checkpoint
+from train.failpoints import disarm
 from train.machine.runtime import seed_everything
 from train.run import fit
 from train.session import Session
@@ -198,7 +200,7 @@ def test_frozen_parts_keep_every_bit_through_training_evaluation_and_range_test(
 
 
 def test_an_interrupted_fine_tuning_goes_on_without_the_run_that_it_began_with(
-    source: Path, quick_config: Config, tmp_path: Path, arm: Callable[[str, Callable[[int], object]], None]
+    source: Path, quick_config: Config, tmp_path: Path, arm: Arm
 ) -> None:
     origin = tmp_path / "origin"
     shutil.copytree(source, origin)
@@ -206,17 +208,10 @@ def test_an_interrupted_fine_tuning_goes_on_without_the_run_that_it_began_with(
     config = changed(quick_config, {**FOUR, **frozen, "run.checkpoint_every": 1})
     fit(config, tmp_path / "whole", log=Lines())
 
-    class Cut(Exception):
-        pass
-
-    def cut(times: int) -> None:
-        if times == 7:  # an epoch has 4 steps
-            raise Cut
-
-    arm("step", cut)
-    with pytest.raises(Cut):
+    arm("step", stop_before(7))  # an epoch has 4 steps
+    with pytest.raises(Stop):
         fit(config, tmp_path / "parts", log=Lines())
-    arm("step", lambda times: None)
+    disarm()
     shutil.rmtree(origin)
     fit(config, tmp_path / "parts", log=Lines(), resume=True)
     whole, parts = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts"))

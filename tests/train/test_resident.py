@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from training import Lines, assert_equal_weights, weights
+from whole_runs import Arm, Stop, stop_before
 
 from dali_pipeline import memory
 from train.config import Config, changed
 from train.disk.folder import read_metrics
+from train.failpoints import disarm
 from train.run import fit
 
 
@@ -21,7 +22,7 @@ def numbers(run: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("backend", ["dali", "torch"])
 def test_a_streamed_run_interrupted_in_an_epoch_ends_as_a_resident_one(
-    backend: str, quick_config: Config, tmp_path: Path, arm: Callable[[str, Callable[[int], object]], None]
+    backend: str, quick_config: Config, tmp_path: Path, arm: Arm
 ) -> None:
     config = changed(
         quick_config,
@@ -31,17 +32,10 @@ def test_a_streamed_run_interrupted_in_an_epoch_ends_as_a_resident_one(
     streamed = changed(config, {"data.resident": "never", "run.checkpoint_every": 4})
     fit(resident, tmp_path / "resident", log=Lines())
 
-    class Cut(Exception):
-        pass
-
-    def cut(times: int) -> None:
-        if times == 16:  # an epoch has 11 steps
-            raise Cut
-
-    arm("step", cut)
-    with pytest.raises(Cut):
+    arm("step", stop_before(16))  # an epoch has 11 steps
+    with pytest.raises(Stop):
         fit(streamed, tmp_path / "streamed", log=Lines())
-    arm("step", lambda times: None)
+    disarm()
     log = Lines()
     fit(streamed, tmp_path / "streamed", log=log, resume=True)
     assert "at epoch 1, step 4" in log.text

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 from training import Lines, assert_equal_weights, make_trainer, weights
+from whole_runs import Arm, Stop, Trained, stop_before
 
 import net as networks
 from analysis.compare import check_same_splits, contender, describe
@@ -27,7 +28,7 @@ from net.whitening import Whitening
 from train.config import Config, ConfigError, changed
 from train.disk.folder import read_metrics
 from train.disk.snapshot import load_snapshot
-from train.failpoints import arm, disarm
+from train.failpoints import disarm
 from train.run import fit
 from train.step.trainer import Trainer, new_network
 
@@ -121,26 +122,17 @@ def test_without_a_validation_split_the_last_epoch_is_the_headline_and_best_is_s
 
 
 def test_a_run_interrupted_in_the_middle_ends_with_the_same_bits_and_measurements(
-    config: Config, tmp_path: Path
+    config: Config, trained: Trained, tmp_path: Path, arm: Arm
 ) -> None:
-    class Stop(Exception):
-        pass
-
-    def stop(count: int) -> None:
-        if count == 12:
-            raise Stop
-
     config = changed(config, {"run.checkpoint_every": 3})
-    whole = fit(config, tmp_path / "whole")
-    arm("step", stop)
-    try:
-        with pytest.raises(Stop):
-            fit(config, tmp_path / "parts")
-    finally:
-        disarm()
+    whole = json.loads((trained(config) / "summary.json").read_text())
+    arm("step", stop_before(12))
+    with pytest.raises(Stop):
+        fit(config, tmp_path / "parts")
+    disarm()
     parts = fit(config, tmp_path / "parts", resume=True)
     for name in ("best.pt", "last.pt"):
-        assert_equal_weights(weights(tmp_path / "whole" / name), weights(tmp_path / "parts" / name))
+        assert_equal_weights(weights(trained(config) / name), weights(tmp_path / "parts" / name))
     assert parts["test"] == whole["test"] and parts["best_validation_accuracy"] == whole["best_validation_accuracy"]
 
 
