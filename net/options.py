@@ -5,13 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-PARTS = (
-    "prep",
-    "layer1",
-    "layer2",
-    "layer3",
-    "classifier",
-)  # of CustomResNet, from the image on; what net.freeze may name
+# of CustomResNet, from the image on; what net.freeze may name
+PARTS = ("prep", "layer1", "layer2", "layer3", "classifier")
 
 
 def parts_of(freeze: str | None) -> tuple[str, ...]:

@@ -86,6 +86,15 @@ def test_steps_follow_nesterov_momentum_along_the_orthogonalised_direction(resca
         np.testing.assert_allclose(p.detach().numpy(), expected, atol=0.01)  # bf16 rounds the direction
 
 
+def test_filters_of_zeros_take_the_step_alone() -> None:
+    filter = nn.Parameter(torch.zeros(4, 3, 3, 3))
+    muon = Muon([{"params": [filter], "lr": 0.1}], momentum=0.6, rescale=True)
+    filter.grad = random(4, 3, 3, 3).float()
+    muon.step()
+    expected = -0.1 * by_decomposition(filter.grad.double().numpy().reshape(4, -1)).reshape(filter.shape)
+    np.testing.assert_allclose(filter.detach().numpy(), expected, atol=0.003)
+
+
 def test_a_step_whose_gradients_overflow_changes_nothing_and_the_next_one_is_unscaled() -> None:
     filters, gradients = filters_and_gradients(1)
     twins = [nn.Parameter(p.detach().clone()) for p in filters]

@@ -5,18 +5,23 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from options import EVERYTHING, OPTIONS
+from torch import Tensor
 from training import assert_same, make_trainer
 
+import net as networks
+from dali_pipeline import sources
 from dali_pipeline.backend import BackendChoice
+from net.resnet import CustomResNet
 from train.config import Config, changed
 from train.machine.runtime import prepare
 from train.step.borrow import borrowed_state
 from train.step.meter import StepMeter
 from train.step.schedule import Rates, make_schedule
-from train.step.trainer import Trainer
+from train.step.trainer import Trainer, new_network
 
 SETS = {**OPTIONS, "everything": EVERYTHING}
 
@@ -80,6 +85,28 @@ def test_a_training_starts_over_and_lends_its_state(quick_config: Config, option
     assert_same(trainer.state(), begun)
     assert steps(trainer, 0, 0, 5) == losses
     trainer.close()
+
+
+def test_a_network_is_prepared_from_images_spread_over_the_training_split(
+    quick_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Prepared(CustomResNet):
+        images_to_prepare = 50
+        seen: Tensor
+
+        def prepare(self, images: Tensor) -> None:
+            self.seen = images
+
+    monkeypatch.setattr(networks, "build", lambda options, classes: Prepared(classes, 2))
+    options = {"data.name": "synthetic", "data.synthetic_count": 90, "data.validation": 20, "train.batch_size": 10}
+    config = changed(quick_config, options)
+    dataset = sources.load(config.data)
+    assert len(dataset.train) == 70
+    pixels = dataset.train.take(np.array([7 * i // 5 for i in range(50)])).images.transpose(0, 3, 1, 2)
+    mean, std = (np.array(values).reshape(3, 1, 1) for values in (dataset.mean, dataset.std))
+    found = new_network(config, dataset)
+    assert isinstance(found, Prepared)
+    np.testing.assert_allclose(found.seen.numpy(), (pixels - mean) / std, rtol=1e-4, atol=1e-5)
 
 
 def noise(config: Config, **options: Any) -> Trainer:

@@ -17,9 +17,8 @@ class DecoupledSGD(torch.optim.SGD):
         super().__init__(apart, **options)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        overflowed = getattr(
-            self, "found_inf", None
-        )  # set by GradScaler for a fused kernel, which then changes nothing
+        # set by GradScaler for a fused kernel, which then changes nothing
+        overflowed = getattr(self, "found_inf", None)
         for group in self.param_groups:
             decay = group["lr"] * group["decoupled_weight_decay"]
             weights = [p.detach() for p in group["params"] if p.grad is not None]

@@ -40,9 +40,8 @@ class Muon(torch.optim.Optimizer):
     overflowed in fp16 changes nothing, and no step waits for the device.
     """
 
-    _step_supports_amp_scaling = (
-        True  # GradScaler sets `grad_scale` and `found_inf` before a step, as for SGD's fused kernel
-    )
+    # GradScaler sets `grad_scale` and `found_inf` before a step, as for SGD's fused kernel
+    _step_supports_amp_scaling = True
 
     def __init__(self, groups: list[dict[str, Any]], momentum: float, rescale: bool) -> None:
         super().__init__(groups, {"lr": 0.0, "momentum": momentum, "rescale": rescale})
@@ -68,7 +67,9 @@ class Muon(torch.optim.Optimizer):
         directions = torch._foreach_mul(momenta, group["momentum"])
         torch._foreach_add_(directions, gradients)
         if group["rescale"]:
-            factors = torch._foreach_reciprocal(torch._foreach_norm(filters))
+            norms = torch._foreach_norm(filters)
+            torch._foreach_clamp_min_(norms, 1e-30)  # a filter of zeros stays one until the step
+            factors = torch._foreach_reciprocal(norms)
             torch._foreach_mul_(factors, [len(p) ** 0.5 for p in filters])
             torch._foreach_mul_(filters, factors)
         of_shape: dict[tuple[int, int], list[int]] = {}

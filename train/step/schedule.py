@@ -60,11 +60,9 @@ class Trapezoid(OneCycle):
         fall = self.peak_step + self.hold_steps
         if step <= self.peak_step or not 0 <= step < self.total_steps:
             return super().__call__(step)
-        return (
-            self.lr_max * min(1.0, (self.total_steps - step) / (self.total_steps - fall))
-            if step > fall
-            else self.lr_max
-        )
+        if step <= fall:
+            return self.lr_max
+        return self.lr_max * (self.total_steps - step) / (self.total_steps - fall)
 
 
 def make_schedule(options: ScheduleOptions, rates: Rates, epochs: int, steps_per_epoch: int) -> OneCycle:

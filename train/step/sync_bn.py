@@ -77,7 +77,6 @@ def synchronise_batch_norm(net: nn.Module, device: torch.device) -> nn.Module:
             for parameter, theirs in zip(own.parameters(), part.parameters(), strict=True):
                 parameter.requires_grad_(theirs.requires_grad)
             own.train(part.training)
-            own.weight.requires_grad_(part.weight.requires_grad)
             setattr(net, name, own)
         else:
             synchronise_batch_norm(part, device)
