@@ -153,7 +153,7 @@ def draw_lr_finder(
     except RangeTestError as error:
         title = str(error)
     else:
-        title = f"LR range test: the loss is lowest at a rate of {found.lowest:.3g}"
+        title = f"LR range test: the first valley of the loss is at a rate of {found.lowest:.3g}"
     figure = new_figure(7.4, 4.2, title, caption)
     if found is None:
         figure.suptitle(plain(title, 200), fontsize=8, wrap=True)

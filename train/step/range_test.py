@@ -82,14 +82,15 @@ class RangeTest:
 
 @dataclass(frozen=True)
 class Suggestion(Rates):
-    """The two rates that the curve suggests, and between them `lowest`, the rate at which the smoothed loss is lowest."""
+    """The two rates that the curve suggests, and between them `lowest`, where the smoothed loss is lowest in its first valley; it
+    may fall further at rates that are too high to be of use."""
 
     lowest: float
 
     def sentence(self) -> str:
         return (
-            f"found lr_max {self.lr_max:.4g}, lr_min {self.lr_min:.4g} (the loss begins to fall there, and is lowest at "
-            f"{self.lowest:.4g})"
+            f"found lr_max {self.lr_max:.4g}, lr_min {self.lr_min:.4g} (the loss begins to fall there, and is in its "
+            f"first valley lowest at {self.lowest:.4g})"
         )
 
 
