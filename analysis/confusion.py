@@ -127,12 +127,22 @@ def draw_confusion(
     save(figure, path)
 
 
+def known_least(scores: list[ClassScore]) -> tuple[list[ClassScore], str]:
+    """The classes that are drawn, lowest F1 first, and the picture's title: all classes, or of more than MAX_CLASSES the
+    LEAST_KNOWN lowest of those that have test images."""
+    ordered = sorted(scores, key=lambda s: s.f1)
+    if len(ordered) <= MAX_CLASSES:
+        return ordered, "How well each class is known"
+    tested = [score for score in ordered if score.support]
+    shown = tested[:LEAST_KNOWN]
+    return shown, f"The {len(shown)} of {len(tested):,} tested classes known least"
+
+
 @drawn
 def draw_per_class(scores: list[ClassScore], path: Path, *, caption: str = "") -> None:
-    """Precision, recall and F1 of every class in percent, best F1 on top; of very many classes those with the lowest."""
-    ordered, title = sorted(scores, key=lambda s: s.f1), "How well each class is known"
-    if len(ordered) > MAX_CLASSES:
-        ordered, title = ordered[:LEAST_KNOWN], f"The {LEAST_KNOWN} of {len(ordered):,} classes known least"
+    """Precision, recall and F1 of every class in percent, best F1 on top; of very many classes those with the lowest, of those
+    that have test images."""
+    ordered, title = known_least(scores)
     step = 0.34 if len(ordered) <= MAX_NUMBERED_CLASSES else 0.145
     figure = new_figure(7.6, 1.7 + step * len(ordered), title, caption)
     axes = figure.subplots()
@@ -146,10 +156,14 @@ def draw_per_class(scores: list[ClassScore], path: Path, *, caption: str = "") -
         ("recall: of those that are, how many are called so", ">", VERMILLION, [s.recall for s in ordered]),
         ("F1: their harmonic mean", "|", GREEN, [s.f1 for s in ordered]),
     ):
-        axes.scatter([100 * v for v in values], places, s=size, marker=marker, color=colour, label=name, zorder=2)
+        axes.scatter(
+            [100 * v for v in values], places, s=size, marker=marker, color=colour, label=name, zorder=2, clip_on=False
+        )
     with_support = [f"{pretty(s.name)}  ({s.support:,})" for s in ordered]
     axes.set_yticks(places, with_support, fontsize=9 if len(ordered) <= MAX_NUMBERED_CLASSES else 5.5)
     axes.set_ylim(-0.7, len(ordered) - 0.3)
+    margin = max(0.05 * (max(high) - min(low)), 1.0)
+    axes.set_xlim(max(min(low) - margin, 0), min(max(high) + margin, 100))
     axes.set_xlabel("percent; in brackets the number of test images")
     axes.grid(alpha=0.3, linewidth=0.5)
     axes.legend(loc="lower center", bbox_to_anchor=(0.42, 1.0), ncols=3, fontsize=7, frameon=False)

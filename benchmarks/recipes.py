@@ -212,7 +212,7 @@ def _draw(report: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("epochs of the training")
     axes.set_ylabel("accuracy (%)")
     axes.grid(alpha=0.3, linewidth=0.5)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="lower right", fontsize=8, handlelength=4)  # long enough to show the dashes
     path.parent.mkdir(parents=True, exist_ok=True)
     save(figure, path)
 

@@ -165,6 +165,15 @@ def test_confusion_rows_sum_to_support_and_scores_follow_from_it() -> None:
     assert all(counts[true, said] == n and true != said for true, said, n in pairs)
 
 
+def test_a_class_without_test_images_is_not_among_those_known_least() -> None:
+    """Its scores are 0, as there is nothing to divide by."""
+    scores = [confusion.ClassScore(str(n), n / 300, n / 300, n / 300, n % 2) for n in range(300)]
+    shown, title = confusion.known_least(scores)
+    assert [score.name for score in shown] == [str(n) for n in range(1, 101, 2)]
+    assert "50 of 150 tested classes" in title
+    assert [score.name for score in confusion.known_least(scores[:3])[0]] == ["0", "1", "2"]
+
+
 def test_a_hundred_classes_with_long_names_are_drawn(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     names = tuple(f"a_rather_long_name_{i}" for i in range(100))
