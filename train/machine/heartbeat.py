@@ -25,7 +25,7 @@ class Heartbeat:
     """Beats from `start` to `stop`, in two threads: the store may never answer again, so one talks to it and the other watches
     the clock. `store` is torch's. `names` are the processes' names by rank, `store_name` is what the store's place is called in
     a message. Where a peer, or the store, has been silent for `limit` seconds, `lost` is called with a line that names it,
-    unless the process has ended or stopped the beats within GRACE_SECONDS.
+    unless within GRACE_SECONDS it is heard again, or the process has ended or stopped the beats.
     """
 
     def __init__(
@@ -131,10 +131,13 @@ class Heartbeat:
 
     def _watch(self) -> None:
         while not self._stopped.wait(BEAT_SECONDS / 2):
-            found = self._silent(self._limit)
-            if found is not None and not self._ending:
-                if not self._stopped.wait(GRACE_SECONDS):
-                    self._lost(found)
+            if self._silent(self._limit) is None or self._ending:
+                continue
+            if self._stopped.wait(GRACE_SECONDS):
+                return
+            # who was only stopped (Ctrl-Z, a machine asleep) and goes on has beaten again meanwhile
+            if (found := self._silent(self._limit)) is not None and not self._ending:
+                self._lost(found)
                 return
 
 
