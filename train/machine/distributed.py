@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from dali_pipeline.errors import UserError
-from dali_pipeline.sources import to_stderr
+from dali_pipeline.words import to_stderr
 from train.machine.heartbeat import BEAT_SECONDS, MISSED_BEATS, Heartbeat, end_process
 from train.machine.place import GroupError, Place, place_from_environment
 
@@ -191,6 +191,11 @@ def _connect(group: Group, backend: str, owns_process: bool) -> _Links:
     )
     waiting.daemon = True
     waiting.start()
+
+    def lost(who: str) -> None:
+        if owns_process:
+            end_process(f"{own} lost {who} while {heart.doing_now}; {_GO_ON}")
+
     try:
         store, _, _ = next(iter(c10d.rendezvous("env://", group.rank, group.world_size, timeout=phases)))
         here = [f"here/{rank}" for rank in range(group.world_size)]
@@ -202,27 +207,24 @@ def _connect(group: Group, backend: str, owns_process: bool) -> _Links:
         token = replace(group, links=None).from_first(lambda: os.urandom(8).hex())
         # a connection of its own: another thread may wait for an answer on the first
         client = c10d.TCPStore(address, port, None, False, timeout=steps, wait_for_workers=False)
+        heart = Heartbeat(
+            c10d.PrefixStore(token, client),
+            group.rank,
+            names,
+            f"the store at {address}:{port} (torchrun or the first process there)",
+            limit=steps.total_seconds() / 2,
+            lost=lost,
+        )
+        links = _Links(patient, heart)
+        replace(group, links=links).gather(None)  # every process has its first beat in the store
     except RuntimeError as error:
+        if dist.is_initialized():
+            dist.destroy_process_group()
         raise GroupError(
             f"{place}: {own} has not come together with the others of WORLD_SIZE={group.world_size}: {first_line(error)}"
         ) from error
     finally:
         waiting.cancel()
-
-    def lost(who: str) -> None:
-        if owns_process:
-            end_process(f"{own} lost {who} while {heart.doing_now}; {_GO_ON}")
-
-    heart = Heartbeat(
-        c10d.PrefixStore(token, client),
-        group.rank,
-        names,
-        f"the store at {address}:{port} (torchrun or the first process there)",
-        limit=steps.total_seconds() / 2,
-        lost=lost,
-    )
-    links = _Links(patient, heart)
-    replace(group, links=links).gather(None)  # every process has its first beat in the store
     heart.start()
     return links
 
