@@ -128,7 +128,11 @@ def test_a_checkpoint_with_any_value_changed_removed_or_added_is_refused_in_a_li
 WRONG_STATES: dict[str, tuple[dict[str, Any], str]] = {
     "a position beyond the epoch": ({"step": 10**6}, "step is 1000000, beyond the"),
     "steps without their losses": ({"step": 3}, "step_losses holds 0 values for 3 steps"),
-    "an epoch beyond the end": ({"epoch": 9}, "metrics holds the epochs a list of 2, expected 1 to 9"),
+    "an epoch beyond the end": ({"epoch": 9}, "metrics holds 2 epochs, and 9 are finished"),
+    "an epoch so far beyond that its numbers fit no memory": (
+        {"epoch": 10**12 - 1},
+        "metrics holds 2 epochs, and 99999",
+    ),
     "a best epoch to come": ({"best_epoch": 7}, "best_epoch is 7, and 2 are finished"),
     "other steps in an epoch": ({"steps_per_epoch": 7}, "steps_per_epoch is 7, and an epoch has"),
     "a rate of text": ({"lr_max": "fast"}, "lr_max is 'fast', expected a number above 0"),

@@ -172,8 +172,10 @@ def _together(state: Mapping[str, Any]) -> str | None:
         if len(state[name]) != step:
             return f"{name} holds {len(state[name])} values for {step} steps"
     numbers = [entry["epoch"] for entry in state["metrics"]]
+    if len(numbers) != epoch:
+        return f"metrics holds {len(numbers)} epochs, and {epoch} are finished"
     if numbers != list(range(1, epoch + 1)):
-        return f"metrics holds the epochs {_shown(numbers)[:60]}, expected 1 to {epoch}"
+        return f"metrics holds other epochs than those from 1 to {epoch}, in their order"
     if state["best_epoch"] > epoch:
         return f"best_epoch is {state['best_epoch']}, and {epoch} are finished"
     if (state["best_epoch"] == 0) != (state["best_accuracy"] < 0):
