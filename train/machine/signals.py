@@ -94,22 +94,19 @@ class SignalWatch:
             raise Interrupted(self.received, saved=True)
 
 
-_ENDING = (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
+def _end(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number, saved=False)
 
 
 @contextmanager
 def ending_at_once() -> Iterator[None]:
-    """Inside the block SIGTERM and SIGHUP raise Interrupted, as SIGINT raises KeyboardInterrupt: for the time before and after a
-    training, when they would end the process without a word. Does nothing outside the main thread."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(number, saved=False)
-
-    watched = [n for n in _watched() if n in _ENDING and signal.getsignal(n) is signal.SIG_DFL]
+    """Inside the block SIGTERM, SIGHUP and SIGUSR1 raise Interrupted, as SIGINT raises KeyboardInterrupt: for the time before and
+    after a training, when they would end the process without a word. Does nothing outside the main thread."""
+    watched = [n for n in _watched() if signal.getsignal(n) is signal.SIG_DFL]
     if threading.current_thread() is not threading.main_thread():
         watched = []
     for number in watched:
-        signal.signal(number, end)
+        signal.signal(number, _end)
     try:
         yield
     finally:
@@ -122,7 +119,7 @@ def _watched() -> list[int]:
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
         watched.append(signal.SIGHUP)
     # schedulers announce their time limit by it; a program around the training may have another use for it
-    if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+    if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) in (signal.SIG_DFL, _end):
         watched.append(signal.SIGUSR1)
     # a handler that was not set from Python, as where Python is embedded, could not be given back
     return [number for number in watched if signal.getsignal(number) is not None]

@@ -112,7 +112,7 @@ def test_evaluation_gives_the_mode_back_when_it_is_ended_early() -> None:
 def test_a_signal_before_the_training_ends_at_once_and_leaves_no_folder(
     runs: Zygote, recipe: Path, tmp_path: Path, place: str
 ) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         job = runs.start("--config", recipe, f"run.dir={tmp_path / 'run'}", before=held(place))
         job.until("now")
         job.kill(number)
@@ -122,7 +122,7 @@ def test_a_signal_before_the_training_ends_at_once_and_leaves_no_folder(
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_beside_the_training_is_said_and_its_default_action_comes_back(number: signal.Signals) -> None:
     with pytest.raises(Interrupted, match=number.name) as ended, ending_at_once():
         os.kill(os.getpid(), number)
