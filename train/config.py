@@ -452,7 +452,10 @@ def _parse_override(word: str) -> tuple[str, Any]:
     if name in ("data.root", "data.table", "net.init", "run.dir"):
         return name, None if text == "null" else text  # a path is taken as typed
     try:
-        value = _parse_yaml(f"value: {text}")["value"]
+        parsed = _parse_yaml(f"value: {text}")
+        if len(parsed) > 1:
+            raise ConfigError("is more than one value")
+        value = parsed["value"]
     except ConfigError as error:
         raise ConfigError(f"{name}: {_shown(text)} cannot be read: {error}") from None
     return name, value

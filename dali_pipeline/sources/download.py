@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -114,8 +115,9 @@ def fetch(
                         reasons.append(f"{part}: {kept:,} of {archive.size:,} bytes kept, to be resumed")
                     else:
                         part.unlink(missing_ok=True)
-    except OSError as error:
-        raise DownloadError([*reasons, f"{part}: {error.strerror or error}"]) from error
+    except OSError as error:  # no file can be made there; also on a full disk the remedy is room
+        kind = DiskFailed if error.errno in (errno.ENOSPC, errno.EDQUOT) else DownloadError
+        raise kind([*reasons, f"{part}: {error.strerror or error}"]) from error
     raise DownloadError(reasons)
 
 

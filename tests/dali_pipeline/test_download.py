@@ -400,6 +400,16 @@ def test_a_full_disk_ends_a_download_as_a_failed_write_does(tmp_path: Path, monk
         assert len(server.requests) == 1
 
 
+def test_a_disk_on_which_no_file_can_be_made_is_full_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(DataError, match=r"\.part: No space left on device; .* Make room") as failed:
+        load_cifar(small(), tmp_path, mirrors=["http://127.0.0.1:1/"])
+    assert failed.value.exit_code == 1
+
+
 def test_a_folder_that_cannot_be_written_is_refused(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DownloadError, match="file/sub"):

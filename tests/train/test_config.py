@@ -243,6 +243,7 @@ BAD_OVERRIDES = {
     "train.epochs=": "train.epochs",
     "train.epochs=[1": "cannot be read",
     "train.epochs=[1]": "not of type int",
+    "train.epochs=3\nseed: 4": "is more than one value",
     "train.precision=fp8": "fp32 | bf16 | fp16",
     "optim.momentum=1": "below 1",
     "schedule.peak_epoch=99": "after the end",

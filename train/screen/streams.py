@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
-from dali_pipeline.words import encodable, printable, shortened, to_stderr
+from dali_pipeline.words import encodable, to_stderr
 
 
 @contextmanager
@@ -89,4 +89,7 @@ class Parser(argparse.ArgumentParser):
             raise SystemExit(code)
 
     def error(self, message: str) -> NoReturn:
-        super().error(shortened(printable(message)))
+        with suppress(OSError, ValueError):  # not every version of argparse passes over a full stderr
+            self.print_usage(sys.stderr)
+        to_stderr(f"{self.prog}: error: {message}")
+        raise SystemExit(2)
