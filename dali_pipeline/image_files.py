@@ -1,13 +1,14 @@
-"""Many image files as pixels of one size: decoded by NVIDIA DALI where it is installed, all threads at work, else by Pillow.
+"""Many image files as pixels of one size: plain JPEG and PNG by NVIDIA DALI where it is installed, everything else by Pillow.
 
-DALI's CPU decoder gives Pillow's pixels, bit for bit, for the plain kinds that dali_pipeline/image_header.py admits, and
+DALI's CPU decoder gives Pillow's pixels, bit for bit, for the files that dali_pipeline/image_header.py admits, and
 everything is cut and resized by dali_pipeline/images.py. So the pixels of a whole file depend neither on the machine nor on what
 is installed; only nvJPEG ("mixed", on a GPU) rounds differently.
 
 An error makes a DALI pipeline unusable and does not say which file it was: then the pipeline is built anew, the files of the
 batch are decoded one by one, and Pillow has the last word on those that DALI refuses. DALI 2.4 can even crash the process where
 it refuses one file while it decodes others, so a file that it may refuse is left to Pillow from the start: image_header.py walks
-through every segment of a JPEG file and checks the sums of a PNG file.
+through every segment of a JPEG file and checks the sums of a PNG file. Of other kinds, such as WebP and TIFF, only decoding tells
+whether they are whole.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Which image files are of the plain kinds that DALI decodes to the same pixels as Pillow: read off their structure.
+"""Which image files are plain JPEG or PNG, which DALI decodes to the same pixels as Pillow: read off their structure.
 
-Everything else is left to Pillow: odd kinds, several frames, transparency, more than 8 bits, a file that is cut off or whose
+Everything else is left to Pillow: other kinds, several frames, transparency, more than 8 bits, a file that is cut off or whose
 parts do not hold together.
 """
 
@@ -12,31 +12,26 @@ import zlib
 Size = tuple[int, int]  # height, width, before any turning
 
 _START_OF_FRAME = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive; arithmetic coding and lossless are rare
-_WITHOUT_LENGTH = (0x01, *range(0xD0, 0xD8))
+# Huffman and quantisation tables, the head of a scan, the restart interval, what applications note (EXIF), comments
+_SEGMENTS = (0xC4, 0xDB, 0xDA, 0xDD, *range(0xE0, 0xF0), 0xFE)
 
 
 def plain_size(data: bytes) -> Size | None:
-    """The size of a whole JPEG, PNG, WebP, BMP or TIFF of 8 bits without transparency; None for any other file."""
+    """The size of a whole JPEG or PNG of 8 bits without transparency; None for any other file."""
     try:
         if data.startswith(b"\xff\xd8"):
             return _jpeg(data)
         if data.startswith(b"\x89PNG\r\n\x1a\n"):
             return _png(data)
-        if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-            return _webp(data)
-        if data.startswith(b"BM"):
-            return _bmp(data)
-        if data.startswith((b"II*\0", b"MM\0*")):
-            return _tiff(data)
     except IndexError:  # the file ends within its header
         pass
     return None
 
 
-def _number(data: bytes, start: int, length: int, order: str = "big") -> int:
+def _number(data: bytes, start: int, length: int) -> int:
     if start + length > len(data):
         raise IndexError
-    return int.from_bytes(data[start : start + length], order)  # type: ignore[arg-type]
+    return int.from_bytes(data[start : start + length], "big")
 
 
 def _sized(height: int, width: int) -> Size | None:
@@ -52,18 +47,13 @@ def _jpeg(data: bytes) -> Size | None:
     components: dict[int, int] = {}  # of the frame: by identifier, its quantisation table
     quantisation: set[int] = set()
     huffman: set[int] = set()
-    scans = 0
+    progressive, scans = False, 0
+    scanned: set[int] = set()  # of a sequential image: the components that had their one scan
     while place < end:
         if data[place] != 0xFF:
             return None
         marker = data[place + 1]
-        if marker == 0xFF:  # padding
-            place += 1
-            continue
-        if marker in _WITHOUT_LENGTH:
-            place += 2
-            continue
-        if marker < 0xC0 or marker in (0xD8, 0xD9) or (0xC3 <= marker <= 0xCF and marker != 0xC4):
+        if marker not in _START_OF_FRAME and marker not in _SEGMENTS:
             return None
         length = _number(data, place + 2, 2)
         segment = data[place + 4 : place + 2 + length]
@@ -75,24 +65,34 @@ def _jpeg(data: bytes) -> Size | None:
         if marker == 0xC4 and not _huffman_tables(segment, huffman):
             return None
         if marker in _START_OF_FRAME:
+            progressive = marker == 0xC2
             count = segment[5]
             if size or segment[0] != 8 or count not in (1, 3, 4) or len(segment) != 6 + 3 * count:
                 return None
-            for at in range(6, len(segment), 3):
-                across, down = segment[at + 1] >> 4, segment[at + 1] & 15
-                if not (1 <= across <= 4 and 1 <= down <= 4):
-                    return None
-                components[segment[at]] = segment[at + 2]
+            if not _sampling({value >> 4 for value in segment[7::3]}) or not _sampling(
+                {value & 15 for value in segment[7::3]}
+            ):
+                return None
+            components |= zip(segment[6::3], segment[8::3], strict=True)
             size = _sized(_number(segment, 1, 2), _number(segment, 3, 2))
             if size is None or len(components) != count:
                 return None
         if marker == 0xDA:
-            if size is None or not _scan(segment, components, quantisation, huffman):
+            if size is None or not _scan(segment, progressive, components, quantisation, huffman):
                 return None
+            named = [] if progressive else list(segment[1 : 1 + 2 * segment[0] : 2])
+            if scanned.intersection(named):
+                return None
+            scanned.update(named)
             scans += 1
             found = _AFTER_SCAN.search(data, place)
             place = end if found is None else found.start()
     return size if scans else None
+
+
+def _sampling(factors: set[int]) -> bool:
+    """Whether the components can be sampled so often along one axis."""
+    return min(factors) >= 1 and max(factors) <= 4 and not any(max(factors) % factor for factor in factors)
 
 
 # a marker that ends a scan: neither a stuffed byte nor a restart
@@ -111,7 +111,8 @@ def _quantisation_tables(segment: bytes, known: set[int]) -> bool:
 
 
 def _huffman_tables(segment: bytes, known: set[int]) -> bool:
-    """Whether each table has a code for each of its symbols, and none left that is all ones."""
+    """Whether each table has a code for each of its symbols and none left that is all ones, and whether the symbols of the first
+    coefficients are numbers of bits."""
     at = 0
     while at < len(segment):
         table, counts = segment[at], segment[at + 1 : at + 17]
@@ -120,20 +121,36 @@ def _huffman_tables(segment: bytes, known: set[int]) -> bool:
             free = 2 * free - count
             if free < 1:
                 return False
+        symbols = segment[at + 17 : at + 17 + total]
         at += 17 + total
         if len(counts) < 16 or total > 256 or table & 15 > 3 or table >> 4 > 1 or at > len(segment):
+            return False
+        if table >> 4 == 0 and max(symbols, default=0) > 15:
             return False
         known.add(table)
     return True
 
 
-def _scan(segment: bytes, components: dict[int, int], quantisation: set[int], huffman: set[int]) -> bool:
-    """Whether the head of a scan names components of the frame and tables that were given before it."""
+def _scan(
+    segment: bytes, progressive: bool, components: dict[int, int], quantisation: set[int], huffman: set[int]
+) -> bool:
+    """Whether the head of a scan names components of the frame, tables that were given before it, and coefficients that a scan
+    may hold."""
     count = segment[0]
     if not 1 <= count <= 4 or len(segment) != 4 + 2 * count:
         return False
     first, last = segment[1 + 2 * count], segment[2 + 2 * count]
-    if first > last or last > 63 or len({segment[at] for at in range(1, 1 + 2 * count, 2)}) != count:
+    before, now = (
+        segment[-1] >> 4,
+        segment[-1] & 15,
+    )  # bits of precision that earlier scans lack, and that this one lacks
+    if not progressive:
+        usual = (first, last, before, now) == (0, 63, 0, 0)
+    else:
+        usual = (
+            (last == 0 if first == 0 else count == 1 and first <= last <= 63) and now <= 13 and before in (0, now + 1)
+        )
+    if not usual or len({segment[at] for at in range(1, 1 + 2 * count, 2)}) != count:
         return False
     for at in range(1, 1 + 2 * count, 2):
         component, direct, alternating = segment[at], segment[at + 1] >> 4, segment[at + 1] & 15
@@ -145,74 +162,19 @@ def _scan(segment: bytes, components: dict[int, int], quantisation: set[int], hu
     return True
 
 
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # a chunk of no bytes, and its checksum
+
+
 def _png(data: bytes) -> Size | None:
-    if data[12:16] != b"IHDR" or data[24] > 8 or data[25] not in (0, 2, 3):
+    if not data.endswith(_PNG_END) or data[12:16] != b"IHDR" or data[24] > 8 or data[25] not in (0, 2, 3):
         return None
     place = 8
-    while (kind := data[place + 4 : place + 8]) != b"IEND":
+    while place != len(data) - len(_PNG_END):
         # transparency, an animation, an orientation
-        if len(kind) < 4 or kind in (b"tRNS", b"acTL", b"eXIf"):
+        if data[place + 4 : place + 8] in (b"tRNS", b"acTL", b"eXIf"):
             return None
         end = place + 8 + _number(data, place, 4)
         if zlib.crc32(data[place + 4 : end]) != _number(data, end, 4):
             return None
         place = end + 4
-    return _sized(_number(data, 20, 4), _number(data, 16, 4)) if len(data) == place + 12 else None
-
-
-def _webp(data: bytes) -> Size | None:
-    if len(data) != 8 + _number(data, 4, 4, "little"):
-        return None
-    kind = data[12:16]
-    if kind == b"VP8 ":
-        return _sized(_number(data, 28, 2, "little") & 0x3FFF, _number(data, 26, 2, "little") & 0x3FFF)
-    if kind == b"VP8L":
-        bits = _number(data, 21, 4, "little")
-        return None if bits >> 28 & 1 else ((bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1)
-    if kind == b"VP8X" and not data[20] & 0b11010:  # transparency, EXIF, an animation
-        return _number(data, 27, 3, "little") + 1, _number(data, 24, 3, "little") + 1
-    return None
-
-
-def _bmp(data: bytes) -> Size | None:
-    width, height = _number(data, 18, 4, "little"), _number(data, 22, 4, "little")
-    whole = len(data) >= _number(data, 10, 4, "little") + height * ((3 * width + 3) // 4 * 4)
-    plain = _number(data, 14, 4, "little") >= 40 and _number(data, 28, 2, "little") == 24
-    bottom_up = width < 1 << 31 and height < 1 << 31
-    return _sized(height, width) if whole and plain and bottom_up and not _number(data, 30, 4, "little") else None
-
-
-# the tags of a TIFF that matter here
-_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _COLOURS, _ORIENTATION, _SAMPLES = 256, 257, 258, 259, 262, 274, 277
-_STARTS, _LENGTHS, _PLANES, _TILES, _EXTRA, _FORMAT = 273, 279, 284, 322, 338, 339
-_TIFF_VALUE_BYTES = {3: 2, 4: 4}  # by the type of a tag's values: 16 and 32 bits
-
-
-def _tiff(data: bytes) -> Size | None:
-    order = "little" if data.startswith(b"II") else "big"
-    start = _number(data, 4, 4, order)
-    count = _number(data, start, 2, order)
-    if count > 100:
-        return None
-    tags: dict[int, list[int]] = {}
-    for entry in range(start + 2, start + 2 + 12 * count, 12):
-        size = _TIFF_VALUE_BYTES.get(_number(data, entry + 2, 2, order), 0)
-        values = _number(data, entry + 4, 4, order)
-        if size and values * size <= len(data):
-            first = entry + 8 if values * size <= 4 else _number(data, entry + 8, 4, order)
-            tags[_number(data, entry, 2, order)] = [_number(data, first + n * size, size, order) for n in range(values)]
-    single = {tag: values[0] for tag, values in tags.items() if len(values) == 1}
-    grey = single.get(_COLOURS) == 1 and single.get(_SAMPLES, 1) == 1 and tags.get(_BITS) == [8]
-    coloured = single.get(_COLOURS) == 2 and single.get(_SAMPLES) == 3 and tags.get(_BITS) == [8, 8, 8]
-    usual = (
-        single.get(_COMPRESSION, 1) in (1, 5, 8, 32946)  # none, LZW, deflate
-        and single.get(_PLANES, 1) == single.get(_ORIENTATION, 1) == 1
-        and set(tags.get(_FORMAT, [1])) == {1}
-        and not tags.keys() & {_TILES, _EXTRA}
-        and _number(data, start + 2 + 12 * count, 4, order) == 0  # no second page
-    )
-    starts, lengths = tags.get(_STARTS, []), tags.get(_LENGTHS, [])
-    ends = [first + length for first, length in zip(starts, lengths, strict=False)]
-    if not ((grey or coloured) and usual and len(starts) == len(lengths) > 0 and max(ends) <= len(data)):
-        return None
-    return _sized(single.get(_HEIGHT, 0), single.get(_WIDTH, 0))
+    return _sized(_number(data, 20, 4), _number(data, 16, 4))

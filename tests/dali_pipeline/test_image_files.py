@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -59,15 +60,15 @@ PLAIN: dict[str, Callable[[], bytes]] = {
     "bits.png": lambda: encoded(photo().convert("1"), "PNG"),
     "palette.png": lambda: encoded(photo().quantize(200), "PNG"),
     "two.png": lambda: encoded(photo().quantize(4), "PNG", bits=2),
+    "exact.png": lambda: encoded(photo(32, 32), "PNG"),
+}
+ODD: dict[str, Callable[[], bytes]] = {
     "lossy.webp": lambda: encoded(photo(), "WEBP", quality=70),
     "lossless.webp": lambda: encoded(photo(), "WEBP", lossless=True),
     "rgb.bmp": lambda: encoded(photo(), "BMP"),
     "raw.tif": lambda: encoded(photo(), "TIFF"),
     "grey.tiff": lambda: encoded(photo().convert("L"), "TIFF", compression="tiff_adobe_deflate"),
     "lzw.tif": lambda: encoded(photo(500, 300), "TIFF", compression="tiff_lzw"),
-    "exact.png": lambda: encoded(photo(32, 32), "PNG"),
-}
-ODD: dict[str, Callable[[], bytes]] = {
     "turned.png": lambda: encoded(photo(), "PNG", exif=turned(6)),
     "clear.png": lambda: encoded(photo().convert("RGBA"), "PNG"),
     "hole.png": lambda: encoded(photo().quantize(16), "PNG", transparency=3),
@@ -152,9 +153,10 @@ def test_a_file_whose_parts_do_not_hold_together_is_left_to_pillow() -> None:
     jpeg = PLAIN["444.jpg"]()
     assert plain_size(jpeg) == (45, 67)
 
-    def changed(marker: int, offset: int, value: int) -> bytes:
+    def changed(marker: int, offset: int, value: int, also: tuple[int, int] | None = None) -> bytes:
         content = bytearray(jpeg)
-        content[jpeg.index(bytes([0xFF, marker])) + offset] = value
+        for place, byte in filter(None, ((offset, value), also)):
+            content[jpeg.index(bytes([0xFF, marker])) + place] = byte
         return bytes(content)
 
     scan = jpeg.index(b"\xff\xda")
@@ -170,11 +172,20 @@ def test_a_file_whose_parts_do_not_hold_together_is_left_to_pillow() -> None:
         changed(0xDA, 3, 80),  # a segment that ends within the picture's data
         jpeg[:scan] + jpeg[-2:],  # no scan
         jpeg[:scan] + jpeg[scan + 14 :],
+        changed(0xC0, 11, 0x31, also=(14, 0x21)),  # components sampled three times and twice
+        jpeg[:2] + b"\xff\xf1\0\2" + jpeg[2:],  # a marker that stands for nothing yet
+        jpeg[:-2] + jpeg[scan:],  # a second scan of components that had theirs
+        changed(0xC4, 21, 0x1F),  # a number of bits that no first coefficient has
     ):
         assert plain_size(damaged) is None
+    progressive = PLAIN["progressive.jpg"]()
+    for start in (found.start() for found in re.finditer(rb"\xff\xda", progressive)):
+        last = start + 4 + 2 * progressive[start + 4]  # the head's last bytes: first and last coefficient, and bits
+        assert plain_size(progressive[: last + 3] + b"\x7c" + progressive[last + 4 :]) is None
     png = bytearray(PLAIN["rgb.png"]())
     png[png.index(b"IDAT") + 30] ^= 1  # its checksum tells
     assert plain_size(bytes(png)) is None
+    assert plain_size(PLAIN["rgb.png"]()[:-12] + b"\0\0\0\1IEND\xaeB`\x82") is None  # an end that is not empty
 
 
 @pytest.mark.parametrize("resize", ["crop", "squash"])
