@@ -30,8 +30,7 @@ from dali_pipeline.streamed import Stream, left_to_apply
 PREFETCH_DEPTH = 2  # batches that DALI builds ahead of the one in use
 # Strips of a batch, at most. On a GPU DALI cuts each strip into a grid along the edges of all its rectangles, on the host, and
 # sends the cells to the device: for 512 images of the default augmentation some 36,000 cells with 16 strips, 17,000 with 64. On
-# the CPU only the bookkeeping for each strip counts: a batch of 512 takes 0.96 of the processor time with 8, and 1.08 with 64, of
-# that with 16 (medians of 12 rounds in turns, one thread, AMD EPYC; images a second: benchmarks/throughput.py --ablate strips).
+# the CPU only the bookkeeping for each strip counts (benchmarks/throughput.py --ablate strips compares them).
 MOST_STRIPS = {"cuda": 64, "cpu": 8}
 # DALI's GPU kernel copies a row in blocks of this many bytes, one thread for each byte. Where the last block of a row has fewer
 # bytes than a warp has threads, the kernel reads beyond its table of rectangles.

@@ -1,6 +1,7 @@
 """The kernels that torch.compile plans for a training step on the stand-in, with bytes and FLOPs, as JSON on standard output.
 
     python tests/rehearsal/standin.py tests/rehearsal/plan.py [--width 64] [--batch 512] [--pooling ours|torch]
+        [--relu ours|torch] [--reads 8] [--combo-kernels]
 
 The project's own step passes through dynamo, AOTAutograd, the partitioner and inductor's fusion for the GPU named; a hook
 where inductor writes its code notes every kernel. Triton is not called. Bytes are those of the arrays that a kernel reads
@@ -23,11 +24,13 @@ from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedu
 from torch._inductor.virtualized import V
 
 import net as networks
+from net.activation import ReLU
 from net.options import NetOptions
 from net.pooling import MaxPool
-from train.step.steps import TrainStep, compile_in_place
+from train.step import steps
 
 KINDS = {"ours": MaxPool.forward, "torch": nn.MaxPool2d.forward}
+RELUS = {"ours": ReLU.forward, "torch": nn.ReLU.forward}
 
 
 class Uncompiled:
@@ -117,8 +120,8 @@ def make_plan(width: int, batch: int, pooling: str, dtype: torch.dtype) -> dict[
     device = torch.device("cuda")
     try:
         net = networks.build(NetOptions(width=width), 10).to(device, memory_format=torch.channels_last)
-        step = TrainStep(net, (0.5,) * 3, (0.25,) * 3, autocast_dtype=dtype).to(device)
-        compile_in_place(step, "default")
+        step = steps.TrainStep(net, (0.5,) * 3, (0.25,) * 3, autocast_dtype=dtype).to(device)
+        steps.compile_in_place(step, "default")
         images = torch.zeros(batch, 32, 32, 3, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
         labels = torch.zeros(batch, dtype=torch.int64, device=device)
         step(images, labels)[0].backward()
@@ -155,8 +158,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--pooling", choices=KINDS, nargs="+", default=["ours"], help="a plan for each")
+    parser.add_argument("--relu", choices=RELUS, default="ours")
+    parser.add_argument(
+        "--reads", type=int, default=steps.READS_BEFORE_WRITING, help="of a result before it is written"
+    )
+    parser.add_argument("--combo-kernels", action="store_true", help="inductor's, independent kernels in one")
     options = parser.parse_args()
     inductor.force_disable_caches = True  # a graph from the cache is not scheduled anew
+    inductor.combo_kernels = options.combo_kernels
+    ReLU.forward, steps.READS_BEFORE_WRITING = RELUS[options.relu], options.reads  # type: ignore[method-assign]
     dtype = getattr(torch, options.dtype)
     print(json.dumps([make_plan(options.width, options.batch, pooling, dtype) for pooling in options.pooling]))
 
