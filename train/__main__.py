@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 from dali_pipeline.words import to_stderr
 from train.config import Config, ConfigError, find_recipe, help_text, load_config, recipes, to_yaml
 from train.machine.openmp import wait_passively
-from train.machine.place import GroupError, end_with_torchrun, place_from_environment, restarted, speaks_for_machine
+from train.machine.place import (
+    GroupError,
+    end_with_torchrun,
+    place_from_environment,
+    restarted,
+    speaks_for_machine,
+    torchrun_job,
+)
 from train.machine.signals import Interrupted, ending_at_once
 from train.screen.streams import Parser, standard_streams, write_out
 
@@ -103,7 +110,6 @@ def _run(options: argparse.Namespace, config: Config, recipe: Path, first: bool)
     wait_passively()
     # torch is imported from here on: --help, --print-config and a wrong key answer without waiting for it
     from dali_pipeline.errors import at_home
-    from train.disk.folder import default_run_dir
     from train.errors import explained
     from train.run import find_rates_only, fit
     from train.screen.log import Log
@@ -119,9 +125,7 @@ def _run(options: argparse.Namespace, config: Config, recipe: Path, first: bool)
             log(f"recipe: {recipe}, as no file {options.config} lies here")
         name = recipe.stem + ("-lr" if options.find_lr else "")
         folder = (
-            at_home(config.run.dir, "run.dir", ConfigError)
-            if config.run.dir
-            else default_run_dir(name, options.resume or restarted())
+            at_home(config.run.dir, "run.dir", ConfigError) if config.run.dir else _default_folder(name, options.resume)
         )
         if options.find_lr:
             find_rates_only(
@@ -143,6 +147,14 @@ def _run(options: argparse.Namespace, config: Config, recipe: Path, first: bool)
             if config.run.analyse and not log.quiet_by_rank:
                 _analyse(folder, config, log)
     return outcome.code
+
+
+def _default_folder(name: str, resume: bool) -> Path:
+    from train.disk.folder import default_run_dir, goes_on_from
+
+    newest = default_run_dir(name, resume=True)
+    goes_on = resume or (restarted() and goes_on_from(newest, torchrun_job()))
+    return newest if goes_on else default_run_dir(name, resume=False)
 
 
 def _analyse(folder: Path, config: Config, log: Log) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 from train.config import Config, ConfigError, changed, to_yaml
 from train.disk.atomic import write_csv
-from train.disk.folder import RunFolder
+from train.disk.folder import RunFolder, goes_on_from
 from train.disk.resume import check_fits, check_same_data, load_for_resume, note_changes, restore_last
 from train.disk.snapshot import Position, Snapshot
 from train.loop import Run
-from train.machine.place import restarted
+from train.machine.place import restarted, torchrun_job
 from train.screen.log import Log
 from train.screen.notice import LongRunNotice
 from train.screen.summary import summary_lines
@@ -39,7 +39,7 @@ def fit(
 
     `resume` continues from last.pt. With `fallback` it continues from previous.pt where last.pt is damaged; with `extend`
     train.epochs may be larger than before, and the steps that are left take their learning rates from the schedule of the
-    longer training. A command that torchrun has restarted resumes by itself, also with `overwrite`, where there is a last.pt.
+    longer training. A command that torchrun has restarted resumes by itself, also with `overwrite`, where it has left a last.pt.
     `on_range_test` is called with the folder once lr_finder.csv is written. With `owns_process` false a
     second signal does not end the process. The exit codes of the errors are in train/errors.py.
     """
@@ -49,7 +49,7 @@ def fit(
         snapshot = None
         with group.phase("opening the run folder"):
             if restarted() and not resume and run_dir is not None:
-                resume = group.from_first(lambda: (run_dir / "last.pt").exists())
+                resume = group.from_first(lambda: goes_on_from(run_dir, torchrun_job()))
                 overwrite = overwrite and not resume
                 log("restarted by torchrun" + (f": continuing the run in {run_dir}" if resume else ""))
             folder = _open_folder(session, run_dir, resume=resume, overwrite=overwrite)

@@ -23,7 +23,7 @@ from train.disk.initial import InitialWeights, load_initial_weights
 from train.failpoints import failpoint
 from train.machine.distributed import OtherProcessFailed, from_environment, name_of_process, process_group
 from train.machine.environment import git_commit, system_facts, versions
-from train.machine.place import GroupError, under_torchrun
+from train.machine.place import GroupError, torchrun_job, under_torchrun
 from train.machine.runtime import RuntimeUnavailable, prepare, seed_everything
 from train.machine.signals import SignalWatch
 from train.screen.clock import Times
@@ -387,6 +387,7 @@ class Session:
             "notes": [*self.runtime.notes, *self.dataset.notes, *self._notes],
             "data_source": self.dataset.source,
             "world_size": self.group.world_size,
+            **({"torchrun": job} if (job := torchrun_job()) else {}),
             "threads": torch.get_num_threads(),
         }
 

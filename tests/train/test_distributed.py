@@ -584,6 +584,24 @@ def test_what_torchrun_restarts_goes_on_where_it_ended(
     assert f"resumed from {tmp_path / 'run'} at epoch 0, step 6" in jobs[0].stdout
 
 
+def test_what_torchrun_restarts_takes_no_earlier_run_for_its_own(runs: Zygote, noise: Config, tmp_path: Path) -> None:
+    """Its first start may have failed before it wrote anything: what lies there then is somebody else's."""
+    recipe, restart = written(noise, tmp_path), {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "1"}
+    here = f"import os; os.chdir({str(tmp_path)!r})"
+    earlier = tmp_path / "runs" / recipe.stem
+    # a torchrun has another process as its parent, or another id
+    code, _, err = runs.run("--config", recipe, before=here, env=restart | {"TORCHELASTIC_RUN_ID": "earlier"})
+    assert code == 0, err
+    before = (earlier / "last.pt").read_bytes()
+    code, out, err = runs.run("--config", recipe, f"run.dir={earlier}", before=here, env=restart)
+    assert code == 2 and "already holds a run" in one_line(err) and (earlier / "last.pt").read_bytes() == before
+    code, out, err = runs.run("--config", recipe, before=here, env=restart)
+    assert code == 0 and "resumed" not in out and (earlier / "last.pt").read_bytes() == before, err
+    assert (tmp_path / "runs" / f"{recipe.stem}-2" / "summary.json").exists()
+    code, out, err = runs.run("--config", recipe, f"run.dir={earlier}", "--overwrite", before=here, env=restart)
+    assert code == 0 and "resumed" not in out and "epoch 1/1: lr" in out, err
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_loss_that_is_no_number_on_one_process_is_told_once_and_ends_all(
     runs: Zygote, noise: Config, tmp_path: Path, rank: int

@@ -163,10 +163,8 @@ class RunFolder:
         """Whether there is a file that only a run writes, known by its content."""
         if any(carries_seal(self.path / name) for name in CHECKPOINTS):
             return True
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            found = json.loads(read_regular(self.path / "environment.json", MOST_BYTES).decode("utf-8"))
-            if isinstance(found, dict) and found.keys() >= _ENVIRONMENT_KEYS:
-                return True
+        if _environment(self.path).keys() >= _ENVIRONMENT_KEYS:
+            return True
         with contextlib.suppress(OSError, ValueError):
             table = read_regular(self.path / "lr_finder.csv", MOST_BYTES).decode("utf-8")
             return table.partition("\n")[0].strip() == ",".join(CURVE_COLUMNS)
@@ -261,6 +259,21 @@ class RunFolder:
     def write_metrics(self, entries: list[dict[str, Any]]) -> None:
         """Write metrics.jsonl anew, one line for each epoch. A resumed run begins with the epochs in its checkpoint."""
         self.write_text("metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def goes_on_from(path: Path, job: str | None) -> bool:
+    """Whether this folder holds a checkpoint of a run that this start of torchrun (`place.torchrun_job`) began or resumed, and
+    not that of an earlier one."""
+    return job is not None and os.path.lexists(path / "last.pt") and _environment(path).get("torchrun") == job
+
+
+def _environment(path: Path) -> dict[str, Any]:
+    """The content of a run folder's environment.json; empty where there is none that can be read."""
+    try:
+        found = json.loads(read_regular(path / "environment.json", MOST_BYTES).decode("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _is_folder(path: Path) -> bool:

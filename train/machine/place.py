@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import threading
 import time
 from dataclasses import dataclass
@@ -67,6 +68,14 @@ def speaks_for_machine() -> bool:
 def under_torchrun() -> bool:
     """Whether torchrun started this process, and passes on the signals that it gets."""
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def torchrun_job() -> str | None:
+    """The torchrun that started this process, in words that are the same for a command and its restarts, and others each time
+    that somebody calls torchrun; None without one."""
+    if not under_torchrun():
+        return None
+    return f"{os.environ['TORCHELASTIC_RUN_ID']}, process {os.getppid()} on {socket.gethostname()}"
 
 
 def restarted() -> bool:
