@@ -50,8 +50,8 @@ MANY = 5000  # files from which on progress is shown while their sizes are read
 
 
 def recipe_for(word: str, overrides: Sequence[str], recipe: str | None = None) -> Config:
-    """The recipe with the data set that `word` names: a data.name, or a folder of images or an .npz file. Files that cannot be
-    read are left out, unless the overrides say otherwise. Raises AnalysisError or ConfigError."""
+    """The recipe with the data set that `word` names: a data.name, or a folder of images or an .npz file. Raises AnalysisError or
+    ConfigError."""
     name, root = word, None
     if word not in sources.SOURCES:
         path = at_home(word, "NAME_OR_DIR", AnalysisError)
@@ -63,9 +63,8 @@ def recipe_for(word: str, overrides: Sequence[str], recipe: str | None = None) -
         if not path.is_dir() and path.suffix.lower() != ".npz":
             raise AnalysisError(f"{printable_path(word)}: is a file; expected a folder of images or an .npz file")
         name, root = "folder" if path.is_dir() else "npz", word
-    given = {override.partition("=")[0]: override.partition("=")[2] for override in overrides}
-    words = {"data.name": name} | ({"data.on_error": "skip"} if name == "folder" else {})
-    ours = [f"{key}={value}" for key, value in words.items() if key not in given]
+    given = {override.partition("=")[0] for override in overrides}
+    ours = [] if "data.name" in given else [f"data.name={name}"]
     config = load_config(recipe or RECIPES.get(name, "onecycle"), [*ours, *overrides])
     return changed(config, {"data.root": root}) if root is not None and "data.root" not in given else config
 
@@ -279,10 +278,14 @@ def draw_look(config: Config, dataset: Dataset, path: Path, count: int) -> None:
 
 
 def look(config: Config, output: Path, count: int, log: Log) -> None:
-    """Print what the data of a recipe are, and write the tables and the picture into the folder `output`."""
-    dataset = sources.load(config.data, to_stderr)
+    """Print what the data of a recipe are, and write the tables and the picture into the folder `output`. Files that cannot be
+    read are left out, whatever data.on_error is."""
     files = None
     source = sources.source_of(config.data)
+    stops = isinstance(source, Folder) and source.on_error == "stop"
+    if stops:
+        config = changed(config, {"data.on_error": "skip"})
+    dataset = sources.load(config.data, to_stderr)
     if isinstance(source, Folder):
         root = at_home(config.data.root, "data.root", AnalysisError)
         found = source.find(root)
@@ -306,7 +309,7 @@ def look(config: Config, output: Path, count: int, log: Log) -> None:
     log(_copies_line(twice, dataset))
     for note in dataset.notes:
         log(f"WARNING: {note}")
-    if files and files.decoded.problems:
+    if stops and files and files.decoded.problems:
         log(
             f"{len(files.decoded.problems):,} files cannot be read: training stops there until they are mended or removed, or "
             "left out by data.on_error=skip"

@@ -103,9 +103,11 @@ class Folder(OwnImages):
             problems = list(decoded.problems.values())
             amount = f"{len(problems):,} of {count:,} files cannot be read"
             if self.on_error == "stop" or len(problems) == count:
-                remedy = "mend or remove them, or leave them out by data.on_error=skip"
+                remedy = "mend or remove them"
+                if len(problems) < count:
+                    remedy += ", or leave them out by data.on_error=skip"
                 raise DataError(f"{amount}: {some(problems)}; {remedy}")
-            left = [f"left out by data.on_error=skip, as {amount}:", *problems[:LISTED]]
+            left = [f"{amount} and are left out:", *problems[:LISTED]]
             more = [f"and {len(problems) - LISTED:,} more"] if len(problems) > LISTED else []
             listing = replace(listing, notes=(*listing.notes, *left, *more))
         how = f"decoded by {version} into {printable_path(decoded.path)}"

@@ -75,6 +75,7 @@ def test_equal_and_broken_files_are_named_whatever_their_names(
     (birch / "empty.png").write_bytes(b"")
     said, _ = looked(capsys, trees, "--output", tmp_path / "out")
     assert "equal images: within train 2; test in train 1; under different classes 1" in said
+    assert "2 of 30 files cannot be read and are left out" in said
     assert "2 files cannot be read: training stops there" in said
     found = rows(tmp_path / "out" / "duplicates.csv")
     groups = {
@@ -89,6 +90,8 @@ def test_equal_and_broken_files_are_named_whatever_their_names(
     broken = rows(tmp_path / "out" / "broken.csv")
     assert [row["file"] for row in broken] == ["train/ash/broken.png", "train/birch/empty.png"]
     assert "is empty" in broken[1]["reason"] and str(birch / "empty.png") in said
+    said, _ = looked(capsys, trees, "data.on_error=skip", "--output", tmp_path / "out")
+    assert "2 of 30 files cannot be read and are left out" in said and "training stops" not in said
 
 
 def test_equal_files_on_one_side_of_a_held_out_test_set(

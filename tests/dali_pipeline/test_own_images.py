@@ -218,6 +218,9 @@ def test_broken_files_stop_with_their_names_or_are_left_out_and_listed(tmp_path:
         assert np.array_equal(found.train.images[:4], np.stack(left))
         values = found.train.images.reshape(-1, 3).astype(np.float64)
         np.testing.assert_allclose(found.mean, values.mean(0), rtol=1e-12)
+    for file in tmp_path.glob("*/*/*.png"):
+        file.write_bytes(b"")
+    assert refused(tmp_path, "15 of 15 files", on_error="skip").endswith("mend or remove them")
 
 
 # tables
