@@ -6,11 +6,11 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,7 +26,8 @@ from analysis.run import AnalysisError, LoadedRun, averaged_network, load_run, l
 from analysis.style import Pixels
 from dali_pipeline.dataset import DataError, Dataset
 from dali_pipeline.errors import UserError, at_home
-from dali_pipeline.images import ImageError, Resize, fit_image, read_image
+from dali_pipeline.image_files import ImageFiles
+from dali_pipeline.images import ImageError, Resize, fit_image
 from dali_pipeline.loader import EvalLoader
 from train.machine.process import process_as_found
 from train.screen.log import Log
@@ -35,6 +36,7 @@ from train.step.measures import measures_of
 from train.step.steps import EvalStep
 from train.step.views import VIEWS
 
+BATCH = 512  # images that are predicted at once
 DEVICES = ("auto", "cpu", "cuda", "mps")
 # one image, or several of any kind: a path, a Pillow image, or uint8 (H, W, 3), and (N, H, W, 3) for several
 Images: TypeAlias = (
@@ -122,11 +124,11 @@ class Classifier:
         fit = fit or self._run.resize
         if fit not in ("crop", "squash"):
             raise AnalysisError(f"fit={fit!r}: expected crop or squash")
-        pixels = [self._fitted(image, fit) for image in _one_by_one(images)]
         step, device = eval_step(self._run), self._run.runtime.device
+        reader, one_by_one = ImageFiles(*self.image_size, fit), _one_by_one(images)
         logits = [torch.empty(0, len(self.class_names))]
-        for start in range(0, len(pixels), 512):
-            logits.append(logits_of(step, np.stack(pixels[start : start + 512]), device))
+        while some := list(islice(one_by_one, BATCH)):
+            logits.append(logits_of(step, self._fitted(some, fit, reader), device))
         together = torch.cat(logits)
         labels = together.argmax(1).numpy()
         return Answers(
@@ -214,11 +216,25 @@ class Classifier:
         finally:
             loader.close()
 
-    def _fitted(self, image: Any, fit: Resize) -> Pixels:
-        """The image as (H, W, 3) uint8 in the network's size."""
+    def _fitted(self, images: Sequence[Any], fit: Resize, reader: ImageFiles) -> Pixels:
+        """The images as (N, H, W, 3) uint8 in the network's size. The files among them are read together."""
+        result = np.empty((len(images), *self.image_size, 3), np.uint8)
+        files = [place for place, image in enumerate(images) if isinstance(image, (str, os.PathLike))]
+        done, problems = 0, dict[int, str]()
+        for batch in reader.read([str(at_home(images[place], "image", ImageError)) for place in files]):
+            result[files[done : done + len(batch.pixels)]] = batch.pixels
+            problems |= {files[done + place]: why for place, why in batch.problems.items()}
+            done += len(batch.pixels)
+        others = set(range(len(images))).difference(files)
+        for place in sorted(others.union(problems)):
+            if place in problems:
+                raise ImageError(problems[place])
+            result[place] = self._fitted_object(images[place], fit)
+        return result
+
+    def _fitted_object(self, image: Any, fit: Resize) -> Pixels:
+        """A Pillow image or an array as (H, W, 3) uint8 in the network's size."""
         height, width = self.image_size
-        if isinstance(image, (str, os.PathLike)):
-            return read_image(at_home(image, "image", ImageError), height, width, fit)
         if not isinstance(image, Image.Image):
             array = np.asarray(image)
             if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:

@@ -26,6 +26,7 @@ from analysis.predictions import Floats, eval_step, logits_of
 from analysis.run import AnalysisError, LoadedRun
 from analysis.style import BLUE, GREY, Pixels, Tile, draw_sheet, percent, plain, pretty
 from dali_pipeline.dataset import some
+from dali_pipeline.errors import UserError, at_home
 from dali_pipeline.image_files import Decoded, ImageFiles
 from dali_pipeline.progress import Meter
 from dali_pipeline.sources.folder import SUFFIXES, images_below, not_followed, passed_over
@@ -59,11 +60,18 @@ def find_images(words: Sequence[str], say: Callable[[str], None]) -> tuple[list[
     problems: list[str] = []
     others: Counter[str] = Counter()
     loops: list[str] = []
-    for word in words:
-        matches = [word]
+    for given in words:
+        word, matches = given, [given]
         if not word:
             problems.append("an empty name: no such file")
             continue
+        if word.startswith("~") and not os.path.lexists(word):  # a shell leaves it in a quoted pattern
+            try:
+                word = str(at_home(word, "IMAGE"))
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            matches = [word]
         if glob.has_magic(word) and not os.path.lexists(word):
             matches = sorted(glob.glob(word, recursive=True), key=os.fsencode)  # noqa: PTH207 - absolute patterns too
             if not matches:

@@ -81,6 +81,20 @@ def test_a_file_that_has_changed_since_is_noticed_when_the_run_goes_on(
         train.fit(f"{run.folder}/config.yaml", f"data.root={other}", resume=True)
 
 
+def test_from_python_many_files_get_the_answers_of_their_pixels_among_images_of_other_kinds(
+    run: train.FinishedRun, pictures: Path, tmp_path: Path
+) -> None:
+    network, files = analysis.load(run.folder), sorted(pictures.glob("*/*.jpg"))
+    pixels = [read(file) for file in files]
+    expected = network.predict(pixels).probabilities
+    mixed = [pixels[place] if place % 5 == 1 else file for place, file in enumerate(files)]
+    for given in (files, mixed, iter(mixed)):
+        np.testing.assert_allclose(network.predict(given).probabilities, expected, atol=1e-6)
+    (tmp_path / "broken.jpg").write_bytes(files[0].read_bytes()[:300])
+    with pytest.raises(analysis.UserError, match=r"broken\.jpg: cannot be read"):
+        network.predict([*files[:90], tmp_path / "broken.jpg", *files[90:]])
+
+
 # analysis.predict
 
 
@@ -143,7 +157,9 @@ def test_answers_do_not_depend_on_how_files_are_named_or_batched(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("HOME", str(pictures))
     ways = {
+        "home": ["~/**/*.jpg"],
         "folder": [pictures],
         "pattern": [f"{pictures}/**/*.jpg"],
         "files": sorted(pictures.glob("*/*.jpg"), key=os.fsencode),
@@ -169,6 +185,7 @@ def test_answers_do_not_depend_on_how_files_are_named_or_batched(
         (["{new}", "--csv", "{new}/a.png"], "bears the name of an image"),
         ([""], "an empty name"),
         (["{new}/*.gif"], "matches no file"),
+        (["~no such user/*.png"], "no home is known for its ~"),
         (["{empty}"], "holds no image; read are .jpg"),
     ],
 )
