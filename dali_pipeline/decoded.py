@@ -103,7 +103,10 @@ def decoded_images(wanted: Wanted, say: Say | None = None) -> DecodedImages:
         folders.append(caches / "decoded")
     for folder in folders:
         if (found := _open(folder / wanted.name, wanted)) is not None:
-            return found
+            if not _mended(found, wanted):
+                return found
+            with suppress(OSError):  # a folder that may only be read: then the next one
+                found.path.unlink()
     reasons = []
     for folder in folders:
         try:
@@ -117,6 +120,12 @@ def decoded_images(wanted: Wanted, say: Say | None = None) -> DecodedImages:
         f"{wanted.what}: there is no place to keep {_size(wanted)} of decoded images ({'; '.join(reasons)}); "
         "XDG_CACHE_HOME=DIR names a folder that can be written to"
     )
+
+
+def _mended(found: DecodedImages, wanted: Wanted) -> bool:
+    """Whether an image can be read by now that could not: permissions and failures of a network leave a file's size and time as
+    they were."""
+    return any(not batch.problems for place in found.problems for batch in wanted.read(place, place + 1))
 
 
 def _size(wanted: Wanted) -> str:
@@ -219,13 +228,16 @@ def _fill(file: FileIO, wanted: Wanted, meter: Meter) -> None:
         file.truncate(end)
     states = np.memmap(file, RECORD, "r", offset=wanted.pixel_bytes, shape=(wanted.count,))["state"]
     done = int(np.argmin(states != 0)) if not states.all() else wanted.count
-    if done:
-        meter.say(f"decoding {wanted.what}: {done:,} images are there already")
     problems: dict[int, str] = {}
     for place in np.flatnonzero(states[:done] == 2).tolist():  # only their number was kept
-        for batch in wanted.read(place, place + 1):
-            problems[place] = batch.problems[0]
+        (batch,) = wanted.read(place, place + 1)
+        if not batch.problems:  # it can be read by now: go on from there
+            done = place
+            break
+        problems[place] = batch.problems[0]
     del states
+    if done:
+        meter.say(f"decoding {wanted.what}: {done:,} images are there already")
     pending: list[npt.NDArray[np.void]] = []
     last = time.monotonic()
     try:

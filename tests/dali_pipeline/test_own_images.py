@@ -361,6 +361,32 @@ def test_the_second_start_reads_no_image_and_a_change_is_noticed(
     assert load(tmp_path).train.fingerprint == third.train.fingerprint
 
 
+def test_a_file_that_can_be_read_by_now_is_read_though_its_size_and_time_are_as_they_were(tmp_path: Path) -> None:
+    """As after chmod, or a failure of a network."""
+    file = tree(tmp_path / "a", {"train/a": 30, "train/b": 30, "test/a": 2, "test/b": 2})[3]
+    tree(tmp_path / "b", {"train/a": 30, "train/b": 30, "test/a": 2, "test/b": 2})
+    expected = load(tmp_path / "b").train.fingerprint
+    content, status = file.read_bytes(), file.stat()
+
+    def write(data: bytes) -> None:
+        file.write_bytes(data)
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    write(bytes(len(content)))
+    killed = child(tmp_path / "a", "kill")
+    killed.communicate(timeout=60)
+    (part,) = kept(tmp_path / "a")
+    assert killed.returncode == -signal.SIGKILL and part.suffix == ".part"
+    write(content)
+    assert load(tmp_path / "a").train.fingerprint == expected
+    for path in kept(tmp_path / "a"):
+        path.unlink()
+    write(bytes(len(content)))
+    refused(tmp_path / "a", "1 of 64 files cannot be read", "003.png")
+    write(content)
+    assert load(tmp_path / "a").train.fingerprint == expected
+
+
 @pytest.mark.parametrize("damage", [b"", b"x" * 100, None])
 def test_a_damaged_file_is_made_anew(tmp_path: Path, damage: bytes | None) -> None:
     tree(tmp_path, {"train/a": 5, "train/b": 5, "test/a": 2, "test/b": 2})
