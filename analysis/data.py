@@ -372,7 +372,10 @@ def main(arguments: list[str] | None = None) -> int:
         if options.count < 1:
             raise AnalysisError(f"--count {options.count}: must be at least 1")
         config = recipe_for(options.data, options.overrides, options.config)
-        name = options.data if options.data in sources.SOURCES else Path(options.data).expanduser().resolve().stem
+        name = options.data
+        if name not in sources.SOURCES:
+            path = Path(name).expanduser().resolve()
+            name = path.name if path.is_dir() else path.stem
         look(config, options.output or Path("runs") / "data" / name, options.count, log)
 
     return command(options, arguments, body)

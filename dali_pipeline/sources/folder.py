@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import os
 from array import array
 from collections import Counter
@@ -301,7 +302,9 @@ def _by_table(root: Path, table: Path) -> Found:
         text = read_regular(path, LARGEST_TABLE).decode("utf-8-sig", "surrogateescape")
     except FileNotFoundError:
         raise DataError(f"{where}: no such file; it is looked for in data.root") from None
-    rows = csv.reader(text.splitlines(), delimiter=max(",;\t", key=text.partition("\n")[0].count), strict=True)
+    rows = csv.reader(
+        io.StringIO(text, newline=""), delimiter=max(",;\t", key=text.partition("\n")[0].count), strict=True
+    )
     try:
         header = [column.strip().lower() for column in next(rows, [])]
         for column in ("path", "label"):

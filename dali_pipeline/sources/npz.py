@@ -153,7 +153,7 @@ def _labels(archive: zipfile.ZipFile, part: _Part, where: str) -> Labels:
             raise DataError(f"{said}: several labels an image, which no training here takes; expected (N,) or (N, 1)")
         if shape not in ((part.shape[0],), (part.shape[0], 1)):
             raise DataError(f"{said}, but {part.images} {part.shape}; expected a label for each image")
-        content = stream.read()
+        content = stream.read(part.shape[0] * dtype.itemsize)
     return np.frombuffer(content, dtype, part.shape[0]).astype(np.int64)
 
 

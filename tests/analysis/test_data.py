@@ -141,6 +141,15 @@ def test_samples_come_from_all_classes_in_turn() -> None:
     assert np.bincount(uneven.labels[data.chosen(uneven, 20, seed=0)])[4] == 1
 
 
+def test_without_output_the_folder_bears_the_whole_name_of_the_data(
+    trees: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trees.rename(tmp_path / "trees v1.5")
+    looked(capsys, "trees v1.5", "--count", "1")
+    assert (tmp_path / "runs" / "data" / "trees v1.5" / "classes.csv").exists()
+
+
 def test_a_data_set_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said, _ = looked(capsys, "digits", "data.validation=100", "--output", tmp_path / "out", "--count", "4")
     assert "10 classes" in said and "validation" in said and "no augmentation" not in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import os
 import re
@@ -241,6 +242,16 @@ def test_a_table_names_files_labels_and_splits(tmp_path: Path) -> None:
     lines = [line.rpartition(";")[0].replace(";", ",") for line in lines]
     (tmp_path / "plain.csv").write_text("\n".join(lines), encoding="utf-8")
     assert len(load(tmp_path, table="plain.csv", test=3).test) == 3
+
+
+def test_paths_in_a_table_may_hold_whatever_a_file_system_takes(tmp_path: Path) -> None:
+    names = ["line\nbreak.png", "one, two.png", 'a "b".png', "next\x85line.png", "para\u2029graph.png", "caf\udce9.png"]
+    for place, name in enumerate(names):
+        Image.fromarray(picture(place)).save(tmp_path / name)
+    with (tmp_path / "t.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file).writerows([("path", "label"), *((name, place % 2) for place, name in enumerate(names))])
+    found = load(tmp_path, table="t.csv", test=2)
+    assert contents([*found.train.images, *found.test.images]) == contents(map(picture, range(len(names))))
 
 
 @pytest.mark.parametrize(
