@@ -1,12 +1,15 @@
-"""Predicts a training step on GPUs that are not here, from the kernels that torch.compile plans for it: time by kind of kernel.
+"""Predicts training steps and recipes on GPUs that are not here, from the kernels that torch.compile plans, by kind of kernel.
 
-    python benchmarks/roofline.py [--plan PLAN.json] [--measured throughput.json] [--json FILE] [--picture FILE]
+    python benchmarks/roofline.py [--recipe onecycle fast94 ... | --plan PLAN.json] [--measured throughput.json] [--json FILE]
+        [--picture FILE]
 
 Every figure is predicted. A kernel takes its FLOPs at the rate that matrix products attain or its bytes at the bandwidth that
-copies attain, whichever is longer, and the time between two kernels; the host, the pipeline and the evaluation take nothing.
-The same method, put to two published times, errs by what the last lines say.
+copies attain, whichever is longer, and the time between two kernels; the host and the pipeline take nothing. A recipe takes its
+epochs and one evaluation of the test set at their end, by the views that it has; compiling, a range test and other evaluations
+are left out. The same method, put to two published times, errs by what the last lines say.
 
-Without --plan the plan is made on the spot (tests/rehearsal, Linux on x86-64 with a CUDA build of torch).
+Without --plan the plans are made on the spot (tests/rehearsal, Linux on x86-64 with a CUDA build of torch), about a minute each;
+recipes whose steps are alike share one.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +30,10 @@ if __name__ == "__main__":
 from benchmarks.given import read_json, reading, whole  # noqa: E402
 from train.screen.streams import Parser  # noqa: E402
 
+KIND = "roofline"
 REHEARSAL = ROOT / "tests" / "rehearsal"
-EPOCH_IMAGES = 50_000
+RECIPE = "onecycle"
+EPOCH_IMAGES, TEST_IMAGES = 50_000, 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +107,20 @@ def predict(plan: dict[str, Any], gpu: Gpu) -> dict[str, Any]:
     }
 
 
+def predict_recipes(plan: dict[str, Any], gpu: Gpu, epochs: int | None = None) -> dict[str, Any]:
+    """What `predict` gives for the plan's step and, by name, the time of each recipe that takes this step, for its own number of
+    epochs or the one given."""
+    found, evaluation = predict(plan, gpu), plan["evaluation"]
+    pass_ = predict(evaluation, gpu)["step_ms"] / 1e3 * -(-TEST_IMAGES // evaluation["batch"])
+    recipes = {}
+    for name, recipe in plan["recipes"].items():
+        count = epochs or recipe["epochs"]
+        training, evaluating = count * found["epoch_seconds"], recipe["views"] * pass_
+        recipes[name] = {"epochs": count, "views": recipe["views"], "training_seconds": training}
+        recipes[name] |= {"evaluation_seconds": evaluating, "seconds": training + evaluating}
+    return found | {"recipes": recipes}
+
+
 @dataclass(frozen=True)
 class Published:
     """A network of 3x3 convolutions, (channels in, channels out, height and width) a layer, and how long others trained it."""
@@ -136,12 +155,8 @@ PUBLISHED = (
 def passes_per_output(plan: dict[str, Any]) -> float:
     """Bytes of all kernels but convolutions and optimizer, for a byte that a convolution puts out forward."""
     others = sum(row["bytes"] for row in plan["rows"] if row["group"] not in ("convolutions", "optimizer"))
-    return others / outputs(PUBLISHED[0].layers, plan["batch"], plan["width"] / 64)
-
-
-def outputs(layers: Iterable[tuple[int, int, int]], batch: int, scale: float = 1.0) -> float:
-    """Bytes in 16 bits."""
-    return sum(2 * batch * scale * channels * side * side for _, channels, side in layers)
+    forward = [row for row in plan["rows"] if row["group"] == "convolutions" and row["what"] == "forward"]
+    return float(others / sum(row["outputs"] for row in forward))
 
 
 def published_plan(case: Published, passes: float) -> dict[str, Any]:
@@ -155,7 +170,7 @@ def published_plan(case: Published, passes: float) -> dict[str, Any]:
             flops = 18 * case.batch * side * side * inputs * channels
             rows.append({"group": "convolutions", "what": what, "channels": [inputs, channels], "kernels": 1}
                         | {"bytes": 2 * elements, "flops": flops})  # fmt: skip
-    moved = int(passes * outputs(case.layers, case.batch))
+    moved = int(passes * sum(2 * case.batch * channels * side * side for _, channels, side in case.layers))  # 16 bits
     rows.append({"group": "the others", "kernels": 12 * len(case.layers), "bytes": moved, "flops": 0})
     return {"batch": case.batch, "rows": rows, "flops_per_step": sum(row["flops"] for row in rows)}
 
@@ -179,27 +194,33 @@ def check_against_published(plan: dict[str, Any]) -> list[dict[str, Any]]:
     return result
 
 
-def plan_on_the_spot() -> dict[str, Any]:
+def plans_on_the_spot(recipes: Sequence[str]) -> list[dict[str, Any]]:
     """Run the rehearsal's planner. Raises RuntimeError with the reason where it cannot run."""
     script = REHEARSAL / "standin.py"
     if not script.exists():
-        raise RuntimeError(f"{script} is missing: give a plan with --plan, or start this from a checkout")
-    done = subprocess.run([sys.executable, script, REHEARSAL / "plan.py"], capture_output=True, text=True)
+        raise RuntimeError(f"{script} is missing: give plans with --plan, or start this from a checkout")
+    words = [sys.executable, script, REHEARSAL / "plan.py", "--recipe", *recipes]
+    done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no output"]
         raise RuntimeError(f"no plan could be made here ({lines[-1]}); give one with --plan")
-    plan: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])[0]
-    return plan
+    plans: list[dict[str, Any]] = json.loads(done.stdout)
+    return plans
 
 
-def read_plan(path: Path) -> dict[str, Any]:
-    """A plan as tests/rehearsal/plan.py prints it: the first of a list."""
+def read_plans(path: Path) -> list[dict[str, Any]]:
+    """Plans as tests/rehearsal/plan.py prints them: a list, of which the first one of each recipe is taken."""
     found = read_json(path)
-    plan: dict[str, Any] = found[0] if isinstance(found, list) and found else found
-    missing = {"width", "batch", "rows", "flops_per_step"} - (plan.keys() if isinstance(plan, dict) else set())
-    if missing:
-        raise RuntimeError(f"{path}: no plan of kernels, it lacks {', '.join(sorted(missing))}")
-    return plan
+    plans, known = [], set[str]()
+    needed = {"width", "batch", "rows", "flops_per_step", "evaluation", "recipes"}
+    for plan in found if isinstance(found, list) and found else [found]:
+        missing = needed - (plan.keys() if isinstance(plan, dict) else set())
+        if missing:
+            raise RuntimeError(f"{path}: no plan of kernels, it lacks {', '.join(sorted(missing))}")
+        if not known & plan["recipes"].keys():
+            plans.append(plan)
+        known |= plan["recipes"].keys()
+    return plans
 
 
 def measured_steps(path: Path) -> tuple[str, float]:
@@ -211,39 +232,79 @@ def measured_steps(path: Path) -> tuple[str, float]:
 
 def lines_of(report: dict[str, Any]) -> list[str]:
     """The report in words."""
-    plan = report["plan"]
-    lines = [
-        f"predicted for width {plan['width']}, batch {plan['batch']}, {plan['dtype']}, torch {plan['torch']}: "
-        f"{report['kernels_per_step']} kernels, {report['bytes_per_step'] / 1e9:.2f} GB and "
-        f"{report['flops_per_step'] / 1e12:.3f} TFLOP a step"
-    ]
-    first = report["predictions"][0]
-    lines += ["", f"time by kind of kernel, predicted for {first['gpu']}:"]
-    for name, group in first["groups"].items():
-        share = group["seconds"] / first["step_ms"] * 1e3
-        lines.append(
-            f"  {name:<31}{group['kernels']:>4} kernels{group['bytes'] / 1e6:>8,.0f} MB{group['seconds'] * 1e6:>8,.0f} us"
-            f"{share:>7.1%}  bound by {group['bound']}"
-        )
-    lines += ["", f"{'predicted':<9}{'step':>10}{'floor':>10}{'images/s':>11}{'MFU, peak':>11}{'matrix':>8}{'epoch':>9}"
-                  f"{report['epochs']:>5} epochs"]  # fmt: skip
-    for p in report["predictions"]:
-        lines.append(
-            f"{p['gpu']:<9}{p['step_ms']:>7.2f} ms{p['floor_ms']:>7.2f} ms{p['images_per_second']:>11,.0f}"
-            f"{p['mfu_of_peak']:>11.1%}{p['mfu_of_matrix_rate']:>8.1%}{p['epoch_seconds']:>7.2f} s{p['recipe_seconds']:>10.1f} s"
-        )
+    lines: list[str] = []
+    for plan in report["plans"]:
+        predictions = [p for p in report["predictions"] if p["recipes"].keys() == plan["recipes"].keys()]
+        lines += [*lines_of_plan(plan, predictions), ""]
     for found in report["measured"]:
         lines.append(
             f"measured on {found['gpu']}: {found['images_per_second']:,.0f} images/s"
             + (f", {found['ratio']:.2f} of the prediction" if found["ratio"] else ", a device that is not in the table")
         )
-    lines += ["", "the method against published times:"]
+    lines.append("the method against published times:")
     for case in report["published"]:
         lines.append(
             f"  {case['case']}, {case['gpu']}: predicted {case['predicted_seconds']:.2f} s, published "
             f"{case['published_seconds']:g} s, error {case['error']:+.0%}"
         )
     return lines
+
+
+def lines_of_plan(plan: dict[str, Any], predictions: list[dict[str, Any]]) -> list[str]:
+    """A step and its recipes in words; `predictions` are those of its plan, one a GPU."""
+    first = predictions[0]
+    lines = [
+        f"predicted for {', '.join(first['recipes'])}: width {plan['width']}, batch {plan['batch']}, {plan['dtype']}, torch "
+        f"{plan['torch']}, {plan['kernels_per_step']} kernels, {plan['bytes_per_step'] / 1e9:.2f} GB and "
+        f"{plan['flops_per_step'] / 1e12:.3f} TFLOP a step",
+        f"time by kind of kernel, predicted for {first['gpu']}:",
+    ]
+    for name, group in first["groups"].items():
+        share = group["seconds"] / first["step_ms"] * 1e3
+        lines.append(
+            f"  {name:<37}{group['kernels']:>4} kernels{group['bytes'] / 1e6:>8,.0f} MB{group['seconds'] * 1e6:>8,.0f} us"
+            f"{share:>7.1%}  bound by {group['bound']}"
+        )
+    lines.append(
+        f"{'predicted':<9}{'step':>10}{'floor':>10}{'images/s':>11}{'MFU, peak':>11}{'matrix':>8}{'epoch':>9}"
+        + "".join(f"{name:>13}" for name in first["recipes"])
+    )
+    for p in predictions:
+        lines.append(
+            f"{p['gpu']:<9}{p['step_ms']:>7.2f} ms{p['floor_ms']:>7.2f} ms{p['images_per_second']:>11,.0f}"
+            f"{p['mfu_of_peak']:>11.1%}{p['mfu_of_matrix_rate']:>8.1%}{p['epoch_seconds']:>7.2f} s"
+            + "".join(f"{recipe['seconds']:>11.1f} s" for recipe in p["recipes"].values())
+        )
+    of = [
+        f"{name}: {recipe['epochs']} epochs, and an evaluation by {recipe['views']} view{'s' * (recipe['views'] > 1)}"
+        for name, recipe in first["recipes"].items()
+    ]
+    return [*lines, f"  ({'; '.join(of)})"]
+
+
+def table(report: dict[str, Any]) -> list[str]:
+    """A Markdown table of the predicted times, a row for each recipe and a column for each GPU; below it how they are made."""
+    names = list(dict.fromkeys(p["gpu"] for p in report["predictions"]))
+    rows = [
+        f"| seconds, predicted, not measured | epochs | views | {' | '.join(names)} |",
+        "|---|---:|---:|" + "---:|" * len(names),
+    ]
+    for plan in report["plans"]:
+        for recipe in plan["recipes"]:
+            found = {p["gpu"]: p["recipes"][recipe] for p in report["predictions"] if recipe in p["recipes"]}
+            seconds = " | ".join(f"{found[name]['seconds']:.1f}" for name in names)
+            first = found[names[0]]
+            rows.append(f"| `{recipe}` | {first['epochs']} | {first['views']} | {seconds} |")
+    errors = " and ".join(f"{case['error']:+.0%} for {case['case']} ({case['gpu']})" for case in report["published"])
+    plan = report["plans"][0]
+    return [
+        *rows,
+        "",
+        f"Predicted, not measured: from the kernels that torch {plan['torch']} plans for {plan['dtype']}, by rates and "
+        "bandwidths of data sheets and an assumed part of them; the epochs, and one evaluation at their end by so many views of "
+        "each image, without compiling, a range test and other evaluations, and as if the host and the pipeline took no time. "
+        f"Against published times the method errs by {errors}. `{report['command']}`",
+    ]
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -256,28 +317,31 @@ def draw(report: dict[str, Any], path: Path) -> None:
 def _draw(report: dict[str, Any], path: Path) -> None:
     from analysis.style import new_figure, save
 
-    predictions, plan = report["predictions"][::-1], report["plan"]
-    caption = (
-        f"width {plan['width']}, batch {plan['batch']}, {plan['dtype']}, planned by torch {plan['torch']}; not measured"
-    )
-    figure = new_figure(9, 0.5 * len(predictions) + 2.4, "A training step on GPUs, predicted from its kernels", caption)
-    axes = figure.subplots()
-    left = [0.0] * len(predictions)
-    for name in report["predictions"][0]["groups"]:
-        shares = [100 * p["groups"][name]["seconds"] / p["step_ms"] * 1e3 for p in predictions]
-        axes.barh([p["gpu"] for p in predictions], shares, left=left, label=name)
-        left = [a + b for a, b in zip(left, shares, strict=True)]
-    for place, p in enumerate(predictions):
-        axes.text(101, place, f"{p['step_ms']:.2f} ms, {p['images_per_second'] / 1e3:,.0f}k images/s", va="center")
-    axes.set(xlim=(0, 135), xticks=range(0, 101, 20), xlabel="share of a training step in percent, predicted")
-    axes.legend(ncols=3, fontsize="small", loc="lower center", bbox_to_anchor=(0.45, 1))
+    plans, gpus = report["plans"], len({p["gpu"] for p in report["predictions"]})
+    first = plans[0]
+    caption = f"width {first['width']}, batch {first['batch']}, {first['dtype']}, planned by torch {first['torch']}; not measured"
+    height = (0.5 * gpus + 1.6) * len(plans) + 0.8
+    figure = new_figure(9, height, "A training step on GPUs, predicted from its kernels", caption)
+    colours = {name: f"C{number}" for number, name in enumerate(report["predictions"][0]["groups"])}
+    for axes, plan in zip(figure.subplots(len(plans), squeeze=False)[:, 0], plans, strict=True):
+        predictions = [p for p in report["predictions"] if p["recipes"].keys() == plan["recipes"].keys()][::-1]
+        left = [0.0] * len(predictions)
+        for name in predictions[-1]["groups"]:
+            shares = [100 * p["groups"][name]["seconds"] / p["step_ms"] * 1e3 for p in predictions]
+            axes.barh([p["gpu"] for p in predictions], shares, left=left, label=name, color=colours[name])
+            left = [a + b for a, b in zip(left, shares, strict=True)]
+        for place, p in enumerate(predictions):
+            axes.text(101, place, f"{p['step_ms']:.2f} ms, {p['images_per_second'] / 1e3:,.0f}k images/s", va="center")
+        label = f"share of a training step of {', '.join(plan['recipes'])} in percent, predicted"
+        axes.set(xlim=(0, 135), xticks=range(0, 101, 20), xlabel=label)
+        axes.legend(ncols=3, fontsize="small", loc="lower center", bbox_to_anchor=(0.45, 1))
     save(figure, path)
 
 
-def make_report(plan: dict[str, Any], epochs: int, measured: Path | None) -> dict[str, Any]:
-    predictions = [predict(plan, gpu) for gpu in GPUS]
-    for prediction in predictions:
-        prediction["recipe_seconds"] = epochs * prediction["epoch_seconds"]
+def make_report(plans: list[dict[str, Any]], epochs: int | None, measured: Path | None) -> dict[str, Any]:
+    """The predictions for all plans on all GPUs. The first plan is the one that a measurement is compared with, and that the
+    check against published times begins with."""
+    predictions = [predict_recipes(plan, gpu, epochs) for plan in plans for gpu in GPUS]
     beside = []
     if measured is not None:
         gpu, rate = measured_steps(measured)
@@ -286,39 +350,52 @@ def make_report(plan: dict[str, Any], epochs: int, measured: Path | None) -> dic
         beside = [
             {"gpu": gpu, "images_per_second": rate, "ratio": rate / names[0]["images_per_second"] if names else None}
         ]
+    described = [
+        {key: plan.get(key) for key in ("recipes", "width", "batch", "dtype", "pooling", "torch", "gpu")}
+        | {f"{key}_per_step": sum(row[key] for row in plan["rows"]) for key in ("kernels", "bytes", "flops")}
+        for plan in plans
+    ]
     return {
-        "kind": "predicted",
-        "plan": {key: plan.get(key) for key in ("width", "batch", "dtype", "pooling", "torch", "gpu")},
-        "kernels_per_step": sum(row["kernels"] for row in plan["rows"]),
-        "bytes_per_step": sum(row["bytes"] for row in plan["rows"]),
-        "flops_per_step": plan["flops_per_step"],
-        "epochs": epochs,
+        "kind": KIND,
+        "figures": "predicted",
+        **{key: described[0][key] for key in ("kernels_per_step", "bytes_per_step", "flops_per_step")},
+        "plans": described,
         "predictions": predictions,
-        "published": check_against_published(plan),
+        "published": check_against_published(plans[0]),
         "measured": beside,
     }
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", type=Path, help="a plan of kernels; made on the spot if not given")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--recipe", nargs="+", metavar="NAME", help=f"recipes for CIFAR to plan and predict ({RECIPE})")
+    which.add_argument("--plan", type=Path, help="plans of kernels; made on the spot if not given")
     parser.add_argument("--measured", type=Path, help="throughput.json of a GPU, to stand beside the predictions")
-    parser.add_argument("--epochs", type=whole(), default=24, help="of the recipe, %(default)s by default")
+    parser.add_argument("--epochs", type=whole(), help="of each recipe, instead of its own")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the shares of a step")
     options = parser.parse_args(arguments)
     from benchmarks.outcome import explained, write_report  # torch from here on: --help answers without it
     from dali_pipeline.errors import UserError
+    from train.config import find_recipe
 
     with explained() as outcome:
+        recipes = options.recipe or [RECIPE]
+        for name in recipes:
+            find_recipe(name)
         try:
-            plan = read_plan(options.plan) if options.plan else plan_on_the_spot()
-            report = make_report(plan, options.epochs, options.measured)
+            plans = read_plans(options.plan) if options.plan else plans_on_the_spot(recipes)
+            report = make_report(plans, options.epochs, options.measured)
         except (RuntimeError, OSError, KeyError, json.JSONDecodeError) as error:
             raise UserError(str(error)) from error
         print("\n".join(lines_of(report)))
         if options.json:
-            write_report(options.json, report)
+            from benchmarks.machine import command
+
+            write_report(
+                options.json, report | {"command": command(KIND, sys.argv[1:] if arguments is None else arguments)}
+            )
         if options.picture:
             draw(report, options.picture)
     return outcome.code

@@ -66,11 +66,13 @@ def validation_block(folder: Path) -> str:
 
 def recipes_block(folder: Path) -> str:
     """What docs/recipes.md has between the two markers, markers included."""
-    from benchmarks.recipes import table
+    from benchmarks import recipes, roofline
 
-    return _block(
-        _rows(folder, "recipes", lambda found: [row for report in found for row in (*table(report), "")])[:-1]
-    )
+    def each(table: Callable[[dict[str, Any]], list[str]]) -> Callable[[list[dict[str, Any]]], list[str]]:
+        return lambda found: [row for report in found for row in ("", *table(report))]
+
+    measured = _rows(folder, "recipes", each(recipes.table))
+    return _block([*measured, *_rows(folder, "roofline", each(roofline.table))][1:])
 
 
 # by document, the function that makes its block

@@ -64,7 +64,7 @@ def test_a_report_or_plan_that_is_none_is_named_by_the_prediction(tmp_path: Path
     for content in ("[]", "3", "{}", '{"machine": {}}', "[1"):
         (tmp_path / "x.json").write_text(content)
         with pytest.raises((UserError, RuntimeError), match=r"x\.json: "):
-            roofline.read_plan(tmp_path / "x.json")
+            roofline.read_plans(tmp_path / "x.json")
         with pytest.raises(UserError, match=r"x\.json: "):
             roofline.measured_steps(tmp_path / "x.json")
     with pytest.raises(UserError, match=r"none\.json: cannot be read"):
