@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dali_pipeline import torch_graph
 from dali_pipeline.errors import at_home
 from train.config import Config, ConfigError, find_recipe, from_dict, load_config, own_keys, to_dict, with_overrides
 from train.disk.folder import default_run_dir, read_metrics
@@ -153,15 +154,15 @@ def _alone() -> Iterator[None]:
         yield
     finally:
         try:
-            _forget_compiled_steps()
+            _forget_compiled()
         finally:
             _one_at_a_time.release()
 
 
-def _forget_compiled_steps() -> None:
+def _forget_compiled() -> None:
     """Clear torch's compiled functions. In one process torch compiles a function for at most eight shapes of its inputs and
-    weights; without this the ninth width of a search would train uncompiled."""
+    weights; without this the ninth width of a search, or the ninth number of images, would train uncompiled."""
     frames = sys.modules.get("torch._dynamo.eval_frame")
     if frames is not None and hasattr(frames, "reset_code"):
-        for step in (TrainStep, EvalStep):
-            frames.reset_code(step.forward.__code__)
+        for function in (TrainStep.forward, EvalStep.forward, *torch_graph.COMPILED):
+            frames.reset_code(function.__code__)

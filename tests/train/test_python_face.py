@@ -319,11 +319,9 @@ def test_many_shapes_in_one_process_are_all_compiled(small: Config, monkeypatch:
 
     if not find_compiler(torch.device("cpu"))[0]:
         pytest.skip("needs a C++ compiler")
-    compile_in_place = torch.nn.Module.compile
-    # traced as ever, and not made into machine code, which would take a minute each
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda module, **how: compile_in_place(module, backend="eager", dynamic=False)
-    )
+    compile = torch.compile
+    # traced as ever, and not made into machine code, which would take a minute each: the steps, and the torch pipeline
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compile(function, backend="eager", dynamic=False))
     torch._dynamo.reset()  # what earlier tests have compiled counts too
     # in place of nine trainings: torch counts the shapes of a function, and here two are too many
     limit, strict = "recompile_limit", "fail_on_recompile_limit_hit"
@@ -331,7 +329,8 @@ def test_many_shapes_in_one_process_are_all_compiled(small: Config, monkeypatch:
         limit, strict = "cache_size_limit", "fail_on_cache_limit_hit"
     with torch._dynamo.config.patch({limit: 1, strict: True}):
         for width in (1, 2):
-            train.fit(small, f"net.width={width}", "train.compile=default", quiet=True)
+            images = f"data.synthetic_count={128 + width}"
+            train.fit(small, f"net.width={width}", images, "train.compile=default", quiet=True)
         with pytest.raises(train.UserError):  # one that diverges counts as little
             train.fit(small, "net.width=3", "schedule.lr_max=1e20", "train.compile=default", quiet=True)
         train.fit(small, "net.width=4", "train.compile=default", quiet=True)
