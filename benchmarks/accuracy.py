@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -209,44 +210,29 @@ class Campaign:
     def __init__(self, session: Session, on: str = "test") -> None:
         from benchmarks.measure import reset_device_peak
         from train.step.measures import Measure
-        from train.step.steps import EvalStep, compile_in_place
         from train.step.views import VIEWS
 
         self.session = session
         session.build(check=lambda dataset: _check_measurable(dataset, on))
         reset_device_peak(session.runtime.device)
-        session.warm_up()
-        self.trainer, runtime, dataset = session.trainer, session.runtime, session.dataset
-        self.on = on
+        self.trainer, self.on = session.trainer, on
         self._each_epoch = on == self.trainer.measures[0].split
         # test-time augmentation is measured once, after the training, where the recipe does not have it after every epoch
         had = {measure.views for measure in self.trainer.measures}
         self._tta = [Measure(on, views=views) for views in VIEWS if views not in had]
-        self._tta_step: EvalStep | None = None
         if self._tta:
-            self._tta_step = EvalStep(
-                self.trainer.net,
-                dataset.mean,
-                dataset.std,
-                views=[VIEWS[measure.views] for measure in self._tta],
-                autocast_dtype=runtime.autocast_dtype,
-                channels_last=runtime.channels_last,
-            ).to(runtime.device)
-            if runtime.compile_mode is not None:
-                compile_in_place(self._tta_step, runtime.compile_mode)
-                with session.times.on("compile", runtime.device):
-                    self._measure_tta(self._tta_step)
+            self.trainer.look_further([VIEWS[measure.views] for measure in self._tta])
+        session.warm_up()
         self._once = session.times
 
     def _measure_tta(self, step: EvalStep) -> dict[str, float]:
         from train.step.evaluation import evaluate
 
-        loader = self.trainer.eval_loader if self._each_epoch else self.trainer.make_eval_loader(self.on)
-        try:
-            scores = evaluate(step, loader).scores
-        finally:
-            if not self._each_epoch:
-                loader.close()
+        if self._each_epoch:
+            scores = evaluate(step, self.trainer.eval_loader).scores
+        else:
+            with closing(self.session.eval_loader(self.on)) as loader:
+                scores = evaluate(step, loader).scores
         return {accuracy_name(measure): score.accuracy for measure, score in zip(self._tta, scores, strict=True)}
 
     def environment(self) -> dict[str, Any]:
@@ -282,15 +268,15 @@ class Campaign:
             accuracies = {accuracy_name(measure): last[f"{measure.key}_accuracy"] for measure in trainer.measures}
             loss = last[f"{self.on}_loss"]
         else:  # once, with the weights of the last epoch
-            with times.on("evaluation", device):
-                scores = trainer.evaluate_test()
+            with times.on("evaluation", device), closing(session.eval_loader(self.on)) as loader:
+                scores = trainer.evaluate_test(loader)
             accuracies = {accuracy_name(measure): score.accuracy for measure, score in scores.items()}
             loss = next(iter(scores.values())).loss
         seconds = {"lr_search": times.lr_search, "training": times.training, "evaluation": times.evaluation, "tta": 0.0}
-        if self._tta_step is not None:
+        if trainer.further_step is not None:
             tta_times = Times()
             with tta_times.on("evaluation", device):
-                accuracies |= self._measure_tta(self._tta_step)
+                accuracies |= self._measure_tta(trainer.further_step)
             seconds["tta"] = tta_times.evaluation
         return {
             "seed": seed,

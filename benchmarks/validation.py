@@ -83,11 +83,11 @@ def by_epoch(session: Session, seed: int) -> list[dict[str, float]]:
     notice = LongRunNotice(trainer.total_steps, config, session.runtime, session.log)
     rates = Rates.given(config.schedule) or find_rates(session, None, notice)
     found: list[dict[str, float]] = []
-    evaluate = trainer.evaluate
+    evaluate, loader = trainer.evaluate, session.eval_loader("test")
 
     def both(after_batch: Any = None) -> Any:
         scores = evaluate(after_batch)
-        tested = next(iter(trainer.evaluate_test().values()))
+        tested = next(iter(trainer.evaluate_test(loader).values()))
         found.append({"validation": next(iter(scores.values())).accuracy, "test": tested.accuracy})
         print(f"seed {seed}, epoch {len(found)}: {found[-1]}", file=sys.stderr, flush=True)
         return scores
@@ -98,6 +98,7 @@ def by_epoch(session: Session, seed: int) -> list[dict[str, float]]:
         Run(session, schedule, None, Position(), notice).train()
     finally:
         trainer.evaluate = evaluate  # type: ignore[method-assign]
+        loader.close()
     return found
 
 

@@ -6,11 +6,12 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
 
+from dali_pipeline.loader import EvalLoader
 from train.config import checkpoint_interval, to_dict
 from train.disk.checkpoint import CheckpointError, on_host, save_last
 from train.disk.folder import RunFolder, RunFolderError
@@ -104,8 +105,11 @@ class Run:
     def measure_test(self) -> dict[str, dict[Measure, Score]]:
         """The test set by the weights of last.pt and, where the run folder holds it, of best.pt: once, after the last epoch of
         a training that a validation split has chosen. The trainer keeps its own weights."""
-        with self.times.on("evaluation", self.trainer.runtime.device):
-            found = self._measure_checkpoints()
+        with (
+            self.times.on("evaluation", self.trainer.runtime.device),
+            closing(self.session.eval_loader("test")) as loader,
+        ):
+            found = self._measure_checkpoints(loader)
         if self.writer is not None:
             epochs = {"last.pt": self.position.epoch, "best.pt": self.position.best_epoch}
             for name, scores in found.items():
@@ -115,9 +119,9 @@ class Run:
             self.writer.flush()
         return found
 
-    def _measure_checkpoints(self) -> dict[str, dict[Measure, Score]]:
+    def _measure_checkpoints(self, loader: EvalLoader) -> dict[str, dict[Measure, Score]]:
         trainer, position = self.trainer, self.position
-        found = {"last.pt": trainer.evaluate_test(self._stay_together)}
+        found = {"last.pt": trainer.evaluate_test(loader, self._stay_together)}
         if not self.session.group.any(self.folder is not None):
             return found
         if position.best_epoch == position.epoch:
@@ -128,7 +132,7 @@ class Run:
         own = on_host({"model": trainer.net.state_dict(), "ema": trainer.ema and trainer.ema.state_dict()})
         trainer.load_weights(best)
         try:
-            return found | {"best.pt": trainer.evaluate_test(self._stay_together)}
+            return found | {"best.pt": trainer.evaluate_test(loader, self._stay_together)}
         finally:
             trainer.load_weights(own)
 

@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from dali_pipeline import sources
 from dali_pipeline.backend import BackendChoice, BackendError, choose_backend
 from dali_pipeline.dataset import Dataset
+from dali_pipeline.loader import EvalLoader
 from net.options import parts_of
 from train.agreement import asked_of, disagreement, facts_of
 from train.compiling import Choice
@@ -30,6 +31,8 @@ from train.screen.clock import Times
 from train.screen.log import Log
 from train.screen.progress import duration
 from train.step.trainer import Trainer
+
+_Made = TypeVar("_Made", Trainer, EvalLoader)
 
 
 class Session:
@@ -189,8 +192,8 @@ class Session:
                 check(dataset)
             self._check_initial(dataset)
             failpoint("build")
-            trainer, problem = self._attempt(dataset)
-        self._trainer = self._settle_backend(dataset, trainer, problem)
+        self._trainer, self.backend = self._by_backend("pipeline", partial(self._make_trainer, dataset))
+        self._describe(dataset, self._trainer)
 
     def _load_data(self, dataset: Dataset | None) -> Dataset:
         # the first process downloads what is missing, the others wait and then read it
@@ -249,27 +252,36 @@ class Session:
                 f"data.name: the network halves images three times, {dataset.height} x {dataset.width} are no multiples of 8"
             )
 
-    def _attempt(self, dataset: Dataset) -> tuple[Trainer | None, str | None]:
-        """The trainer, or under data.backend=auto the reason why the backend that runs on this machine cannot take the data."""
-        try:
-            return self._make_trainer(dataset), None
-        except BackendError as error:
-            if self.config.data.backend != "auto":
-                raise
-            return None, str(error)
-
-    def _settle_backend(self, dataset: Dataset, trainer: Trainer | None, problem: str | None) -> Trainer:
-        """`trainer`, or where the backend of any process cannot take the data, one on torch's pipeline on all of them: making
-        a trainer is something that all processes do together."""
+    def _by_backend(self, what: str, make: Callable[[BackendChoice], _Made]) -> tuple[_Made, BackendChoice]:
+        """What `make` gives for the backend that runs on this machine, and that backend; under data.backend=auto torch's on all
+        processes, with a warning that is about `what`, where the backend of any of them cannot take the data. All processes
+        call it together."""
+        made, problem = None, None
+        with self.group.together():
+            try:
+                made = make(self.backend)
+            except BackendError as error:
+                if self.config.data.backend != "auto":
+                    raise
+                problem = str(error)
         problems = [found for found in self.group.gather(problem) if found is not None]
-        if problems:
-            if trainer is not None:
-                trainer.close()
-            self.backend = BackendChoice("torch", f"torch on {self.runtime.device}: {problems[0]}")
-            self.log(f"WARNING: pipeline: torch ({self.backend.reason})")
-            with self.group.together():
-                trainer = self._make_trainer(dataset)
-        assert trainer is not None
+        if not problems:
+            assert made is not None
+            return made, self.backend
+        if made is not None:
+            made.close()
+        choice = BackendChoice("torch", f"torch on {self.runtime.device}: {problems[0]}")
+        self.log(f"WARNING: {what}: torch ({choice.reason})")
+        with self.group.together():
+            return make(choice), choice
+
+    def eval_loader(self, split: str) -> EvalLoader:
+        """A loader of this process's part of the split with this name, for an evaluation beside those of the epochs; the caller
+        closes it. All processes call it together."""
+        return self._by_backend(f"{split} images", partial(self.trainer.make_eval_loader, split))[0]
+
+    def _describe(self, dataset: Dataset, trainer: Trainer) -> None:
+        """Say what the trainer has decided by itself."""
         for images, loader in (("training", trainer.train_loader), (trainer.measures[0].split, trainer.eval_loader)):
             if not loader.residence.resident:
                 self.log(f"{images} images: sent to {self.runtime.device} batch by batch ({loader.residence.reason})")
@@ -283,18 +295,18 @@ class Session:
                 "carried into the next epoch" if self.config.train.tail == "endless" else "left out, others each epoch"
             )
             self.log(f"an epoch: {trainer.steps_per_epoch} full batches; the {tail} images beyond them are {what}")
-        return trainer
 
-    def _make_trainer(self, dataset: Dataset) -> Trainer:
+    def _make_trainer(self, dataset: Dataset, backend: BackendChoice) -> Trainer:
         seed_everything(self.config.train.seed, self.config.train.deterministic)
         initial = None if self._initial is None else self._initial.for_classes(dataset.class_names)
-        return Trainer(self.config, dataset, self.runtime, self.backend, self.group, initial=initial)
+        return Trainer(self.config, dataset, self.runtime, backend, self.group, initial=initial)
 
     def warm_up(self, steps_left: int | None = None, began: Mapping[str, Any] | None = None) -> None:
-        """Compile the training and the evaluation step. Where the compiler fails, train.compile=auto goes on uncompiled, with a
-        warning; a mode that was asked for is an error.
+        """Compile the training and the evaluation step, as far as they are to be used. Where the compiler fails,
+        train.compile=auto goes on uncompiled, with a warning; a mode that was asked for is an error.
 
-        With auto, a CPU compiles where that pays for `steps_left` steps; None means enough of them. `began` is
+        With auto, a CPU compiles where that pays for `steps_left` steps; None means enough of them, and 0 that the training is
+        over: then at most the test set is left to be measured, where a validation split was held out. `began` is
         `Snapshot.machine` of a resumed run: one that began on a CPU goes on as it began, compiled or not.
         """
         with self.group.phase("compiling"):
@@ -302,16 +314,17 @@ class Session:
 
     def _warm_up(self, steps_left: int | None, began: Mapping[str, Any] | None) -> None:
         choice = self._choose(steps_left, began) if self.config.train.compile == "auto" else None
-        mode = self.runtime.compile_mode
-        if mode is None:
+        mode, training = self.runtime.compile_mode, steps_left != 0
+        if mode is None or not (training or self.dataset.validation is not None):
             return
-        self.log(f"compiling the training and the evaluation step (mode {mode}) ...")
+        what = "the training and the evaluation step" if training else "the evaluation step"
+        self.log(f"compiling {what} (mode {mode}) ...")
         begun = time.perf_counter()
         reason = None
         with self.times.on("compile", self.runtime.device):
             with self.group.together():
                 try:
-                    self.trainer.warm_up()
+                    self.trainer.warm_up(training)
                 except Exception as error:
                     if not _is_compile_failure(error):
                         raise
@@ -328,7 +341,7 @@ class Session:
                 self._settle_compiling(None, why, warning=True)
                 return
             seconds = time.perf_counter() - begun
-            learnt = None if choice is None else choice.learn(seconds)
+            learnt = choice.learn(seconds) if choice is not None and training else None
         self.log(f"compiled in {duration(seconds)}")
         if learnt is not None and not learnt.pays:
             self.trainer.compiled_off()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from training import assert_same
 
 from benchmarks import accuracy
+from dali_pipeline.loader import EvalLoader, TrainLoader
 from train.config import Config, changed, load_config, to_dict, to_yaml
 from train.disk.checkpoint import load_checkpoint
 from train.run import fit
@@ -48,6 +50,42 @@ def test_a_later_run_of_a_campaign_is_a_fresh_one_bit_for_bit(recipe_file: Path,
     last = fresh["metrics"][-1]
     assert record["accuracy"] == last["test_accuracy"] and record["tta_accuracy"] == last["test_tta_accuracy"]
     assert record["ema_accuracy"] == last["ema_test_accuracy"] and record["test_loss"] == last["test_loss"]
+
+
+@pytest.mark.slow
+def test_everything_is_compiled_before_the_pipelines_give_their_first_batch(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+    at_batches: list[int] = []
+    compile = torch.compile
+
+    def noted(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def watched(batches: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        def watching(*arguments: Any) -> Iterator[Any]:
+            at_batches.append(len(graphs))
+            yield from batches(*arguments)
+
+        return watching
+
+    monkeypatch.setattr("train.machine.runtime.find_compiler", lambda device: (True, "g++ found"))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compile(function, backend=noted, dynamic=False))
+    monkeypatch.setattr(TrainLoader, "epoch", watched(TrainLoader.epoch))
+    monkeypatch.setattr(EvalLoader, "__iter__", watched(EvalLoader.__iter__))
+    torch._dynamo.reset()
+    # DALI's pipeline: torch's is compiled too, with its first batch
+    config = load_config(
+        recipe_file, ["train.compile=default", "data.backend=dali", "train.epochs=1", "schedule.peak_epoch=0.5"]
+    )
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    with quiet_session(config) as session:
+        accuracy.Campaign(session).run(0)
+    # the training step, the evaluation by the weights and by their average, and that by further views
+    assert len(graphs) == 3
+    assert len(at_batches) > 3 and set(at_batches) == {3}
 
 
 def test_accuracy_goes_on_after_an_interruption(

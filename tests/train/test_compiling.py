@@ -371,6 +371,33 @@ def test_a_session_that_is_told_no_number_of_steps_compiles(
     assert not history.path.exists()
 
 
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_finished_run_that_is_resumed_compiles_nothing_but_what_measures_the_test_set(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_out: bool
+) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+    compile = torch.compile
+
+    def noted(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("train.machine.runtime.find_compiler", lambda device: (True, "g++ found"))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compile(function, backend=noted, dynamic=False))
+    torch._dynamo.reset()
+    compiling = changed(config, {"train.compile": "default", "data.validation": 200 if held_out else None})
+    first = fit(compiling, tmp_path / "run", log=Lines())
+    assert len(graphs) >= 2
+    torch._dynamo.reset()
+    graphs.clear()
+    log = Lines()
+    again = fit(compiling, tmp_path / "run", log=log, resume=True)
+    assert len(graphs) == held_out, "the evaluation step, where it is used"
+    assert again["last_accuracy"] == first["last_accuracy"]
+    assert ("compiling the evaluation step (mode default) ..." in log.text) == held_out
+    assert compiled(tmp_path / "run") == "default" and "other conditions" not in log.text
+
+
 def test_an_explicit_mode_is_not_weighed(config: Config, compiler: Compiler, tmp_path: Path) -> None:
     log = Lines()
     fit(changed(config, {"train.compile": "default"}), tmp_path / "run", log=log)

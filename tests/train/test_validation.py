@@ -21,7 +21,8 @@ import net as networks
 from analysis.compare import check_same_splits, contender, describe
 from analysis.report import headline
 from analysis.run import AnalysisError, load_run
-from dali_pipeline import sources
+from dali_pipeline import dali_graph, sources
+from dali_pipeline.backend import BackendError
 from dali_pipeline.dataset import Dataset
 from dali_pipeline.plan import Augment
 from net.whitening import Whitening
@@ -181,6 +182,25 @@ def test_the_report_and_a_comparison_know_what_chose(config: Config, tmp_path: P
             check_same_splits(first, runs[name], name)
 
 
+@pytest.mark.parametrize("backend", ["auto", "dali"])
+def test_a_test_set_that_dali_cannot_take_is_measured_by_torch_under_auto_and_refused_on_request(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    # in batches that are not divided into strips, DALI takes the 200 images held out, and not the 355 of the test set
+    monkeypatch.setattr(dali_graph, "MAX_STRIP_BYTES", 300 * 32 * 32 * 3)
+    words = {"train.eval_batch_size": 61, "data.backend": backend}
+    log, run = Lines(), tmp_path / "run"
+    if backend == "dali":
+        with pytest.raises(BackendError, match="355 images"):
+            fit(changed(config, words), run, log=log)
+        return
+    summary = fit(changed(config, words), run, log=log)
+    assert "WARNING: test images: torch (torch on cpu: 355 images" in log.text
+    assert json.loads((run / "environment.json").read_text())["backend"] == "dali", "the training's"
+    assert summary["last_accuracy"] == pytest.approx(accuracy_by_hand(run / "last.pt", sources.load(config.data)))
+
+
 def test_choosing_on_validation_never_touches_the_test_set(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,7 +212,12 @@ def test_choosing_on_validation_never_touches_the_test_set(
     words = [str(recipe), "--runs", "2", "train.epochs=1", "--finished"]
     made: list[str] = []
     original = Trainer.make_eval_loader
-    monkeypatch.setattr(Trainer, "make_eval_loader", lambda self, split: (made.append(split), original(self, split))[1])
+
+    def noted(self: Trainer, split: str, *rest: Any) -> Any:
+        made.append(split)
+        return original(self, split, *rest)
+
+    monkeypatch.setattr(Trainer, "make_eval_loader", noted)
     assert accuracy.main([*words, str(tmp_path / "v.jsonl"), "--on", "validation"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(made) == {"validation"} and report["on"] == "validation" and report["accuracy"]["n"] == 2

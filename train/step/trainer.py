@@ -119,9 +119,10 @@ class Trainer:
         self.optimizers = Optimizers(groups, config.optim, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=runtime.precision == "fp16")
         self.measures = measures_of(config.train, "test" if dataset.validation is None else "validation")
+        self.further_step: EvalStep | None = None
         self._build_steps(runtime.compile_mode)
         self.train_loader = self._train_loader(config.train.seed)
-        self.eval_loader = self.make_eval_loader(self.measures[0].split)
+        self.eval_loader = self.make_eval_loader(self.measures[0].split, backend)
         self.steps_per_epoch = self.train_loader.steps_per_epoch
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.local_batch = config.train.batch_size // self.group.world_size
@@ -137,13 +138,13 @@ class Trainer:
             group=self.group,
         )
 
-    def make_eval_loader(self, split: str) -> EvalLoader:
-        """A loader of this process's part of the split with this name; the caller closes it."""
+    def make_eval_loader(self, split: str, backend: BackendChoice) -> EvalLoader:
+        """A loader of this process's part of the split with this name; the caller closes it. Raises the errors of EvalLoader."""
         return EvalLoader(
             self.dataset.splits[split],
             batch_size=self.config.train.eval_batch_size,
             device=self.runtime.device,
-            backend=self.backend,
+            backend=backend,
             resident=self.config.data.resident,
             rank=self.group.rank,
             world_size=self.group.world_size,
@@ -151,7 +152,6 @@ class Trainer:
 
     def _build_steps(self, compile_mode: str | None) -> None:
         dataset, runtime = self.dataset, self.runtime
-        common: dict[str, Any] = {"autocast_dtype": runtime.autocast_dtype, "channels_last": runtime.channels_last}
         optim = self.config.optim
         balanced = optim.class_weights == "balanced"
         self.train_step = TrainStep(
@@ -160,15 +160,16 @@ class Trainer:
             dataset.std,
             label_smoothing=optim.label_smoothing,
             class_weights=balanced_weights(dataset.train.labels, dataset.num_classes) if balanced else None,
-            **common,
+            autocast_dtype=runtime.autocast_dtype,
+            channels_last=runtime.channels_last,
         ).to(runtime.device)
-        averaged = {} if self.ema is None else {"ema": self.ema.module}
+        averaged: dict[str, nn.Module] = {} if self.ema is None else {"ema": self.ema.module}
         self.eval_steps = {
-            weights: EvalStep(module, dataset.mean, dataset.std, views=self._views_of(weights), **common).to(
-                runtime.device
-            )
+            weights: self._eval_step(module, self._views_of(weights))
             for weights, module in {"": self.net, **averaged}.items()
         }
+        if self.further_step is not None:
+            self.further_step = self._eval_step(self.net, self.further_step.views)
         if compile_mode is not None:
             self._compile_steps(compile_mode)
         self.step: nn.Module = self.train_step
@@ -183,8 +184,28 @@ class Trainer:
             }
             self.step = DistributedDataParallel(self.train_step, device_ids=devices, **off)
 
+    def _eval_step(self, net: nn.Module, views: Sequence[Views]) -> EvalStep:
+        return EvalStep(
+            net,
+            self.dataset.mean,
+            self.dataset.std,
+            views=views,
+            autocast_dtype=self.runtime.autocast_dtype,
+            channels_last=self.runtime.channels_last,
+        ).to(self.runtime.device)
+
+    def look_further(self, views: Sequence[Views]) -> None:
+        """Make `further_step`, which evaluates these sets of views with the network's own weights, beside what the recipe
+        evaluates. To be called before `warm_up`, which compiles and captures it with the other steps."""
+        self.further_step = self._eval_step(self.net, views)
+        if self.runtime.compile_mode is not None:
+            compile_in_place(self.further_step, self.runtime.compile_mode)
+
+    def _all_eval_steps(self) -> list[EvalStep]:
+        return [*self.eval_steps.values(), *([] if self.further_step is None else [self.further_step])]
+
     def _compile_steps(self, mode: str) -> None:
-        for step in (self.train_step, *self.eval_steps.values()):
+        for step in (self.train_step, *self._all_eval_steps()):
             compile_in_place(step, mode)
 
     def _views_of(self, weights: str) -> list[Views]:
@@ -239,22 +260,26 @@ class Trainer:
         images = torch.randint(0, 256, (size, dataset.height, dataset.width, 3), dtype=torch.uint8, device=device)
         return images.permute(0, 3, 1, 2), torch.randint(0, dataset.num_classes, (size,), device=device)
 
-    def warm_up(self) -> None:
-        """Compile (and on CUDA capture) the training and the evaluation graph on random batches; all state is restored."""
+    def warm_up(self, training: bool = True) -> None:
+        """Compile (and on CUDA capture) the training and the evaluation graph on random batches; all state is restored. Without
+        `training` the evaluation graph alone."""
+        calls = range(3 if self.runtime.device.type == "cuda" else 1)
         with borrowed_state(self.net, self.optimizers, self.scaler):
-            images, labels = self._random_batch(self.local_batch)
-            for _ in range(3 if self.runtime.device.type == "cuda" else 1):
-                # not through DistributedDataParallel, where all processes would wait if the compiler failed on one of them
-                self.train_one(images, labels, 0.0, self.train_step)
+            if training:
+                images, labels = self._random_batch(self.local_batch)
+                for _ in calls:
+                    # not through DistributedDataParallel, where all processes would wait if the compiler failed on one of them
+                    self.train_one(images, labels, 0.0, self.train_step)
             images, _ = self._random_batch(self.config.train.eval_batch_size // self.group.world_size)
             with torch.no_grad():
-                for step in self.eval_steps.values():
+                for step in self._all_eval_steps():
                     step.eval()
-                    for _ in range(3 if self.runtime.device.type == "cuda" else 1):
+                    for _ in calls:
                         torch.compiler.cudagraph_mark_step_begin()
                         step(images)
-        # the pipeline comes last: DALI prefetches from its first batch on, which would break a capture of CUDA graphs
-        next(self.train_loader.epoch(0))
+        if training:
+            # the pipeline comes last: DALI prefetches from its first batch on, which would break a capture of CUDA graphs
+            next(self.train_loader.epoch(0))
         # the evaluation step has switched the network to eval mode
         self.net.train()
 
@@ -302,13 +327,11 @@ class Trainer:
         """The scores of `measures`. An exception from `after_batch` ends the evaluation."""
         return self._scores(self.measures, self.eval_loader, after_batch)
 
-    def evaluate_test(self, after_batch: Callable[[int], None] | None = None) -> dict[Measure, Score]:
-        """The same measures on the test set, for the end of a training with a validation split."""
-        loader = self.make_eval_loader("test")
-        try:
-            return self._scores(measures_of(self.config.train, "test"), loader, after_batch)
-        finally:
-            loader.close()
+    def evaluate_test(
+        self, loader: EvalLoader, after_batch: Callable[[int], None] | None = None
+    ) -> dict[Measure, Score]:
+        """The same measures on the test set, which `loader` gives, for the end of a training with a validation split."""
+        return self._scores(measures_of(self.config.train, "test"), loader, after_batch)
 
     def _scores(
         self, measures: Sequence[Measure], loader: EvalLoader, after_batch: Callable[[int], None] | None
