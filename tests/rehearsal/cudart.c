@@ -6,7 +6,7 @@
  * what a stream capture forbids is counted and answered with error 900.
  *
  * Which GPU: STANDIN_GPU, a row of `kinds` below. STANDIN_DRIVER: the driver's CUDA version, 13000 if not given; below
- * 13000 the runtime refuses it, as the real one does. Made for the runtime of CUDA 13 (torch 2.14).
+ * 13000 the runtime refuses it, as the real one does. Made for the runtime of CUDA 13 (torch 2.14 and 2.15).
  */
 #define _GNU_SOURCE
 #include <cuda_runtime_api.h>
@@ -264,6 +264,7 @@ API cudaMalloc(void **p, size_t size) {
   if (in_use + size > KIND.memory) return last_error = cudaErrorMemoryAllocation;
   return allocate(p, size, cudaMemoryTypeDevice);
 }
+API cudaMallocManaged(void **p, size_t size, unsigned flags) { return cudaMalloc(p, size); }
 API cudaMallocAsync(void **p, size_t size, cudaStream_t s) { return cudaMalloc(p, size); }
 API cudaFree(void *p) { if (p) { NOT_WHILE_CAPTURING("cudaFree"); } return release(p); }
 API cudaFreeAsync(void *p, cudaStream_t s) { return cudaFree(p); }
@@ -271,6 +272,7 @@ API cudaHostAlloc(void **p, size_t size, unsigned flags) {
   NOT_WHILE_CAPTURING("cudaHostAlloc");
   return allocate(p, size, cudaMemoryTypeHost);
 }
+API cudaMallocHost(void **p, size_t size) { return cudaHostAlloc(p, size, cudaHostAllocDefault); }
 API cudaFreeHost(void *p) { NOT_WHILE_CAPTURING("cudaFreeHost"); return release(p); }
 API cudaHostRegister(void *p, size_t size, unsigned flags) { remember(p, size, cudaMemoryTypeHost); return cudaSuccess; }
 API cudaHostUnregister(void *p) { forget(p); return cudaSuccess; }
@@ -498,6 +500,12 @@ API cudaLibraryLoadData(cudaLibrary_t *library, const void *code, enum cudaJitOp
 }
 API cudaLibraryGetKernel(cudaKernel_t *k, cudaLibrary_t library, const char *name) { *k = (cudaKernel_t)1; return cudaSuccess; }
 NOTHING(cudaLibraryUnload, (cudaLibrary_t library))
+MISSING(cudaLibraryLoadFromFile, (cudaLibrary_t *library, const char *path, enum cudaJitOption *a, void **b, unsigned n,
+                                  enum cudaLibraryOption *c, void **d, unsigned m))
+MISSING(cudaLibraryGetKernelCount, (unsigned *count, cudaLibrary_t library))
+MISSING(cudaLibraryGetGlobal, (void **p, size_t *size, cudaLibrary_t library, const char *name))
+MISSING(cudaLibraryGetManaged, (void **p, size_t *size, cudaLibrary_t library, const char *name))
+MISSING(cudaLibraryGetUnifiedFunction, (void **f, cudaLibrary_t library, const char *name))
 
 /* torch asks the runtime for functions of the driver: those of driver.c, and for others one that answers "not supported" */
 static int not_supported(void) { return cudaErrorNotSupported; }

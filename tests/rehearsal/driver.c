@@ -45,6 +45,9 @@ API cuCtxPopCurrent_v2(CUcontext *context) { return ANY((void **)context); }
 API cuCtxGetLimit(size_t *value, CUlimit limit) { *value = 0; return CUDA_SUCCESS; }
 NOTHING(cuCtxSetLimit, (CUlimit limit, size_t value))
 API cuCtxSynchronize(void) { return ((int (*)(void))runtime("cudaDeviceSynchronize"))(); }
+API cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
+  return ((int (*)(CUstream, void *))runtime("cudaStreamIsCapturing"))(stream, status);
+}
 API cuStreamGetCtx(CUstream stream, CUcontext *context) { return ANY((void **)context); }
 API cuGetErrorString(CUresult e, const char **text) { *text = "an error of the stand-in"; return CUDA_SUCCESS; }
 API cuGetErrorName(CUresult e, const char **text) { *text = "an error of the stand-in"; return CUDA_SUCCESS; }

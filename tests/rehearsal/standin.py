@@ -23,7 +23,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 GPUS = ("h100", "h200", "a100", "t4")  # in the order of `kinds` in cudart.c
-MADE_FOR = "torch 2.14.1 with CUDA 13.0 and triton 3.8.0"
+MADE_FOR = "torch 2.14.1 and 2.15.0, with CUDA 13"
 
 
 def _package(name: str) -> Path | None:
