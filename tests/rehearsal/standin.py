@@ -81,18 +81,17 @@ def build(folder: Path) -> str | None:
     return None
 
 
-def environment(folder: Path, gpu: str = "h100", driver: int | None = None) -> dict[str, str]:
-    """The variables of a process on the stand-in that `build` left in the folder; `driver` is a CUDA version, 12040 is 12.4."""
-    variables = {
+def environment(folder: Path, gpu: str = "h100") -> dict[str, str]:
+    """The variables of a process on the stand-in that `build` left in the folder. STANDIN_DRIVER, where it is set too, is the
+    newest CUDA version that the driver knows; 12040 is 12.4."""
+    return {
+        **os.environ,
         "LD_PRELOAD": str(folder / "libstandin.so"),
         "LD_LIBRARY_PATH": os.pathsep.join([str(folder), os.environ.get("LD_LIBRARY_PATH", "")]).rstrip(os.pathsep),
         "TRITON_LIBCUDA_PATH": str(folder),
         "STANDIN_GPU": str(GPUS.index(gpu)),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
     }
-    if driver is not None:
-        variables["STANDIN_DRIVER"] = str(driver)
-    return {**os.environ, **variables}
 
 
 def main() -> int:

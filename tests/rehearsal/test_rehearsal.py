@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 import standin
 import torch
 from options import EVERYTHING
+from zygote import Zygote, zygote
 
 pytestmark = pytest.mark.rehearsal
 
@@ -35,21 +37,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def start(
-    folder: Path, *arguments: object, gpu: str = "h100", driver: int | None = None
-) -> subprocess.CompletedProcess[str]:
-    """A Python process on the stand-in, to its end."""
-    words = [sys.executable, "-W", "ignore", *map(str, arguments)]
-    environment = standin.environment(folder, gpu, driver)
-    return subprocess.run(words, env=environment, cwd=standin.ROOT, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def gpu(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    """Starts scripts on the stand-in without the cost of importing torch each time; an H100 where STANDIN_GPU is not set."""
+    with zygote(tmp_path_factory.mktemp("gpu"), standin.environment(folder)) as made:
+        yield made
+
+
+def kind(name: str) -> dict[str, str]:
+    """The variable that makes the stand-in a GPU of that name."""
+    return {"STANDIN_GPU": str(standin.GPUS.index(name))}
 
 
 @functools.cache
-def epochs(folder: Path, compile: str, precision: str, gpu: str = "h100", *more: str) -> dict[str, Any]:
+def epochs(gpu: Zygote, compile: str, precision: str, name: str = "h100", *more: str) -> dict[str, Any]:
     """What epochs.py reports."""
-    done = start(folder, HERE / "epochs.py", compile, precision, WIDTH, BATCH, *more, gpu=gpu)
-    assert done.returncode == 0, done.stderr[-3000:]
-    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    job = gpu.start(compile, precision, str(WIDTH), str(BATCH), *more, script=HERE / "epochs.py", env=kind(name))
+    assert job.wait(timeout=600) == 0, job.stderr[-3000:]
+    report: dict[str, Any] = json.loads(job.stdout.splitlines()[-1])
     return report
 
 
@@ -80,7 +85,7 @@ def assert_convolutions(report: dict[str, Any], dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpu", "name", "precision", "dtype"),
+    ("kind", "name", "precision", "dtype"),
     [
         ("h100", "H100", "bf16", "bfloat16"),
         ("a100", "A100", "bf16", "bfloat16"),
@@ -88,32 +93,32 @@ def assert_convolutions(report: dict[str, Any], dtype: str) -> None:
     ],
 )
 def test_uncompiled_epochs_never_wait_and_convolve_channels_last_in_the_gpus_own_type(
-    folder: Path, gpu: str, name: str, precision: str, dtype: str
+    gpu: Zygote, kind: str, name: str, precision: str, dtype: str
 ) -> None:
-    report = epochs(folder, "off", "auto", gpu)
+    report = epochs(gpu, "off", "auto", kind)
     assert name in report["gpu"]
     assert report["precision"] == precision
     assert_nothing_waits(report)
     assert_convolutions(report, dtype)
 
 
-@pytest.mark.parametrize(("gpu", "precision"), [("h100", "bf16"), ("t4", "fp16")])
-def test_epochs_with_every_option_never_wait(folder: Path, gpu: str, precision: str) -> None:
-    report = epochs(folder, "off", "auto", gpu, *(f"{key}={value}" for key, value in EVERYTHING.items()))
+@pytest.mark.parametrize(("kind", "precision"), [("h100", "bf16"), ("t4", "fp16")])
+def test_epochs_with_every_option_never_wait(gpu: Zygote, kind: str, precision: str) -> None:
+    report = epochs(gpu, "off", "auto", kind, *(f"{key}={value}" for key, value in EVERYTHING.items()))
     assert report["precision"] == precision
     assert_nothing_waits(report)
 
 
-def test_a_wait_is_named_with_its_place(folder: Path) -> None:
-    report = epochs(folder, "off", "auto", "h100")
+def test_a_wait_is_named_with_its_place(gpu: Zygote) -> None:
+    report = epochs(gpu, "off", "auto", "h100")
     places = report["parts"]["evaluation"]["places"]  # its sums are read on the host
     named = [place for place in places if place.endswith(" in evaluate")]
     assert named
     assert all(place.startswith("wait: cuda") and "evaluation.py:" in place for place in named)
 
 
-def test_cuda_graphs_are_captured_in_the_warm_up_alone(folder: Path) -> None:
-    report = epochs(folder, "reduce-overhead", "bf16")
+def test_cuda_graphs_are_captured_in_the_warm_up_alone(gpu: Zygote) -> None:
+    report = epochs(gpu, "reduce-overhead", "bf16")
     parts = report["parts"]
     assert_nothing_waits(report)
     assert_convolutions_of_the_warm_up_alone(report)
@@ -135,8 +140,8 @@ def assert_convolutions_of_the_warm_up_alone(report: dict[str, Any]) -> None:
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_compiled_epochs_never_wait_and_convolve_channels_last(folder: Path, precision: str) -> None:
-    report = epochs(folder, "default", precision)
+def test_compiled_epochs_never_wait_and_convolve_channels_last(gpu: Zygote, precision: str) -> None:
+    report = epochs(gpu, "default", precision)
     assert_nothing_waits(report)
     assert_convolutions(report, {"bf16": "bfloat16", "fp16": "float16"}[precision])
 
@@ -152,12 +157,12 @@ def table_of_the_largest(plan: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("recipe", ["onecycle", pytest.param("fast94", marks=[pytest.mark.long, pytest.mark.slow])])
-def test_planned_kernels_and_bytes_stay_within_the_budget(folder: Path, recipe: str) -> None:
+def test_planned_kernels_and_bytes_stay_within_the_budget(gpu: Zygote, recipe: str) -> None:
     path = budget_file()
     poolings = ["ours"] if path.exists() else ["ours", "torch"]
-    done = start(folder, HERE / "plan.py", "--recipe", recipe, "--pooling", *poolings)
-    assert done.returncode == 0, done.stderr[-3000:]
-    plans = json.loads(done.stdout)
+    job = gpu.start("--recipe", recipe, "--pooling", *poolings, script=HERE / "plan.py")
+    assert job.wait(timeout=600) == 0, job.stderr[-3000:]
+    plans = json.loads(job.stdout)
     plan = plans[0]
     print(
         f"{plan['kernels_per_step']} kernels, {plan['bytes_per_step'] / 1e9:.3f} GB, the largest:\n"
@@ -195,7 +200,7 @@ def groups(plan: dict[str, Any]) -> dict[str, int]:
     return dict(result)
 
 
-def train(folder: Path, run: Path, epochs: int, *flags: str) -> str:
+def train(gpu: Zygote, run: Path, epochs: int, *flags: str) -> str:
     """`python -m train` on the stand-in, checkpoints in the background after every step; what it printed."""
     words = {
         "data.name": "synthetic",
@@ -216,32 +221,40 @@ def train(folder: Path, run: Path, epochs: int, *flags: str) -> str:
         "run.dir": run,
     }
     recipe = ["--config", "configs/onecycle.yaml", *(f"{key}={value}" for key, value in words.items())]
-    done = start(folder, HERE / "whole.py", "train.__main__", *recipe, *flags)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout
+    code, out, err = gpu.run("train.__main__", *recipe, *flags, script=HERE / "whole.py")
+    assert code == 0, out[-2000:] + err[-2000:]
+    return out
 
 
-def test_command_trains_saves_and_resumes_on_the_gpu(folder: Path, tmp_path: Path) -> None:
+def test_command_trains_saves_and_resumes_on_the_gpu(gpu: Zygote, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert "H100" in train(folder, run, 1)
+    assert "H100" in train(gpu, run, 1)
     assert (run / "last.pt").exists() and (run / "best.pt").exists()
-    assert "resumed" in train(folder, run, 2, "--resume", "--extend")
+    assert "resumed" in train(gpu, run, 2, "--resume", "--extend")
     epochs = [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert epochs == [1, 2]
 
 
-def test_run_of_the_gpu_is_exported(folder: Path, tmp_path: Path) -> None:
+def test_run_of_the_gpu_is_exported(gpu: Zygote, tmp_path: Path) -> None:
     pytest.importorskip("safetensors", reason="the export needs safetensors: pip install -e '.[export]'")
-    train(folder, tmp_path / "run", 1)
-    done = start(folder, HERE / "whole.py", "train.export", tmp_path / "run", "--torch-export")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    train(gpu, tmp_path / "run", 1)
+    code, out, err = gpu.run("train.export", tmp_path / "run", "--torch-export", script=HERE / "whole.py")
+    assert code == 0, out[-2000:] + err[-2000:]
     assert {path.name for path in tmp_path.rglob("model.*")} == {"model.safetensors", "model.pt2"}
 
 
-def test_smoke_of_the_gpu_session_reaches_every_part(folder: Path, tmp_path: Path) -> None:
+def test_smoke_of_the_gpu_session_reaches_every_part(gpu: Zygote, tmp_path: Path) -> None:
     words = ["train.device=cuda", "net.width=4", "train.batch_size=32", "train.eval_batch_size=32"]
-    words += ["data.backend=torch", "data.synthetic_count=320", "--modes", "off", "--json", tmp_path / "smoke.json"]
-    start(folder, HERE / "whole.py", "benchmarks.smoke", *words)  # DALI cannot run here, and no loss is computed
+    words += [
+        "data.backend=torch",
+        "data.synthetic_count=320",
+        "--modes",
+        "off",
+        "--json",
+        str(tmp_path / "smoke.json"),
+    ]
+    # DALI cannot run here, and no loss is computed
+    gpu.run("benchmarks.smoke", *words, script=HERE / "whole.py")
     checks = json.loads((tmp_path / "smoke.json").read_text(encoding="utf-8"))["checks"]
     assert [check["name"] for check in checks] == ["device", "DALI's probe", "DALI's pixels", "compile off"]
     assert checks[0]["ok"] and "H100" in checks[0]["said"]
@@ -249,7 +262,10 @@ def test_smoke_of_the_gpu_session_reaches_every_part(folder: Path, tmp_path: Pat
 
 
 def test_the_tests_of_the_gpu_session_are_collected(folder: Path) -> None:
-    done = start(folder, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider")
+    # of the files that name the mark alone: collecting the others would show nothing and take long
+    marked = [path for path in standin.ROOT.glob("tests/**/test_*.py") if ".mark.gpu" in path.read_text("utf-8")]
+    words = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider", *marked]
+    done = subprocess.run(words, env=standin.environment(folder), cwd=standin.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "test_gpu.py::test_no_step_waits_for_the_device" in done.stdout
 
@@ -272,10 +288,14 @@ except RuntimeUnavailable as error:
         ("cpu", "device: cpu ("),
     ],
 )
-def test_driver_too_old_for_torch_is_said_in_one_line(folder: Path, requested: str, beginning: str) -> None:
-    done = start(folder, "-c", DRIVER_TOO_OLD, requested, driver=12040)
-    assert done.returncode == 0, done.stderr[-2000:]
-    line = done.stdout.splitlines()[0]
+def test_driver_too_old_for_torch_is_said_in_one_line(
+    gpu: Zygote, tmp_path: Path, requested: str, beginning: str
+) -> None:
+    script = tmp_path / "prepare.py"
+    script.write_text(DRIVER_TOO_OLD)
+    code, out, err = gpu.run(requested, script=script, env={"STANDIN_DRIVER": "12040"})
+    assert code == 0, err[-2000:]
+    line = out.splitlines()[0]
     assert line.startswith(beginning)
     said = all(
         word in line for word in ("driver is too old", "CUDA 12.4", f"CUDA {torch.version.cuda}", "update the driver")

@@ -1,11 +1,12 @@
-"""Starts `python -m train` many times without paying for the import of torch each time: a process that has imported
-everything forks a child for each run. Run as a program it is that process; `Zygote` talks to it."""
+"""Starts `python -m train`, or a script, many times without paying for the import of torch each time: a process that has
+imported everything forks a child for each run. Run as a program it is that process; `Zygote` talks to it."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -57,11 +58,11 @@ class Job:
 
 
 class Zygote:
-    """The parent of the runs, which alone can wait for them."""
+    """The parent of the runs, which alone can wait for them. It has the environment variables, where any are given."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, variables: dict[str, str] | None = None) -> None:
         self.folder, self.count = folder, 0
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(variables or {})}
         self.process = subprocess.Popen(
             [sys.executable, __file__],
             cwd=ROOT,
@@ -78,16 +79,21 @@ class Zygote:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, *words: str | Path, before: str = "", env: dict[str, str] | None = None) -> Job:
-        """`python -m train WORDS`, after the Python code `before`."""
+    def start(
+        self, *words: str | Path, before: str = "", env: dict[str, str] | None = None, script: Path | None = None
+    ) -> Job:
+        """`python -m train WORDS`, or `python SCRIPT WORDS`, after the Python code `before`."""
         self.count += 1
         out, err = self.folder / f"{self.count}.out", self.folder / f"{self.count}.err"
         about = {"args": [str(word) for word in words], "out": str(out), "err": str(err), "before": before}
+        about["script"] = str(script or "")
         return Job(self, self.ask({"start": {**about, "env": env or {}}}), out, err)
 
-    def run(self, *words: str | Path, before: str = "", env: dict[str, str] | None = None) -> tuple[int, str, str]:
+    def run(
+        self, *words: str | Path, before: str = "", env: dict[str, str] | None = None, script: Path | None = None
+    ) -> tuple[int, str, str]:
         """Start, and wait: exit code, standard output, standard error."""
-        job = self.start(*words, before=before, env=env)
+        job = self.start(*words, before=before, env=env, script=script)
         return job.wait(), job.stdout, job.stderr
 
     def close(self) -> None:
@@ -98,8 +104,8 @@ class Zygote:
 
 
 @contextlib.contextmanager
-def zygote(folder: Path) -> Iterator[Zygote]:
-    made = Zygote(folder)
+def zygote(folder: Path, variables: dict[str, str] | None = None) -> Iterator[Zygote]:
+    made = Zygote(folder, variables)
     try:
         yield made
     finally:
@@ -123,16 +129,21 @@ def _child(about: dict[str, Any]) -> None:
     code = 1
     try:
         exec(about["before"], {})
-        code = main(about["args"])
+        if about["script"]:
+            sys.argv = [about["script"], *about["args"]]
+            runpy.run_path(about["script"], run_name="__main__")
+            code = 0
+        else:
+            code = main(about["args"])
     except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
         import traceback
 
         traceback.print_exc()
     with contextlib.suppress(OSError):
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
     os._exit(code)
 
 
