@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from options import EVERYTHING
 from places import ROOT
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training import assert_same
+from training import QUICK, assert_same
 from whole_runs import eventually, one_line
 from zygote import Job, Zygote
 
@@ -60,11 +60,10 @@ pytestmark = pytest.mark.skipif(
 
 HOST = socket.gethostname()
 
-# --- in forked processes, which need no second import of torch
+# --- in forked processes
 
 
-def _forked(rank: int, work: Any, store: str, world_size: int, out: str) -> None:
-    torch.set_num_threads(1)
+def _forked(rank: int, work: Any, store: Path, world_size: int, out: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     try:
@@ -73,57 +72,14 @@ def _forked(rank: int, work: Any, store: str, world_size: int, out: str) -> None
         dist.destroy_process_group()
 
 
-_PARENT = """
-import pickle, sys
-import torch, torch.multiprocessing as mp
-import dali_pipeline.sources.synthetic, train.step.trainer, train.step.sync_bn
-for path in map(str.strip, sys.stdin):
-    forked, arguments, count = pickle.load(open(path, "rb"))
-    try:
-        mp.start_processes(forked, arguments, count, start_method="fork")
-        print("fine", flush=True)
-    except Exception as error:
-        print(repr(str(error)), flush=True)
-"""
-
-
-@functools.cache
-def _parent() -> subprocess.Popen[str]:
-    """A process that has imported everything and started no thread: torch refuses a backward pass in a process forked from one
-    that has."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support")))}
-    return subprocess.Popen(
-        [sys.executable, "-c", _PARENT],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _end_of_parent() -> Iterator[None]:
-    yield
-    if _parent.cache_info().currsize:
-        _parent().communicate(timeout=30)
-        _parent.cache_clear()
-
-
-def on_processes(work: Any, folder: Path, world_size: int = 2) -> list[Any]:
-    """What `work(group)` gives on each of the processes, which are forked for it from one that has imported torch."""
-    arguments = (work, str(folder / "store"), world_size, str(folder / "out"))
+def on_processes(runs: Zygote, work: Any, folder: Path, world_size: int = 2) -> list[Any]:
+    """What `work(group)` gives on each of the processes, which are forked for it."""
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    (folder / "work").write_bytes(cloudpickle.dumps((_forked, arguments, world_size)))
-    parent = _parent()
-    assert parent.stdin is not None and parent.stdout is not None
-    parent.stdin.write(f"{folder / 'work'}\n")
-    parent.stdin.flush()
-    if not select.select([parent.stdout], [], [], 120)[0]:
-        os.killpg(parent.pid, signal.SIGKILL)
-        raise TimeoutError("the processes have not ended after 120 s")
-    answer = parent.stdout.readline().strip()
-    assert answer == "fine", answer
+    call = functools.partial(_forked, work=work, store=folder / "store", world_size=world_size, out=str(folder / "out"))
+    (folder / "work").write_bytes(cloudpickle.dumps(call))
+    load = f"import pickle; call = pickle.load(open({str(folder / 'work')!r}, 'rb'))"
+    jobs = [runs.start(before=f"{load}; call({rank}); raise SystemExit") for rank in range(world_size)]
+    assert ended(jobs, timeout=120) == [0] * world_size, [job.stderr for job in jobs]
     return [torch.load(f"{folder / 'out'}.{rank}", weights_only=False) for rank in range(world_size)]
 
 
@@ -154,7 +110,7 @@ def batch_norm_inputs(dtype: torch.dtype, offset: float) -> tuple[Tensor, nn.Bat
     return x.to(dtype), norm.double() if dtype == torch.float64 else norm, torch.randn(8, 4, 3, 3).to(dtype)
 
 
-def on_two(x: Tensor, norm: nn.BatchNorm2d, dy: Tensor, folder: Path) -> list[dict[str, Tensor]]:
+def on_two(runs: Zygote, x: Tensor, norm: nn.BatchNorm2d, dy: Tensor, folder: Path) -> list[dict[str, Tensor]]:
     """What each of two processes finds for every second image of the batch."""
 
     def work(group: Group) -> dict[str, Tensor]:
@@ -172,13 +128,13 @@ def on_two(x: Tensor, norm: nn.BatchNorm2d, dy: Tensor, folder: Path) -> list[di
         net.eval()
         return found | {"eval": net(x).detach()}
 
-    return on_processes(work, folder)
+    return on_processes(runs, work, folder)
 
 
-def test_batch_norm_over_two_processes_equals_numpys_over_the_whole_batch(tmp_path: Path) -> None:
+def test_batch_norm_over_two_processes_equals_numpys_over_the_whole_batch(runs: Zygote, tmp_path: Path) -> None:
     x, norm, dy = batch_norm_inputs(torch.float64, 5)
     expected = numpy_batch_norm(*(t.detach().numpy() for t in (x, norm.weight, norm.bias, dy)))
-    for rank, found in enumerate(on_two(x, norm, dy, tmp_path)):
+    for rank, found in enumerate(on_two(runs, x, norm, dy, tmp_path)):
         assert found.keys() == norm.state_dict().keys() | expected.keys() - {"deviation"}
         assert found["num_batches_tracked"] == 0  # the network counts
         for name in expected.keys() - {"deviation"}:
@@ -191,7 +147,7 @@ def test_batch_norm_over_two_processes_equals_numpys_over_the_whole_batch(tmp_pa
     ("dtype", "offset"), [(torch.float64, 1e8), (torch.float32, 1e4), (torch.bfloat16, 5), (torch.float16, 5)]
 )
 def test_batch_norm_over_two_processes_rounds_no_more_than_its_sums_must(
-    dtype: torch.dtype, offset: float, tmp_path: Path
+    runs: Zygote, dtype: torch.dtype, offset: float, tmp_path: Path
 ) -> None:
     """The mean of n values around `offset` may round by n units of the largest, and every value is normalised around it.
     A variance from the sum of the squares would round by offset squared; half precision counts in float32."""
@@ -202,7 +158,7 @@ def test_batch_norm_over_two_processes_rounds_no_more_than_its_sums_must(
     weight, bias = (p.detach().abs().max().item() for p in (norm.weight, norm.bias))
     largest = x.abs().max().item() / expected["deviation"].min() * weight
     bound = (count + 10) * unit * (largest + np.abs(expected["y"]).max() + bias)
-    for rank, found in enumerate(on_two(x, norm, dy, tmp_path)):
+    for rank, found in enumerate(on_two(runs, x, norm, dy, tmp_path)):
         y = expected["y"][rank::2]
         assert found["y"].dtype == dtype
         own = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0.0  # the result is rounded once more
@@ -210,7 +166,7 @@ def test_batch_norm_over_two_processes_rounds_no_more_than_its_sums_must(
         np.testing.assert_allclose(found["y"].double().numpy(), y, rtol=own, atol=bound)
 
 
-def test_with_sync_bn_the_state_counts_the_steps(quick_config: Config, tmp_path: Path) -> None:
+def test_with_sync_bn_the_state_counts_the_steps(runs: Zygote, quick_config: Config, tmp_path: Path) -> None:
     noise = {"data.name": "synthetic", "data.synthetic_count": 64, "train.batch_size": 16, "train.eval_batch_size": 16}
     config = changed(quick_config, {**noise, "data.backend": "torch", "train.sync_bn": True, "train.ema_decay": 0.9})
 
@@ -224,13 +180,15 @@ def test_with_sync_bn_the_state_counts_the_steps(quick_config: Config, tmp_path:
         trainer.close()
         return state
 
-    for state in on_processes(work, tmp_path):
+    for state in on_processes(runs, work, tmp_path):
         for part in ("model", "ema"):
             counters = [value for name, value in state[part].items() if name.endswith("num_batches_tracked")]
             assert len(counters) == 8 and all(counter == 4 for counter in counters)
 
 
-def test_every_option_leaves_two_processes_with_the_same_weights(quick_config: Config, tmp_path: Path) -> None:
+def test_every_option_leaves_two_processes_with_the_same_weights(
+    runs: Zygote, quick_config: Config, tmp_path: Path
+) -> None:
     noise = {"data.name": "synthetic", "data.synthetic_count": 64, "train.batch_size": 16, "train.eval_batch_size": 16}
     config = changed(quick_config, {**noise, **EVERYTHING, "data.backend": "torch", "train.sync_bn": True})
 
@@ -243,7 +201,7 @@ def test_every_option_leaves_two_processes_with_the_same_weights(quick_config: C
         trainer.close()
         return state
 
-    one, other = on_processes(work, tmp_path)
+    one, other = on_processes(runs, work, tmp_path)
     assert_same(one, other)
     scales = [value for name, value in one["model"].items() if name.endswith((".1.weight", ".2.weight"))]
     assert len(scales) == 8 and all(torch.equal(scale, torch.ones_like(scale)) for scale in scales)
@@ -276,8 +234,8 @@ def _failing(group: Group) -> list[str]:
     return said
 
 
-def test_a_failure_on_one_process_stops_all_of_them_and_is_told_once(tmp_path: Path) -> None:
-    first, second = on_processes(_failing, tmp_path)
+def test_a_failure_on_one_process_stops_all_of_them_and_is_told_once(runs: Zygote, tmp_path: Path) -> None:
+    first, second = on_processes(runs, _failing, tmp_path)
     assert first == [
         "fine",
         "OtherProcessFailed",
@@ -326,12 +284,13 @@ def test_a_lost_connection_is_told_from_other_errors() -> None:
 # --- whole runs
 
 
-@pytest.fixture
-def noise(quick_config: Config) -> Config:
+@pytest.fixture(scope="module")
+def noise() -> Config:
     """Ten steps on random images."""
     return changed(
-        quick_config,
-        {
+        Config(),
+        QUICK
+        | {
             "data.name": "synthetic",
             "data.synthetic_count": 640,
             "data.synthetic_classes": 4,
@@ -457,7 +416,9 @@ def test_one_process_then_two_then_one_train_as_one_does_throughout_in_float64(
         torch.testing.assert_close(model[name], value, **WEIGHT)
 
 
-def test_in_float32_two_processes_with_sync_bn_round_the_first_loss_as_one_does(noise: Config, tmp_path: Path) -> None:
+def test_in_float32_two_processes_with_sync_bn_round_the_first_loss_as_one_does(
+    runs: Zygote, noise: Config, tmp_path: Path
+) -> None:
     """The first loss is a continuous function of weights that are the same; the later ones are not."""
     config = changed(
         noise, {"train.sync_bn": True, "train.channels_last": "off"}
@@ -474,7 +435,7 @@ def test_in_float32_two_processes_with_sync_bn_round_the_first_loss_as_one_does(
         trainer, images, labels = begun(group)
         return trainer.step(images, labels)[0].item()
 
-    two = sum(on_processes(loss_of_share, tmp_path)) / 2
+    two = sum(on_processes(runs, loss_of_share, tmp_path)) / 2
     with torch.no_grad():
         trainer, images, labels = begun(Group())
         logits = trainer.train_step.logits(images)
@@ -551,37 +512,6 @@ def test_a_signal_to_one_process_stops_all_and_the_run_resumes_to_the_same_bits(
         else:
             assert torch.equal(a["model"][name], value), name
     assert a["metrics"][0]["train_loss"] == b["metrics"][0]["train_loss"]
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_ends_the_others_and_leaves_a_good_checkpoint(
-    runs: Zygote, noise: Config, tmp_path: Path, rank: int
-) -> None:
-    recipe = written(noise, tmp_path)
-    kill = {rank: at("step", "os.kill(os.getpid(), signal.SIGKILL)", 8)}
-    jobs = together(runs, "--config", recipe, f"run.dir={tmp_path / 'run'}", before=kill)
-    codes = ended(jobs, timeout=60)
-    assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 1
-    error = jobs[1 - rank].stderr.strip().splitlines()
-    lost = f"process {rank} on {HOST} (silent" if rank else "the store at 127.0.0.1"  # which process 0 held
-    assert error[-1].startswith(f"error: process {1 - rank} on {HOST} lost {lost}"), error
-    assert "while training" in error[-1] and "Traceback" not in "".join(error)
-    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 6
-    jobs = together(runs, "--config", recipe, f"run.dir={tmp_path / 'run'}", "--resume")
-    assert ended(jobs) == [0, 0], jobs[0].stderr
-
-
-@pytest.mark.parametrize("more", [[], ["--overwrite"]])
-def test_what_torchrun_restarts_goes_on_where_it_ended(
-    runs: Zygote, noise: Config, tmp_path: Path, more: list[str]
-) -> None:
-    words = ("--config", written(noise, tmp_path), f"run.dir={tmp_path / 'run'}", *more)
-    under = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"}
-    kill = {1: at("step", "os.kill(os.getpid(), signal.SIGKILL)", 8)}
-    assert ended(together(runs, *words, before=kill, **under)) == [1, -signal.SIGKILL]
-    jobs = together(runs, *words, **under | {"TORCHELASTIC_RESTART_COUNT": "1"})
-    assert ended(jobs) == [0, 0], jobs[0].stderr
-    assert f"resumed from {tmp_path / 'run'} at epoch 0, step 6" in jobs[0].stdout
 
 
 def test_what_torchrun_restarts_takes_no_earlier_run_for_its_own(runs: Zygote, noise: Config, tmp_path: Path) -> None:
@@ -665,43 +595,6 @@ def test_a_bad_recipe_is_told_by_one_process_of_a_machine(runs: Zygote, noise: C
     assert "train.epochs" in jobs[0].stderr and jobs[1].stderr == ""
 
 
-@pytest.mark.parametrize("place", ["load", "step"])
-def test_the_others_wait_for_one_that_is_late_no_longer_than_the_limit(
-    runs: Zygote, noise: Config, tmp_path: Path, place: str
-) -> None:
-    """It is late and not lost: its threads go on. In a phase the longer limit counts, elsewhere that of steps."""
-    late = {0: at(place, "time.sleep(60)")}
-    words = ("--config", written(noise, tmp_path), f"run.dir={tmp_path / 'run'}")
-    limits = {"TRAIN_PHASE_TIMEOUT": "3"} if place == "load" else {"TRAIN_DISTRIBUTED_TIMEOUT": "3"}
-    jobs = together(runs, *words, before=late, **limits)
-    assert jobs[1].wait(timeout=50) == 1
-    doing = "loading the data" if place == "load" else "training"
-    assert f"there are still process 0 on {HOST} {doing} while {doing}" in jobs[1].stderr
-    jobs[0].kill(signal.SIGKILL)
-    jobs[0].wait()
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("place", ["load", "step"])
-def test_a_process_that_stands_still_is_lost_to_the_others_whatever_they_wait_in(
-    runs: Zygote, noise: Config, tmp_path: Path, place: str, rank: int
-) -> None:
-    """Stopped, it keeps its connections, as a machine does that a cut link has taken away."""
-    stops = {rank: at(place, "os.kill(os.getpid(), signal.SIGSTOP)", 4 if place == "step" else 1)}
-    words = ("--config", written(noise, tmp_path), f"run.dir={tmp_path / 'run'}")
-    jobs = together(runs, *words, before=stops, TRAIN_DISTRIBUTED_TIMEOUT="12")
-    other = jobs[1 - rank]
-    try:
-        assert other.wait(timeout=60) == 1
-        lost = f"process {rank} on {HOST} (silent for" if rank else "the store at 127.0.0.1"
-        line = other.stderr.strip().splitlines()[-1]
-        assert line.startswith(f"error: process {1 - rank} on {HOST} lost {lost}"), other.stderr
-        assert f"while {'loading the data' if place == 'load' else 'training'}" in line
-    finally:
-        jobs[rank].kill(signal.SIGKILL)
-        jobs[rank].wait()
-
-
 def test_processes_of_different_recipes_options_or_data_are_refused_with_what_differs(
     runs: Zygote, noise: Config, tmp_path: Path
 ) -> None:
@@ -768,22 +661,12 @@ def test_a_name_that_does_not_resolve_is_told_at_once(runs: Zygote, noise: Confi
     assert one_line(err).startswith(f"error: MASTER_ADDR=nowhere.invalid: process 1 on {HOST} cannot resolve the name")
 
 
-def test_a_process_that_never_comes_is_waited_for_no_longer_than_the_limit(
-    runs: Zygote, noise: Config, tmp_path: Path
-) -> None:
-    port = str(free_port())
-    variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    words = ("--config", written(noise, tmp_path), f"run.dir={tmp_path / 'run'}")
-    code, _, err = runs.run(*words, env={**variables, "TRAIN_PHASE_TIMEOUT": "2"})
-    line = err.strip().splitlines()[-1]
-    assert code == 2 and f"MASTER_PORT={port}: process 0 on {HOST} has not come together" in line, err
-
-
 @pytest.mark.slow
 def test_a_compiler_that_fails_on_one_process_is_off_on_all(runs: Zygote, noise: Config, tmp_path: Path) -> None:
     one = "import inspect, torch, train.machine.runtime as r, torch._dynamo.exc as e\n"
     one += "r.find_compiler = lambda device: (True, 'g++ found')\n"
     one += "import train.machine.weighing as w; w.COLD_SECONDS = 0.0\n"  # it pays, for so few steps too
+    one += "torch.compile = lambda function, **_: function\n"  # the pipeline's
     fail = """
 def compile(self, **_):
     arguments = (lambda: None, RuntimeError("g++ crashed"), None)  # torch 2.6 takes two of them
@@ -859,50 +742,192 @@ Trainer.evaluate = falling
         assert summary["test"][f"{name}.pt"]["accuracy"] == pytest.approx(by_one, abs=1.01 * one_image)
 
 
+# --- what is waited for: such a wait takes seconds, so all of them run side by side
+
+NOW = 'print("now", flush=True); '
+LATE = NOW + "time.sleep(60)"
+STOPPED = NOW + "os.kill(os.getpid(), signal.SIGSTOP)"
+KILLED = NOW + "os.kill(os.getpid(), signal.SIGKILL)"
+UNDER_TORCHRUN = {"TORCHELASTIC_RUN_ID": "none"}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What befalls the process of that rank: Python code that it runs first; the words and variables of both."""
+
+    rank: int
+    code: str
+    words: tuple[str, ...] = ()
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+FAULTS = {
+    **{
+        f"stopped in {place}, {rank}": Fault(
+            rank, at(place, STOPPED, number), variables={"TRAIN_DISTRIBUTED_TIMEOUT": "12"}
+        )
+        for place, number in (("load", 1), ("step", 4))
+        for rank in (0, 1)
+    },
+    "late in load": Fault(0, at("load", LATE), variables={"TRAIN_PHASE_TIMEOUT": "3"}),
+    "late in step": Fault(0, at("step", LATE), variables={"TRAIN_DISTRIBUTED_TIMEOUT": "3"}),
+    **{f"killed, {rank}": Fault(rank, at("step", KILLED, 8)) for rank in (0, 1)},
+    **{
+        " ".join(["killed under torchrun", *words]): Fault(
+            1, at("step", KILLED, 8), words, UNDER_TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "0"}
+        )
+        for words in ((), ("--overwrite",))
+    },
+}
+
+
+@dataclass(frozen=True)
+class Faulty:
+    """Two processes, by rank, to one of which that has happened; what they were started with, and the folder of their run."""
+
+    jobs: list[Job]
+    words: tuple[str | Path, ...]
+    run: Path
+
+
+@pytest.fixture(scope="module")
+def faulty(runs: Zygote, noise: Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Faulty]]:
+    """By the names of FAULTS. Each pair starts when the one before it has come to its fault, so that no start is slow."""
+    started: dict[str, Faulty] = {}
+    try:
+        for name, fault in FAULTS.items():
+            folder = tmp_path_factory.mktemp("faulty")
+            words = ("--config", written(noise, folder), f"run.dir={folder / 'run'}", *fault.words)
+            jobs = together(runs, *words, before={fault.rank: fault.code}, **fault.variables)
+            started[name] = Faulty(jobs, words, folder / "run")
+            jobs[fault.rank].until("now")
+        yield started
+    finally:
+        for name, pair in started.items():
+            if not name.startswith("killed"):
+                pair.jobs[FAULTS[name].rank].kill(signal.SIGKILL)
+                pair.jobs[FAULTS[name].rank].wait()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_others_and_leaves_a_good_checkpoint(
+    runs: Zygote, faulty: dict[str, Faulty], rank: int
+) -> None:
+    pair = faulty[f"killed, {rank}"]
+    codes = ended(pair.jobs, timeout=60)
+    assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 1
+    error = pair.jobs[1 - rank].stderr.strip().splitlines()
+    lost = f"process {rank} on {HOST} (silent" if rank else "the store at 127.0.0.1"  # which process 0 held
+    assert error[-1].startswith(f"error: process {1 - rank} on {HOST} lost {lost}"), error
+    assert "while training" in error[-1] and "Traceback" not in "".join(error)
+    assert load_checkpoint(pair.run / "last.pt")["step"] == 6
+    jobs = together(runs, *pair.words, "--resume")
+    assert ended(jobs) == [0, 0], jobs[0].stderr
+
+
+@pytest.mark.parametrize("more", ["", " --overwrite"])
+def test_what_torchrun_restarts_goes_on_where_it_ended(runs: Zygote, faulty: dict[str, Faulty], more: str) -> None:
+    pair = faulty[f"killed under torchrun{more}"]
+    assert ended(pair.jobs) == [1, -signal.SIGKILL]
+    jobs = together(runs, *pair.words, **UNDER_TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "1"})
+    assert ended(jobs) == [0, 0], jobs[0].stderr
+    assert f"resumed from {pair.run} at epoch 0, step 6" in jobs[0].stdout
+
+
+@pytest.mark.parametrize("place", ["load", "step"])
+def test_the_others_wait_for_one_that_is_late_no_longer_than_the_limit(faulty: dict[str, Faulty], place: str) -> None:
+    """It is late and not lost: its threads go on. In a phase the longer limit counts, elsewhere that of steps."""
+    other = faulty[f"late in {place}"].jobs[1]
+    assert other.wait(timeout=50) == 1
+    doing = "loading the data" if place == "load" else "training"
+    assert f"there are still process 0 on {HOST} {doing} while {doing}" in other.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("place", ["load", "step"])
+def test_a_process_that_stands_still_is_lost_to_the_others_whatever_they_wait_in(
+    faulty: dict[str, Faulty], place: str, rank: int
+) -> None:
+    """Stopped, it keeps its connections, as a machine does that a cut link has taken away."""
+    other = faulty[f"stopped in {place}, {rank}"].jobs[1 - rank]
+    assert other.wait(timeout=60) == 1
+    lost = f"process {rank} on {HOST} (silent for" if rank else "the store at 127.0.0.1"
+    line = other.stderr.strip().splitlines()[-1]
+    assert line.startswith(f"error: process {1 - rank} on {HOST} lost {lost}"), other.stderr
+    assert f"while {'loading the data' if place == 'load' else 'training'}" in line
+
+
+def test_a_process_that_never_comes_is_waited_for_no_longer_than_the_limit(
+    runs: Zygote, noise: Config, tmp_path: Path
+) -> None:
+    port = str(free_port())
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    words = ("--config", written(noise, tmp_path), f"run.dir={tmp_path / 'run'}")
+    code, _, err = runs.run(*words, env={**variables, "TRAIN_PHASE_TIMEOUT": "1"})
+    line = err.strip().splitlines()[-1]
+    assert code == 2 and f"MASTER_PORT={port}: process 0 on {HOST} has not come together" in line, err
+
+
 # --- torchrun itself
 
 
-def torchrun(recipe: Path, run: Path, *words: str) -> subprocess.Popen[str]:
+# each step after the first twenty, an epoch, takes a second
+SLOWLY = """
+import sys, time
+from train.__main__ import main
+from train.failpoints import arm
+
+arm("step", lambda count: time.sleep(1 if count > 20 else 0))
+sys.exit(main())
+"""
+
+
+def torchrun(script: Path, *words: str | Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", str(free_port())]
     return subprocess.Popen(
-        [*command, "-m", "train", "--config", str(recipe), f"run.dir={run}", *words],
+        [*command, script, *words],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         start_new_session=True,
     )
 
 
 @pytest.mark.slow
-def test_what_a_killed_torchrun_leaves_behind_saves_and_ends(noise: Config, tmp_path: Path) -> None:
-    recipe = written(changed(noise, {"train.epochs": 1000, "run.checkpoint_every": "epoch"}), tmp_path)
-    run = tmp_path / "run"
-    killed = torchrun(recipe, run)
-    eventually(lambda: (run / "metrics.jsonl").exists() and bool((run / "metrics.jsonl").read_text()), 120)
+def test_what_a_killed_torchrun_leaves_behind_saves_and_ends_and_the_next_one_resumes_and_passes_sigterm_on(
+    runs: Zygote, noise: Config, tmp_path: Path
+) -> None:
+    more = {"train.epochs": 10, "data.synthetic_count": 1280, "run.checkpoint_every": "epoch"}
+    run, script = tmp_path / "run", tmp_path / "slowly.py"
+    script.write_text(SLOWLY)
+    words = ("--config", written(changed(noise, more), tmp_path), f"run.dir={run}")
+
+    def epochs() -> int:
+        metrics = run / "metrics.jsonl"
+        return metrics.read_text().count("\n") if metrics.exists() else 0
+
+    killed = torchrun(script, *words)
+    eventually(lambda: epochs() > 0, 120)
     killed.kill()
     out, err = killed.communicate(timeout=60)  # ends when its processes, which hold its streams, have ended
     assert "torchrun, which started this process, is gone" in err
     assert "SIGTERM: stopped after a whole step" in out, err
-    assert 1 <= load_checkpoint(run / "last.pt")["epoch"] < 1000
+    before = load_checkpoint(run / "last.pt")
+    assert before["epoch"] == 1
 
-
-@pytest.mark.slow
-def test_torchrun_passes_sigterm_on_and_resumes(noise: Config, tmp_path: Path) -> None:
-    recipe = written(changed(noise, {"train.epochs": 10, "data.synthetic_count": 1280}), tmp_path)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    first = torchrun(recipe, tmp_path / "run")
-    eventually(lambda: metrics.exists() and bool(metrics.read_text()), 120)
+    first = torchrun(script, *words, "--resume")
+    eventually(lambda: epochs() > 1, 120)
     begun = time.monotonic()
     first.send_signal(signal.SIGTERM)
     out, err = first.communicate(timeout=60)
     assert first.returncode != 0 and time.monotonic() - begun < 60
+    assert f"resumed from {run} at epoch 1, step {before['step']}" in out, err
     assert "SIGTERM: stopped after a whole step" in out, err
-    done = load_checkpoint(tmp_path / "run" / "last.pt")["epoch"]
-    assert 1 <= done < 10
-    second = torchrun(recipe, tmp_path / "run", "--resume")
-    out, err = second.communicate(timeout=240)
-    assert second.returncode == 0, err
-    assert out.count("epoch 10/10: lr") == 1
-    assert len(read_metrics(metrics)) == 10
+    assert load_checkpoint(run / "last.pt")["epoch"] == 2
+
+    jobs = together(runs, *words, "--resume")
+    assert ended(jobs) == [0, 0], jobs[0].stderr
+    assert jobs[0].stdout.count("epoch 10/10: lr") == 1
+    assert len(read_metrics(run / "metrics.jsonl")) == 10
