@@ -122,11 +122,12 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
     assert not torch.equal(a["prep.0.weight"], c["prep.0.weight"])
 
 
-def test_dali_and_torch_pipelines_train_the_same_network(quick_config: Config, tmp_path: Path) -> None:
+def test_dali_and_torch_pipelines_train_the_same_network(quick_config: Config, trained: Trained) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    for backend in ("dali", "torch"):
-        fit(changed(quick_config, {"data.backend": backend}), tmp_path / backend, log=Lines())
-    assert_equal_weights(weights(tmp_path / "dali" / "last.pt"), weights(tmp_path / "torch" / "last.pt"))
+    dali, torchs = (trained(changed(quick_config, {"data.backend": backend})) for backend in ("dali", "torch"))
+    for run, backend in ((dali, "dali"), (torchs, "torch")):
+        assert json.loads((run / "environment.json").read_text())["backend"] == backend
+    assert_equal_weights(weights(dali / "last.pt"), weights(torchs / "last.pt"))
 
 
 @pytest.mark.parametrize("steps", [1, 5, 11, 14, 21])
@@ -246,14 +247,13 @@ def test_an_existing_run_is_not_overwritten_by_accident(quick_config: Config, tr
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
-def test_nothing_to_resume_and_a_second_writer_are_refused(tmp_path: Path) -> None:
+def test_nothing_to_resume_and_a_second_writer_are_refused(runs: Zygote, recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="nothing to resume"):
         RunFolder(tmp_path / "empty", resume=True)
     assert not (tmp_path / "empty").exists()
     first = RunFolder(tmp_path / "run")
-    code = f"from train.disk.folder import RunFolder; RunFolder({str(tmp_path / 'run')!r})"
-    second = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert "is writing here" in second.stderr and second.returncode != 0
+    code, _, err = runs.run("--config", recipe, f"run.dir={tmp_path / 'run'}")
+    assert code == 2 and "is writing here" in one_line(err)
     first.close()
     assert not (tmp_path / "run").exists()  # nothing was written in it
 
@@ -389,14 +389,14 @@ def test_found_rates_are_written_into_the_recipe_of_the_run(quick_config: Config
 
 
 def test_a_range_test_that_finds_nothing_spoils_no_run_and_locks_no_folder(
-    quick_config: Config, tmp_path: Path
+    quick_config: Config, trained: Trained, tmp_path: Path
 ) -> None:
     search = {"schedule.find_start": 1e8, "schedule.find_end": 1e30, "schedule.find_steps": 20}
     config = changed(quick_config, {**FIND, **search})
     with pytest.raises(RangeTestError, match=r"set schedule\.lr_max"):
         fit(config, tmp_path / "run", log=Lines())
     assert (tmp_path / "run" / "lr_finder.csv").exists()  # it shows why
-    fit(quick_config, tmp_path / "run", log=Lines())
+    shutil.copytree(trained(quick_config), tmp_path / "run", dirs_exist_ok=True)
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
     with pytest.raises(RangeTestError):
         fit(config, tmp_path / "run", log=Lines(), overwrite=True)
@@ -482,6 +482,7 @@ def test_a_compiled_step_equals_the_eager_one(quick_config: Config) -> None:
     assert (updates[1] - updates[0]).norm() < 5e-2 * updates[0].norm()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_deterministic_mode_gives_the_same_bits_twice_compiled(runs: Zygote, recipe: Path, tmp_path: Path) -> None:
     if not prepare(device="cpu", compile="auto").compile_mode:
@@ -501,31 +502,32 @@ def test_a_long_run_is_told_what_shortens_it(quick_config: Config) -> None:
     assert [duration(s) for s in (3.21, 75, 7260)] == ["3.2 s", "1 min 15 s", "2 h 1 min"]
 
 
-def test_command_line_trains_resumes_and_refuses(tmp_path: Path, quick_config: Config) -> None:
+def test_command_line_trains_and_refuses(runs: Zygote, tmp_path: Path, quick_config: Config) -> None:
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(to_yaml(quick_config))
-    words = [sys.executable, "-m", "train", "--config", str(recipe), f"run.dir={tmp_path / 'run'}", "run.analyse=false"]
-    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    words = ["--config", str(recipe), f"run.dir={tmp_path / 'run'}", "run.analyse=false"]
+    command = [sys.executable, "-m", "train", *words]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert "test: loss" in run.stdout and "pipeline: " in run.stdout
-    again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 2
-    assert again.stderr.startswith("error: ") and len(again.stderr.splitlines()) == 1
+    code, _, err = runs.run(*words)
+    assert code == 2 and "already holds a run" in one_line(err)
 
 
-def test_missing_data_is_one_error_with_three_remedies_and_leaves_nothing(tmp_path: Path) -> None:
+def test_missing_data_is_one_error_with_three_remedies_and_leaves_nothing(runs: Zygote, tmp_path: Path) -> None:
     words = ["--config", "configs/onecycle.yaml", f"data.root={tmp_path / 'none'}", "data.download=false"]
-    command = [sys.executable, "-m", "train", *words, f"run.dir={tmp_path / 'run'}"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr
+    code, _, err = runs.run(*words, f"run.dir={tmp_path / 'run'}")
+    assert code == 2
+    assert "Traceback" not in err
     for remedy in ("data.root=", "configs/quickstart.yaml", "cifar-10-binary.tar.gz"):
-        assert remedy in result.stderr
+        assert remedy in err
     assert not (tmp_path / "run").exists()
 
 
-def test_damaged_last_checkpoint_is_refused_and_falls_back_when_asked(quick_config: Config, tmp_path: Path) -> None:
-    fit(quick_config, tmp_path / "run", log=Lines())
+def test_damaged_last_checkpoint_is_refused_and_falls_back_when_asked(
+    quick_config: Config, trained: Trained, tmp_path: Path
+) -> None:
+    shutil.copytree(trained(quick_config), tmp_path / "run")
     last = tmp_path / "run" / "last.pt"
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 1
@@ -538,9 +540,7 @@ def test_damaged_last_checkpoint_is_refused_and_falls_back_when_asked(quick_conf
     assert load_checkpoint(last)["epoch"] == 2
 
 
-def test_saved_state_is_plain_data(quick_config: Config, tmp_path: Path) -> None:
-    fit(quick_config, tmp_path / "run", log=Lines())
-
+def test_saved_state_is_plain_data(quick_config: Config, trained: Trained, tmp_path: Path) -> None:
     def walk(value: Any) -> Iterator[Any]:
         if isinstance(value, dict):
             for v in value.values():
@@ -551,7 +551,7 @@ def test_saved_state_is_plain_data(quick_config: Config, tmp_path: Path) -> None
         else:
             yield value
 
-    state = load_checkpoint(tmp_path / "run" / "last.pt")
+    state = load_checkpoint(trained(quick_config) / "last.pt")
     assert all(isinstance(leaf, (Tensor, int, float, str, type(None))) for leaf in walk(state))
     save_checkpoint(tmp_path / "again.pt", state)
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from whole_runs import Arm, equal, eventually, held, runs_on, temporary
+from whole_runs import Arm, Trained, equal, eventually, held, runs_on, temporary
 from zygote import Zygote
 
-from train.config import Config
+from train.config import Config, load_config
 from train.disk.checkpoint import load_checkpoint
 from train.machine.signals import Interrupted, SignalWatch, ending_at_once
 from train.run import fit
@@ -22,44 +22,46 @@ from train.screen.log import Log
 from train.step.evaluation import evaluate
 
 
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 128 + signal.SIGUSR1)],
-)
 def test_a_signal_finishes_the_step_saves_and_the_rest_of_the_run_has_the_same_bits(
-    runs: Zygote, recipe: Path, tmp_path: Path, number: int, code: int
+    runs: Zygote, recipe: Path, trained: Trained, tmp_path: Path
 ) -> None:
     words = ["--config", recipe, "run.checkpoint_every=epoch"]
     go_on = tmp_path / "go on"
     # before the fourth step of the second epoch; there is no fifth
     before = held("step", 11 + 4, go_on, then="os._exit(98)")
-    job = runs.start(*words, f"run.dir={tmp_path / 'parts'}", before=before)
-    job.until("now")
-    job.kill(number)
+    codes = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGUSR1: 128 + signal.SIGUSR1}
+    jobs = {number: runs.start(*words, f"run.dir={tmp_path / number.name}", before=before) for number in codes}
+    for number, job in jobs.items():
+        job.until("now")
+        job.kill(number)
     go_on.touch()
-    assert job.wait() == code
-    state = load_checkpoint(tmp_path / "parts" / "last.pt")
+    for number, job in jobs.items():
+        assert job.wait() == codes[number]
+        assert "continue with --resume" in job.stdout and "ending after this step" in job.stderr
+        assert "continue with --resume" in job.stderr  # where `| tee` was ended by the same Ctrl-C
+    state, *others = (load_checkpoint(tmp_path / number.name / "last.pt") for number in codes)
     assert (state["epoch"], state["step"]) == (1, 4)
-    assert "continue with --resume" in job.stdout and "ending after this step" in job.stderr
-    assert "continue with --resume" in job.stderr  # where `| tee` was ended by the same Ctrl-C
-    assert runs.run(*words, f"run.dir={tmp_path / 'parts'}", "--resume")[0] == 0
-    assert runs.run(*words, f"run.dir={tmp_path / 'whole'}")[0] == 0
-    assert equal(load_checkpoint(tmp_path / "whole" / "last.pt"), load_checkpoint(tmp_path / "parts" / "last.pt"))
+    assert all(equal(state, other) for other in others)
+    parts = tmp_path / signal.SIGINT.name
+    assert runs.run(*words, f"run.dir={parts}", "--resume")[0] == 0
+    whole = trained(load_config(recipe, ["run.checkpoint_every=epoch"]))
+    assert equal(load_checkpoint(whole / "last.pt"), load_checkpoint(parts / "last.pt"))
 
 
-@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_second_signal_ends_at_once_and_spoils_nothing(
-    runs: Zygote, recipe: Path, tmp_path: Path, second: int
-) -> None:
-    job = runs.start("--config", recipe, f"run.dir={tmp_path / 'run'}", before=held("step", 5))
-    job.until("now")
-    job.kill(signal.SIGINT)
-    eventually(lambda: "ending after this step" in job.stderr)
-    assert runs_on(job)
-    job.kill(second)
-    assert job.wait(timeout=60) == -second  # and not 97, the end of the step
-    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 4
-    assert runs.run("--config", recipe, f"run.dir={tmp_path / 'run'}", "--resume")[0] == 0
+def test_a_second_signal_ends_at_once_and_spoils_nothing(runs: Zygote, recipe: Path, tmp_path: Path) -> None:
+    seconds = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    words = {second: ["--config", recipe, f"run.dir={tmp_path / second.name}"] for second in seconds}
+    jobs = {second: runs.start(*words[second], before=held("step", 5)) for second in seconds}
+    for second, job in jobs.items():
+        job.until("now")
+        job.kill(signal.SIGINT)
+        eventually(lambda job=job: "ending after this step" in job.stderr)  # type: ignore[misc]
+        assert runs_on(job)
+        job.kill(second)
+        assert job.wait(timeout=60) == -second  # and not 97, the end of the step
+    state, *others = (load_checkpoint(tmp_path / second.name / "last.pt") for second in seconds)
+    assert state["step"] == 4 and all(equal(state, other) for other in others)
+    assert runs.run(*words[signal.SIGTERM], "--resume")[0] == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -77,8 +79,11 @@ def test_a_signal_in_a_save_lets_it_finish(runs: Zygote, recipe: Path, tmp_path:
     load_checkpoint(tmp_path / "run" / "previous.pt")
 
 
-def test_a_signal_in_the_evaluation_does_not_wait_for_its_end(runs: Zygote, recipe: Path, tmp_path: Path) -> None:
-    words = ["--config", recipe, "train.eval_batch_size=10", "run.checkpoint_every=epoch"]
+def test_a_signal_in_the_evaluation_does_not_wait_for_its_end(
+    runs: Zygote, recipe: Path, trained: Trained, tmp_path: Path
+) -> None:
+    more = ["train.eval_batch_size=10", "run.checkpoint_every=epoch"]
+    words = ["--config", recipe, *more]
     go_on = tmp_path / "go on"
     before = held("evaluate", 2, go_on, then="os._exit(98)")  # of 36 batches; there is no third
     job = runs.start(*words, f"run.dir={tmp_path / 'parts'}", before=before)
@@ -89,8 +94,8 @@ def test_a_signal_in_the_evaluation_does_not_wait_for_its_end(runs: Zygote, reci
     state = load_checkpoint(tmp_path / "parts" / "last.pt")
     assert (state["epoch"], state["step"], len(state["step_losses"])) == (0, 11, 11)
     assert runs.run(*words, f"run.dir={tmp_path / 'parts'}", "--resume")[0] == 0
-    assert runs.run(*words, f"run.dir={tmp_path / 'whole'}")[0] == 0
-    assert equal(load_checkpoint(tmp_path / "whole" / "last.pt"), load_checkpoint(tmp_path / "parts" / "last.pt"))
+    whole = trained(load_config(recipe, more))
+    assert equal(load_checkpoint(whole / "last.pt"), load_checkpoint(tmp_path / "parts" / "last.pt"))
 
 
 def test_evaluation_gives_the_mode_back_when_it_is_ended_early() -> None:
