@@ -39,6 +39,7 @@ WRONG_PIXELS = (
     "its pixels are wrong"  # in the message of dali_pipeline/backend.py where DALI's probe finds other pixels
 )
 CPU_WIDTH, GPU_WIDTH = 16, 64
+SECONDS, QUICK_SECONDS = 0.3, 0.15  # of one sample
 ABLATIONS = ("channels_last", "compile", "precision", "batch", "pipelines", "prefetch", "strips", "graph")
 
 
@@ -170,7 +171,7 @@ def measure(
     )
     dataset = sources.load(config.data, download=False)
     repeats = options.repeats or (3 if options.quick else 9)
-    seconds = 0.15 if options.quick else 0.3
+    seconds = QUICK_SECONDS if options.quick else SECONDS
     report: dict[str, Any] = {
         "kind": KIND,
         "machine": machine_facts(runtime.device),

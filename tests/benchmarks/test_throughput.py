@@ -82,6 +82,7 @@ def test_throughput_prints_and_writes_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("benchmarks.stages.find_compiler", lambda device: (False, "no compiler"))
+    monkeypatch.setattr(throughput, "QUICK_SECONDS", 0.01)
     path, trace, picture = tmp_path / "out" / "r.json", tmp_path / "trace.json", tmp_path / "throughput.png"
     words = ["--quick", *TINY_WORDS, "--json", str(path), "--profile", str(trace), "--picture", str(picture)]
     words += ["--ablate", "prefetch", "--ablate", "graph", "--ablate", "channels_last"]
@@ -163,6 +164,7 @@ def test_what_fails_is_left_out_by_name_and_wrong_pixels_end_in_an_error(
         def close(self) -> None: ...
 
     monkeypatch.setattr("benchmarks.stages.find_compiler", lambda device: (False, "no compiler"))
+    monkeypatch.setattr(throughput, "QUICK_SECONDS", 0.01)
     monkeypatch.setattr("benchmarks.peers.check_loader", check_of)
     monkeypatch.setattr("benchmarks.peers.PeerHost", Host)
     assert throughput.main(["--quick", "--json", str(path), *TINY_WORDS[1:]]) == 1

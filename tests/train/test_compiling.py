@@ -279,7 +279,8 @@ def test_compiled_steps_that_turn_out_slower_are_dropped_and_remembered(
     history.add("any", 1e-9, warm=False, gain=10.0)
     pairs: list[int] = []
     monkeypatch.setattr(Trainer, "compiled_gain", lambda self, count: pairs.append(count) or 0.8)
-    longer = changed(config, {"train.epochs": 10})  # 110 steps: two pairs
+    small = {"data.name": "synthetic", "data.synthetic_count": 352, "train.batch_size": 32, "train.eval_batch_size": 32}
+    longer = changed(config, {**small, "train.epochs": 10})  # 110 steps: two pairs
     log = Lines()
     fit(longer, tmp_path / "run", log=log)
     assert pairs == [2] and compiled(tmp_path / "run") == "off"

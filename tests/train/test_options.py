@@ -27,7 +27,8 @@ SETS = {**OPTIONS, "everything": EVERYTHING}
 
 
 def make(config: Config, options: dict[str, Any], seed: int = 0) -> Trainer:
-    return make_trainer(changed(config, {"train.seed": seed, "data.backend": "torch", **options}))
+    few = {"data.name": "synthetic", "data.synthetic_count": 320, "train.batch_size": 32, "train.eval_batch_size": 32}
+    return make_trainer(changed(config, {"train.seed": seed, "data.backend": "torch", **few, **options}))
 
 
 def steps(trainer: Trainer, epoch: int, first: int, last: int) -> list[float]:

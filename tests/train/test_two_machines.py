@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from places import ROOT
+from zygote import Zygote
 
 from train.config import Config, changed, to_yaml
 from train.disk.checkpoint import load_checkpoint
@@ -72,15 +73,15 @@ def why_not() -> str | None:
 
 
 def test_a_cut_link_ends_both_machines_which_name_each_other_and_one_resumes_alone(
-    quick_config: Config, tmp_path: Path
+    runs: Zygote, quick_config: Config, tmp_path: Path
 ) -> None:
     if reason := why_not():
         pytest.skip(reason)
     noise = {"data.name": "synthetic", "data.synthetic_count": 1280, "data.backend": "torch", "run.checkpoint_every": 1}
     small = {"net.width": 1, "train.batch_size": 64, "train.eval_batch_size": 64, "train.epochs": 2}
     (tmp_path / "recipe.yaml").write_text(to_yaml(changed(quick_config, {**noise, **small})))
-    common = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment = {**common, "TRAIN_DISTRIBUTED_TIMEOUT": "12", "python": sys.executable, "slowly": SLOWLY}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRAIN_DISTRIBUTED_TIMEOUT": "12"}
+    environment |= {"python": sys.executable, "slowly": SLOWLY}
     subprocess.run([*WITHIN, "sh", "-c", LINKED + TRAIN], cwd=tmp_path, env=environment, check=True, timeout=300)
     said = {host: (tmp_path / f"{host}.err").read_text() for host in ("first", "second")}
     assert [(tmp_path / f"{host}.code").read_text().strip() for host in said] == ["1", "1"], said
@@ -91,7 +92,6 @@ def test_a_cut_link_ends_both_machines_which_name_each_other_and_one_resumes_alo
     # the first machine alone has the run, and goes on without the other
     assert not (tmp_path / "run-second").exists()
     assert load_checkpoint(tmp_path / "run-first" / "last.pt")["step"] >= 6
-    command = [sys.executable, "-m", "train", "--config", "recipe.yaml", "run.dir=run-first", "--resume"]
-    resumed = subprocess.run(command, cwd=tmp_path, env=common, capture_output=True, text=True, timeout=300)
-    assert resumed.returncode == 0 and "processes 2 -> 1" in resumed.stdout, resumed.stderr
+    code, out, err = runs.run("--config", tmp_path / "recipe.yaml", f"run.dir={tmp_path / 'run-first'}", "--resume")
+    assert code == 0 and "processes 2 -> 1" in out, err
     assert [entry["epoch"] for entry in read_metrics(tmp_path / "run-first" / "metrics.jsonl")] == [1, 2]
