@@ -20,7 +20,7 @@ from train.step.trainer import Trainer
 QUICK: dict[str, Any] = {
     "data.name": "digits",
     "augment.flip": False,
-    "net.width": 2,
+    "net.width": 1,
     "schedule.lr_max": 0.1,
     "schedule.lr_min": 0.002,
     "schedule.peak_epoch": 1.0,

@@ -85,7 +85,7 @@ def test_for_another_number_of_classes_the_classifier_is_the_one_drawn_without_i
     session = made({**FOUR, "net.init": str(source)})
     found, theirs = state_of(session), weights(source / "best.pt")
     seed_everything(0)
-    drawn = networks.build(NetOptions(width=2), 4).state_dict()
+    drawn = networks.build(NetOptions(width=1), 4).state_dict()
     expected = {name: (drawn if name.startswith("classifier") else theirs)[name] for name in theirs}
     assert_equal_weights(found, expected)
     assert "all but the classifier, which is drawn anew for 4 classes; the run there had 10" in session.log.text  # type: ignore[attr-defined]
@@ -101,7 +101,7 @@ def test_for_another_number_of_classes_the_classifier_is_the_one_drawn_without_i
     [
         (
             {"net.width": 4},
-            r"prep\.0\.weight is \(2, 3, 3, 3\) there, \(4, 3, 3, 3\) here; .* and \d+ more; it was trained with net\.width=2$",
+            r"prep\.0\.weight is \(1, 3, 3, 3\) there, \(4, 3, 3, 3\) here; .* and \d+ more; it was trained with net\.width=1$",
         ),
         ({"net.whitening": True}, r"whitening\.weight is missing there.*; it was trained with net\.whitening=False$"),
         ({"net.init": "{source}/config.yaml"}, r"config\.yaml: not usable, it carries no sha256"),

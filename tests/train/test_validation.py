@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from training import Lines, assert_equal_weights, make_trainer, weights
+from training import QUICK, Lines, assert_equal_weights, make_trainer, weights
 from whole_runs import Arm, Stop, Trained, stop_before
 
 import net as networks
@@ -42,7 +42,7 @@ def config(quick_config: Config) -> Config:
 def accuracy_by_hand(path: Path, dataset: Dataset) -> float:
     """Of a checkpoint on the test set: torch's own network call on all images at once."""
     snapshot = load_snapshot(path)
-    net = networks.build(changed(Config(), {"net.width": 2}).net, dataset.num_classes)
+    net = networks.build(changed(Config(), {"net.width": QUICK["net.width"]}).net, dataset.num_classes)
     net.load_state_dict(snapshot.model)
     images = (dataset.test.images - np.array(dataset.mean)) / np.array(dataset.std)
     with torch.no_grad():

@@ -14,7 +14,7 @@ from train.disk.folder import FOLDERS, WRITTEN, RunFolder, RunFolderError
 
 def test_no_file_of_a_run_is_written_through_a_link(runs: Zygote, recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = ["--config", recipe, "--find-lr", "net.width=4", "schedule.find_steps=40", f"run.dir={run}", "--overwrite"]
+    words = ["--config", recipe, "--find-lr", "schedule.find_steps=40", f"run.dir={run}", "--overwrite"]
     assert runs.run(*words)[0] == 0  # a folder that can be overwritten, and resumed
     again = [word for word in words if word != "--find-lr"]
     again += ["schedule.lr_max=find", "schedule.lr_min=find", "train.epochs=1", "schedule.peak_epoch=0.5"]
