@@ -294,8 +294,9 @@ def test_predictions_check_their_shapes_and_rank_the_second_choice() -> None:
         Predictions(np.zeros((3, 2), np.float32), np.zeros(2, np.int64))
 
 
-def test_drawing_needs_no_pyplot_and_no_backend() -> None:
-    code = "import sys, analysis.curves, analysis.report; sys.exit('matplotlib.pyplot' in sys.modules)"
+def test_drawing_needs_no_pyplot_no_backend_and_no_compiler() -> None:
+    code = "import sys, analysis.curves, analysis.report\n"
+    code += "sys.exit(bool({'matplotlib.pyplot', 'torch._dynamo'} & sys.modules.keys()))"
     environment = {"MPLBACKEND": "tkagg", "PATH": ""}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False

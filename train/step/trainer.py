@@ -32,7 +32,6 @@ from train.step.meter import StepMeter
 from train.step.optim import Optimizers, parameter_groups
 from train.step.schedule import OneCycle, Rates
 from train.step.steps import EvalStep, TrainStep, balanced_weights, compile_in_place
-from train.step.sync_bn import synchronise_batch_norm
 from train.step.views import VIEWS, Views
 
 
@@ -106,6 +105,9 @@ class Trainer:
         device = runtime.device
         network: nn.Module = new_network(config, dataset, initial).to(device)
         if config.train.sync_bn and self.group.world_size > 1:
+            # its import brings torch's compiler, which takes longer than the rest of torch
+            from train.step.sync_bn import synchronise_batch_norm
+
             network = synchronise_batch_norm(network, device)
         if runtime.channels_last:
             network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
