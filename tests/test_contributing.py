@@ -27,7 +27,7 @@ def example(heading: str) -> list[tuple[str, str]]:
 def carry_out(heading: str, tree: Path) -> Path:
     """Write the files, apply the changes, run the command; gives the run folder."""
     for name in PACKAGES:
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, tree / name)
     folder = None
     for language, text in example(heading):
         if language == "python":
