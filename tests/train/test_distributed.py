@@ -67,7 +67,9 @@ def _forked(rank: int, work: Any, store: Path, world_size: int, out: str) -> Non
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     try:
-        torch.save(work(Group(rank, world_size, rank)), f"{out}.{rank}")
+        group = Group(rank, world_size, rank)
+        torch.save(work(group), f"{out}.{rank}")
+        group.gather(None)  # an exchange that does not hold up the closing, as others may: see Group
     finally:
         dist.destroy_process_group()
 

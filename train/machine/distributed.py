@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -50,6 +52,9 @@ class _Links:
     phase: str | None = None
 
 
+_KEPT: list[torch.Tensor] = []  # what went over the wire last
+
+
 @dataclass(frozen=True)
 class Group(Place):
     """This process's place among the processes that train together, and what they exchange."""
@@ -74,13 +79,30 @@ class Group(Place):
         """What an exchange goes over; None is torch's default group."""
         return self.links.patient if self.links is not None and self.links.phase is not None else None
 
+    def _all_reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType) -> None:
+        """Reduce the tensor in place over all processes, and keep it beyond the end of the group.
+
+        A thread of gloo lets go of it when it is done. If that is the last reference, it waits for the interpreter's lock, which
+        the main thread may hold while it closes the group and waits for that thread: torch before 2.8, github.com/pytorch/pytorch
+        154976, and wherever the last to let go of the group is DDP.
+        """
+        _KEPT[:] = [tensor]
+        dist.all_reduce(tensor, op=op, group=self._wire)
+
     def gather(self, value: T) -> list[T]:
         """The values of all processes, in the order of their ranks. They are pickled, so this is for small plain values."""
         if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._wire)
-        return values
+        own = pickle.dumps(value)
+        lengths = torch.zeros(self.world_size, dtype=torch.int64)
+        lengths[self.rank] = len(own)
+        self._all_reduce(lengths, dist.ReduceOp.SUM)
+        ends = [0, *lengths.cumsum(0).tolist()]
+        together = torch.zeros(ends[-1], dtype=torch.uint8)  # the sum of parts that only one process each has filled
+        together[ends[self.rank] : ends[self.rank + 1]] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+        self._all_reduce(together, dist.ReduceOp.SUM)
+        found = together.numpy().tobytes()
+        return [pickle.loads(found[start:end]) for start, end in pairwise(ends)]
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -102,20 +124,18 @@ class Group(Place):
 
     def from_first(self, make: Callable[[], T]) -> T:
         """Call `make` on the first process, and return its result, or raise its error, on all of them."""
-        value: list[Any] = [None]
+        value: Any = None
         with self.together():
             if self.first:
-                value[0] = make()
-        if self.world_size > 1:
-            dist.broadcast_object_list(value, 0, group=self._wire)
-        return value[0]  # type: ignore[no-any-return]
+                value = make()
+        return self.gather(value)[0]  # type: ignore[no-any-return]
 
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
         """For each flag, whether it is set on any process: all of them get the same answer."""
         if self.world_size == 1:
             return list(flags)
         total = torch.tensor([int(flag) for flag in flags])
-        dist.all_reduce(total, op=dist.ReduceOp.MAX, group=self._wire)
+        self._all_reduce(total, dist.ReduceOp.MAX)
         return [bool(value) for value in total.tolist()]
 
     def any(self, flag: bool) -> bool:
