@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training import assert_same
+from training import assert_same, traced_only
 
 from benchmarks import accuracy
 from dali_pipeline.loader import EvalLoader, TrainLoader
@@ -226,11 +226,7 @@ def test_time_to_94_is_the_sum_up_to_the_first_epoch_that_reaches_it() -> None:
 def test_seeds_share_one_compilation(quick_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._dynamo.utils import counters
 
-    compile_in_place = torch.nn.Module.compile
-    # traced as ever, and not made into machine code
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda module, **how: compile_in_place(module, backend="eager", dynamic=False)
-    )
+    monkeypatch.setattr(torch.nn.Module, "compile", traced_only)
     words = {"train.compile": "default", "train.epochs": 1, "schedule.peak_epoch": 0.5}
     torch._dynamo.reset()
     counters.clear()

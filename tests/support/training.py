@@ -34,6 +34,14 @@ QUICK: dict[str, Any] = {
 }
 
 
+COMPILE = torch.nn.Module.compile
+
+
+def traced_only(module: torch.nn.Module, **how: Any) -> None:
+    """In the place of `torch.nn.Module.compile`: graphs are found as ever, and not made into machine code."""
+    COMPILE(module, backend="eager", dynamic=how.get("dynamic"))
+
+
 class Lines(Log):
     """Collects what would be printed."""
 

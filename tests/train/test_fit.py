@@ -16,7 +16,7 @@ import torch
 import yaml
 from places import ROOT
 from torch import Tensor
-from training import Lines, assert_equal_weights, make_trainer, weights
+from training import Lines, assert_equal_weights, make_trainer, traced_only, weights
 from whole_runs import Arm, Stop, Trained, equal, one_line, stop_before
 from zygote import Zygote
 
@@ -455,6 +455,7 @@ def test_two_graphs_are_compiled_before_training_and_none_during_it(
         after_warm_up.append(counters["stats"]["unique_graphs"])
 
     monkeypatch.setattr(Session, "warm_up", counted)
+    monkeypatch.setattr(torch.nn.Module, "compile", traced_only)
     fit(config, tmp_path / "run", log=Lines())
     assert after_warm_up == [2]  # one to train, one to evaluate
     assert counters["stats"]["unique_graphs"] == 2
