@@ -20,6 +20,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="stops processes by signals")
 def test_every_policy_trains_in_a_process_of_its_own_that_does_not_outlive_the_measurement(tmp_path: Path) -> None:

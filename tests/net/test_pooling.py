@@ -81,11 +81,13 @@ def test_gradient_of_the_gradient_is_that_of_a_linear_map() -> None:
     assert torch.autograd.gradgradcheck(lambda x: WindowMax.apply(x, 2), [images])
 
 
-@pytest.mark.slow
-def test_compiled_layer_has_the_gradient_of_torchs_pooling() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.long, pytest.mark.slow])])
+def test_compiled_layer_has_the_gradient_of_torchs_pooling(backend: str) -> None:
     images = torch.randn(4, 3, 16, 16, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     layers = MaxPool(2), MaxPool(4)
-    compiled = torch.compile(lambda x: layers[0](x.relu()).sum() + layers[1](x.relu()).square().sum(), dynamic=False)
+    compiled = torch.compile(
+        lambda x: layers[0](x.relu()).sum() + layers[1](x.relu()).square().sum(), dynamic=False, backend=backend
+    )
     ours, theirs = images.clone().requires_grad_(), images.clone().requires_grad_()
     compiled(ours).backward()
     (F.max_pool2d(theirs.relu(), 2).sum() + F.max_pool2d(theirs.relu(), 4).square().sum()).backward()
