@@ -24,7 +24,7 @@ FULL = os.environ.get("FAULTS") == "full"
 def test_kill_9_at_random_moments_leaves_a_run_that_ends_with_the_bits_of_an_undisturbed_one(
     runs: Zygote, recipe: Path, tmp_path: Path
 ) -> None:
-    kills, seed = (200 if FULL else 20), int(os.environ.get("FAULTS_SEED", "5"))
+    kills, seed = (200 if FULL else 12), int(os.environ.get("FAULTS_SEED", "5"))
     generator = random.Random(seed)
     words = ["--config", recipe, f"train.epochs={24 if FULL else 12}", "train.ema_decay=0.9"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
