@@ -160,9 +160,8 @@ def table(report: dict[str, Any]) -> list[str]:
     """A Markdown table with a row for each candidate, and below it what was measured and how."""
     recipe = report["recipe"]
     labels = list(ACCURACIES.values())
-    base = f"the base's {report['base_epochs']} epochs"
     rows = [
-        f"| candidate | epochs | {' | '.join(labels)} | {' | '.join(f'to {base}, {label}' for label in labels)} |",
+        f"| candidate | epochs | {' | '.join(labels)} | {' | '.join(f'gain, {label}' for label in labels)} |",
         "|---|---:|" + "---:|" * (2 * len(labels)),
     ]
     for row in report["rows"]:
@@ -174,8 +173,9 @@ def table(report: dict[str, Any]) -> list[str]:
         *rows,
         "",
         f"Width {recipe['net']['width']}, batch {recipe['train']['batch_size']}, {recipe['train']['precision']}, accuracy on "
-        f"{recipe['data']['validation']:,} held-out training images in percent, differences in points between runs of the same "
-        f"seed; mean ± 95% interval, n = {report['runs']}. `{report['command']}`",
+        f"{recipe['data']['validation']:,} held-out training images in percent; gains in points over the base's "
+        f"{report['base_epochs']} epochs, between runs of the same seed; mean ± 95% interval, "
+        f"n = {report['runs']}. `{report['command']}`",
     ]
 
 
