@@ -56,7 +56,7 @@ from train.failpoints import arm
 def step(count):
     if count == 7:
         Path("cut").touch()
-    time.sleep(0.3)
+    time.sleep(0.1)
 
 arm("step", step)
 sys.exit(main())
@@ -80,7 +80,7 @@ def test_a_cut_link_ends_both_machines_which_name_each_other_and_one_resumes_alo
     noise = {"data.name": "synthetic", "data.synthetic_count": 1280, "data.backend": "torch", "run.checkpoint_every": 1}
     small = {"net.width": 1, "train.batch_size": 64, "train.eval_batch_size": 64, "train.epochs": 2}
     (tmp_path / "recipe.yaml").write_text(to_yaml(changed(quick_config, {**noise, **small})))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRAIN_DISTRIBUTED_TIMEOUT": "12"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRAIN_DISTRIBUTED_TIMEOUT": "8"}
     environment |= {"python": sys.executable, "slowly": SLOWLY}
     subprocess.run([*WITHIN, "sh", "-c", LINKED + TRAIN], cwd=tmp_path, env=environment, check=True, timeout=300)
     said = {host: (tmp_path / f"{host}.err").read_text() for host in ("first", "second")}
