@@ -20,6 +20,7 @@ from analysis.plotting import Axes, MaxNLocator, drawn
 from analysis.run import LoadedRun, Say
 from analysis.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, new_figure, plain, save
 from dali_pipeline.regular import NotARegularFile
+from train.options import OptimOptions
 from train.screen.log import Log
 from train.step.measures import recorded
 from train.step.range_test import RangeTest, RangeTestError, Suggestion, suggest
@@ -30,10 +31,26 @@ Metrics = Sequence[dict[str, Any]]
 STYLES = ((GREEN, ":"), (PURPLE, "--"), (ORANGE, "-."))
 
 
+TRAINING = "training, augmented"
+
+
+def loss_label(options: OptimOptions) -> str:
+    """What the training loss is of: beside augmented images, whatever else the loss of an evaluation is not of."""
+    apart = ["labels smoothed"] if options.label_smoothing else []
+    return ", ".join([TRAINING, *apart, *(["classes weighed"] if options.class_weights == "balanced" else [])])
+
+
 @drawn
-def draw_curves(metrics: Metrics, path: Path, *, title: str = "Loss and accuracy", caption: str = "") -> None:
+def draw_curves(
+    metrics: Metrics,
+    path: Path,
+    *,
+    training_loss: str = TRAINING,
+    title: str = "Loss and accuracy",
+    caption: str = "",
+) -> None:
     """Draw loss (logarithmic) and accuracy by epoch, on the training images and for every measure that the run evaluated; the
-    epoch of best.pt is marked. `metrics`: the lines of metrics.jsonl."""
+    epoch of best.pt is marked. `metrics`: the lines of metrics.jsonl; `training_loss`: what `loss_label` says of it."""
     if not metrics:
         raise ValueError("no epoch to draw")
     leading, *others = recorded(metrics[-1])
@@ -42,15 +59,9 @@ def draw_curves(metrics: Metrics, path: Path, *, title: str = "Loss and accuracy
     figure = new_figure(9.6, 4.2, title, caption)
     left, right = figure.subplots(1, 2)
     marks = {"marker": "o", "markersize": 3.5} if len(epochs) <= 40 else {}
-    for axes, key in ((left, "loss"), (right, "accuracy")):
-        axes.plot(
-            epochs,
-            [m[f"train_{key}"] for m in metrics],
-            color=BLUE,
-            linestyle="--",
-            label="training, augmented",
-            **marks,
-        )
+    for axes, key, label in ((left, "loss", training_loss), (right, "accuracy", TRAINING)):
+        values = [m[f"train_{key}"] for m in metrics]
+        axes.plot(epochs, values, color=BLUE, linestyle="--", label=label, **marks)
         values = [m[f"{leading.key}_{key}"] for m in metrics]
         axes.plot(epochs, values, color=VERMILLION, label=leading.label, **marks)
         axes.set_xlabel("epoch")
@@ -192,7 +203,8 @@ def draw_all(run: LoadedRun, folder: Path, say: Say = print) -> list[Path]:
     if run.metrics:
         leading = recorded(run.metrics[-1])[0]
         caption += f" · last {leading.label} accuracy {run.metrics[-1][f'{leading.key}_accuracy']:.2f}%"
-        draw_curves(run.metrics, folder / "curves.png", caption=caption)
+        said = loss_label(run.config.optim)
+        draw_curves(run.metrics, folder / "curves.png", training_loss=said, caption=caption)
         drawn.append(folder / "curves.png")
     else:
         say("no epoch is finished: no curves.png")

@@ -158,6 +158,8 @@ def _points(found: dict[str, Any], sign: str = "") -> str:
 
 def table(report: dict[str, Any]) -> list[str]:
     """A Markdown table with a row for each candidate, and below it what was measured and how."""
+    from benchmarks.tables import machine_of
+
     recipe = report["recipe"]
     labels = list(ACCURACIES.values())
     rows = [
@@ -175,7 +177,7 @@ def table(report: dict[str, Any]) -> list[str]:
         f"Width {recipe['net']['width']}, batch {recipe['train']['batch_size']}, {recipe['train']['precision']}, accuracy on "
         f"{recipe['data']['validation']:,} held-out training images in percent; gains in points over the base's "
         f"{report['base_epochs']} epochs, between runs of the same seed; mean ± 95% interval, "
-        f"n = {report['runs']}. `{report['command']}`",
+        f"n = {report['runs']}. {machine_of(report)}, torch {report['versions']['torch']}. `{report['command']}`",
     ]
 
 

@@ -67,9 +67,8 @@ class Training:
         self.trainer.train_loader = self.loader  # type: ignore[assignment]
         self.batch_size = session.config.train.batch_size
         self.schedule = OneCycle(LEARNING_RATE, LEARNING_RATE, 1.0, 10**12)
-        self.waited = self.spent = (
-            0.0  # seconds of the training thread end to end: waiting for the pipeline, and in all
-        )
+        # seconds of the training thread end to end: waiting for the pipeline, and in all
+        self.waited = self.spent = 0.0
         self._epoch = self._step = 0
         self._new_meter()
         dataset = session.dataset

@@ -90,7 +90,7 @@ def _block(rows: list[str]) -> str:
 
 def throughput_table(reports: list[dict[str, Any]]) -> list[str]:
     """A table with a column for each machine and a row for each stage or peer; below it the commands, and how to read it."""
-    columns = [_machine(report) for report in reports]
+    columns = [machine_of(report) for report in reports]
     label = "images/s, median; ratios: median of paired ratios"
     rows = [f"| {label} | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     names: dict[str, str] = {}
@@ -111,9 +111,10 @@ def throughput_table(reports: list[dict[str, Any]]) -> list[str]:
     for report in reports:
         settings = report["settings"]
         rows.append(
-            f"- {_machine(report)}: width {settings['width']}, batch {settings['batch_size']}, {settings['precision']}, compile "
-            f"{settings['compile']}, {settings['images']:,} images ({settings['data']}), torch {report['versions']['torch']}; "
-            f"load average {_load(report)}. {report['verdict'][0].upper()}{report['verdict'][1:]}. `{report['command']}`"
+            f"- {machine_of(report)}: width {settings['width']}, batch {settings['batch_size']}, {settings['precision']}, "
+            f"compile {settings['compile']}, {settings['images']:,} images ({settings['data']}), "
+            f"torch {report['versions']['torch']}; load average {_load(report)}. "
+            f"{report['verdict'][0].upper()}{report['verdict'][1:]}. `{report['command']}`"
         )
     return rows
 
@@ -146,7 +147,7 @@ def folder_table(report: dict[str, Any]) -> list[str]:
 
     found, settings = report["ratios"], report["settings"]
     rows = [
-        f"| {settings['images']:,} image files, images/s, median; ratios: median of paired ratios | {_machine(report)} | "
+        f"| {settings['images']:,} image files, images/s, median; ratios: median of paired ratios | {machine_of(report)} | "
         "over ImageFolder, not augmented | over ImageFolder, augmented |",
         "|---|---:|---:|---:|",
     ]
@@ -188,7 +189,7 @@ def accuracy_table(reports: list[dict[str, Any]]) -> list[str]:
         seconds = report["seconds"]
         both = seconds["training"]["mean"] + seconds["evaluation"]["mean"]
         rows.append(
-            f"| `{report['command']}` | {_machine(report)} | {_accuracy(report['accuracy'])} | "
+            f"| `{report['command']}` | {machine_of(report)} | {_accuracy(report['accuracy'])} | "
             f"{_accuracy(report['tta_accuracy'])} | {seconds['training']['mean']:.1f} s | {both:.1f} s | "
             f"{_to_94(report)} |"
         )
@@ -213,7 +214,7 @@ def validation_table(report: dict[str, Any]) -> list[str]:
         "",
         f"Test accuracy of the last epoch {_accuracy(report['last'])}, of the epoch that validation chooses "
         f"{_accuracy(report['chosen_on_validation'])}, of the epoch that the test set chooses "
-        f"{_accuracy(report['chosen_on_test'])}. {report['recipe']['train']['precision']}, {_machine(report)}, torch "
+        f"{_accuracy(report['chosen_on_test'])}. {report['recipe']['train']['precision']}, {machine_of(report)}, torch "
         f"{report['versions']['torch']}; mean ± 95% interval (number of seeds). `{report['command']}`",
     ]
 
@@ -230,7 +231,7 @@ def _accuracy(found: dict[str, Any]) -> str:
     return f"{found['mean']:.2f} ± {found['interval95']:.2f} ({found['n']})"
 
 
-def _machine(report: dict[str, Any]) -> str:
+def machine_of(report: dict[str, Any]) -> str:
     machine = report["machine"]
     return machine.get("gpu") or f"{machine['cpus_usable']} cores, {machine['cpu']}"
 

@@ -35,9 +35,8 @@ if TYPE_CHECKING:
 
 KIND = "throughput"  # of a report, in its JSON file
 REFERENCE_PEER = "torchvision_pil_2_workers"
-WRONG_PIXELS = (
-    "its pixels are wrong"  # in the message of dali_pipeline/backend.py where DALI's probe finds other pixels
-)
+# in the message of dali_pipeline/backend.py where DALI's probe finds other pixels
+WRONG_PIXELS = "its pixels are wrong"
 CPU_WIDTH, GPU_WIDTH = 16, 64
 SECONDS, QUICK_SECONDS = 0.3, 0.15  # of one sample
 ABLATIONS = ("channels_last", "compile", "precision", "batch", "pipelines", "prefetch", "strips", "graph")

@@ -140,16 +140,13 @@ def _scan(
     if not 1 <= count <= 4 or len(segment) != 4 + 2 * count:
         return False
     first, last = segment[1 + 2 * count], segment[2 + 2 * count]
-    before, now = (
-        segment[-1] >> 4,
-        segment[-1] & 15,
-    )  # bits of precision that earlier scans lack, and that this one lacks
-    if not progressive:
-        usual = (first, last, before, now) == (0, 63, 0, 0)
+    # bits of precision that earlier scans lack, and that this one lacks
+    before, now = segment[-1] >> 4, segment[-1] & 15
+    if progressive:
+        alone = last == 0 if first == 0 else count == 1 and first <= last <= 63
+        usual = alone and now <= 13 and before in (0, now + 1)
     else:
-        usual = (
-            (last == 0 if first == 0 else count == 1 and first <= last <= 63) and now <= 13 and before in (0, now + 1)
-        )
+        usual = (first, last, before, now) == (0, 63, 0, 0)
     if not usual or len({segment[at] for at in range(1, 1 + 2 * count, 2)}) != count:
         return False
     for at in range(1, 1 + 2 * count, 2):

@@ -84,9 +84,8 @@ class StripLayout:
         self.resident_shape = (self.strips, self.stack * self.pitch, width + 2 * self.border, 3)
         images_per_strip = batch_size // self.strips
         self.batch_shape = (self.strips, images_per_strip * height, width, 3)
-        self._top = (
-            np.arange(batch_size) % images_per_strip * height
-        )  # (n,) first row of each image in its strip of the batch
+        # (n,) first row of each image in its strip of the batch
+        self._top = np.arange(batch_size) % images_per_strip * height
         self.erases = augment.cutout > 0 and self.patch is None
 
     @property

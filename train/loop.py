@@ -26,9 +26,8 @@ from train.step.measures import Measure
 from train.step.meter import NonFiniteLoss, StepMeter
 from train.step.schedule import OneCycle, Rates
 
-STEPS_BETWEEN_QUESTIONS = (
-    20  # how often processes on GPUs ask each other whether to stop or save, or whether a loss is NaN
-)
+# how often processes on GPUs ask each other whether to stop or save, or whether a loss is NaN
+STEPS_BETWEEN_QUESTIONS = 20
 _AFTER_NON_FINITE = (
     "the checkpoint before it is kept. Lower schedule.lr_max, or use train.precision=fp32 where it is not already"
 )

@@ -23,6 +23,7 @@ from net.network import build
 from net.options import NetOptions
 from net.resnet import CustomResNet
 from train.disk.atomic import write_csv
+from train.options import OptimOptions
 from train.step.range_test import RangeTest, suggest
 from train.step.schedule import OneCycle
 
@@ -256,6 +257,14 @@ def test_tiles_are_enlarged_pixel_for_pixel(tmp_path: Path) -> None:
     coloured = (page[..., 0] != page[..., 2]) | (page[..., 0] != page[..., 1])
     top, left = np.flatnonzero(coloured.any(1))[0], np.flatnonzero(coloured.any(0))[0]
     assert np.array_equal(page[top : top + 128, left : left + 128], tile.repeat(4, 0).repeat(4, 1))
+
+
+def test_a_training_loss_that_is_not_the_tests_is_told() -> None:
+    """With smoothed labels or weighed classes, the losses of training and test differ even where the network answers alike."""
+    assert curves.loss_label(OptimOptions()) == "training, augmented"
+    assert curves.loss_label(OptimOptions(label_smoothing=0.2)) == "training, augmented, labels smoothed"
+    both = OptimOptions(label_smoothing=0.1, class_weights="balanced")
+    assert curves.loss_label(both) == "training, augmented, labels smoothed, classes weighed"
 
 
 def test_hostile_text_is_printed_and_not_interpreted(tmp_path: Path) -> None:
