@@ -4,8 +4,10 @@ python benchmarks/recipes.py STAGE --runs N [--work DIR] [--json FILE] [--pictur
 
 STAGE is `kinds` (options grouped by kind, alone and together, 8 epochs at width 8), `left-out` (all of them, and without each
 one, 8 epochs at width 16) or `epochs` (base and all of them over more and more epochs, width 16). Every candidate is done with
-the first seed before any with the second. Each finished run is a line of a JSONL file in --work, one file a candidate, as
-benchmarks/accuracy.py writes them; after an interruption the same command continues with the runs that are missing.
+the first seed before any with the second. --only does all seeds of the candidates named, each compiled once, and reports
+nothing: on a GPU, where compiling takes longer than a run, and for several processes at a time. Each finished run is a line of
+a JSONL file in --work, one file a candidate, as benchmarks/accuracy.py writes them; after an interruption the same command
+continues with the runs that are missing.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # instead of this folder, whose files could hide packages of the same name
 
 from benchmarks.given import parsed, seeds_parser  # noqa: E402
+from dali_pipeline.errors import UserError  # noqa: E402
 
 KIND = "recipes"
 RECIPE = "onecycle"
@@ -86,6 +89,13 @@ STAGES = {"kinds": (8, kinds), "left-out": (16, left_out), "epochs": (16, epochs
 def parser() -> argparse.ArgumentParser:
     result = seeds_parser(__doc__, "laid over every candidate", dest="stage", choices=STAGES)
     result.add_argument("--work", type=Path, metavar="DIR", help="the files of finished runs (runs/recipes/STAGE)")
+    result.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="do all runs of this candidate (repeatable), without a report",
+    )
     result.add_argument("--picture", type=Path, metavar="FILE", help="draw the accuracies against the epochs")
     return result
 
@@ -109,6 +119,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with explained(log) as outcome:
         configs = {candidate: config(candidate) for candidate in candidates_of()}
+        if unknown := [name for name in options.only if name not in {candidate.name for candidate in configs}]:
+            names = ", ".join(dict.fromkeys(candidate.name for candidate in configs))
+            raise UserError(f"--only {unknown[0]}: no candidate of {options.stage}, which has {names}")
+        for candidate, chosen in configs.items():
+            if candidate.name in options.only:
+                log(f"{candidate.name}, {chosen.train.epochs} epochs, {options.runs} runs")
+                measure(chosen, options.runs, work / candidate.file, log, "validation")
+        if options.only:
+            return outcome.code
         reports: dict[Candidate, dict[str, Any]] = {}
         for runs in range(1, options.runs + 1):
             for candidate, chosen in configs.items():

@@ -104,6 +104,13 @@ def test_a_campaign_goes_on_where_it_was(
     assert recipes.main([*words, "--runs", "1"]) == 0
     capsys.readouterr()
     before = (tmp_path / "work" / "base-1.jsonl").read_text()
+    # the other candidate by itself, both runs, and no report
+    assert recipes.main([*words, "--runs", "2", "--only", "all"]) == 0
+    assert '"kind"' not in capsys.readouterr().out
+    assert (tmp_path / "work" / "all-1.jsonl").read_text().count("\n") == 3
+    assert (tmp_path / "work" / "base-1.jsonl").read_text() == before
+    assert recipes.main([*words, "--runs", "2", "--only", "al"]) == 2
+    assert "no candidate of kinds, which has base, all" in capsys.readouterr().err
     assert recipes.main([*words, "--runs", "2", "--json", str(tmp_path / "found.json")]) == 0
     after = (tmp_path / "work" / "base-1.jsonl").read_text()
     assert after.startswith(before) and after.count("\n") == before.count("\n") + 1
