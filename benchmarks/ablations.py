@@ -69,6 +69,7 @@ def _trainings(
     values: dict[str, Sequence[Any]] = {
         "channels_last": ("on", "off"),
         "compile": ("off", *(("default",) if able else ()), *(("reduce-overhead", "max-autotune") if on_gpu else ())),
+        "step_graph": ("off", "on") if on_gpu else ("off",),
         "precision": ("fp32", "bf16", *(("fp16",) if on_gpu else ())),
         "batch": [size for size in BATCH_SIZES if size <= len(dataset.train)],
     }

@@ -1,13 +1,13 @@
-"""Which options pay: candidates with the same seeds, on held-out training images, and how much each gains on the base.
+"""Which options pay: candidates with the same seeds, on held-out training images, and how much each gains.
 
 python benchmarks/recipes.py STAGE --runs N [--work DIR] [--json FILE] [--picture FILE] [section.key=value ...]
 
 STAGE is `kinds` (options grouped by kind, alone and together, 8 epochs at width 8), `left-out` (all of them, and without each
-one, 8 epochs at width 16) or `epochs` (base and all of them over more and more epochs, width 16). Every candidate is done with
-the first seed before any with the second. --only does all seeds of the candidates named, each compiled once, and reports
-nothing: on a GPU, where compiling takes longer than a run, and for several processes at a time. Each finished run is a line of
-a JSONL file in --work, one file a candidate, as benchmarks/accuracy.py writes them; after an interruption the same command
-continues with the runs that are missing.
+one, 8 epochs at width 16), `further` (all of them, and with one more each, 8 epochs at width 64) or `epochs` (base and all of
+them over more and more epochs, width 16). Every candidate is done with the first seed before any with the second. --only does
+all seeds of the candidates named, each compiled once, and reports nothing: on a GPU, where compiling takes longer than a run,
+and for several processes at a time. Each finished run is a line of a JSONL file in --work, one file a candidate, as
+benchmarks/accuracy.py writes them; after an interruption the same command continues with the runs that are missing.
 """
 
 from __future__ import annotations
@@ -40,6 +40,16 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "alternating flip": ("augment.flip_rule=alternating",),
     "reflect": ("augment.padding_mode=reflect",),
     "no cutout": ("augment.cutout=0",),
+}
+# beside all of those, or instead of their values
+FURTHER: dict[str, tuple[str, ...]] = {
+    "pad 2": ("augment.pad=2",),
+    "smoothing 0.1": ("optim.label_smoothing=0.1",),
+    "muon 0.1": ("optim.muon_lr=0.1",),
+    "muon 0.4": ("optim.muon_lr=0.4",),
+    "norm bias rate 64": ("optim.norm_bias_rate=64",),
+    "lookahead 5": ("optim.lookahead_every=5",),
+    "triangle": ("schedule.shape=triangle",),
 }
 ACCURACIES = {"accuracy": "plain", "tta_accuracy": "flip", "shift_accuracy": "6 views"}
 
@@ -83,7 +93,17 @@ def epochs() -> list[Candidate]:
     return bases + [Candidate("all", having(*OPTIONS), count) for count in (6, 8, 10, 24)]
 
 
-STAGES = {"kinds": (8, kinds), "left-out": (16, left_out), "epochs": (16, epochs)}
+def further() -> list[Candidate]:
+    """All options, and with one more each, or one of them at another value."""
+
+    def all_and(*words: str) -> tuple[str, ...]:
+        given = {word.partition("=")[0] for word in words}
+        return (*(word for word in having(*OPTIONS) if word.partition("=")[0] not in given), *words)
+
+    return [Candidate(name, all_and(*words), 8) for name, words in {"all": (), **FURTHER}.items()]
+
+
+STAGES = {"kinds": (8, kinds), "left-out": (16, left_out), "further": (64, further), "epochs": (16, epochs)}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -139,12 +159,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def summarise(stage: str, reports: dict[Candidate, dict[str, Any]]) -> dict[str, Any]:
-    """For each candidate its accuracies, and their differences, seed by seed, to the base that trains longest: means with 95%
-    intervals, in points."""
+    """For each candidate its accuracies, and their differences, seed by seed, to the base that trains longest, or to all options
+    where there is no base: means with 95% intervals, in points."""
     from benchmarks.measure import statistic
 
     rows = []
-    longest = max((candidate for candidate in reports if candidate.name == "base"), key=lambda base: base.epochs)
+    name_of_base = "base" if any(candidate.name == "base" for candidate in reports) else "all"
+    longest = max((candidate for candidate in reports if candidate.name == name_of_base), key=lambda base: base.epochs)
     base = reports[longest]
     for candidate, report in reports.items():
         pairs = list(zip(report["finished"], base["finished"], strict=True))
@@ -164,6 +185,7 @@ def summarise(stage: str, reports: dict[Candidate, dict[str, Any]]) -> dict[str,
         "kind": KIND,
         "command": "",
         "stage": stage,
+        "base": name_of_base,
         "base_epochs": longest.epochs,
         **{key: first[key] for key in ("recipe", "machine", "versions", "commit", "runs")},
         "rows": rows,
@@ -180,21 +202,21 @@ def table(report: dict[str, Any]) -> list[str]:
     from benchmarks.tables import machine_of
 
     recipe = report["recipe"]
-    labels = list(ACCURACIES.values())
+    labels, base = list(ACCURACIES.values()), report.get("base", "base")
     rows = [
         f"| candidate | epochs | {' | '.join(labels)} | {' | '.join(f'gain, {label}' for label in labels)} |",
         "|---|---:|" + "---:|" * (2 * len(labels)),
     ]
     for row in report["rows"]:
         cells = [_points(row["accuracies"][name]) for name in ACCURACIES]
-        is_base = row["name"] == "base" and row["epochs"] == report["base_epochs"]
+        is_base = row["name"] == base and row["epochs"] == report["base_epochs"]
         cells += ["" if is_base else _points(row["differences"][name], "+") for name in ACCURACIES]
         rows.append(f"| {row['name']} | {row['epochs']} | {' | '.join(cells)} |")
     return [
         *rows,
         "",
         f"Width {recipe['net']['width']}, batch {recipe['train']['batch_size']}, {recipe['train']['precision']}, accuracy on "
-        f"{recipe['data']['validation']:,} held-out training images in percent; gains in points over the base's "
+        f"{recipe['data']['validation']:,} held-out training images in percent; gains in points over {base}, "
         f"{report['base_epochs']} epochs, between runs of the same seed; mean ± 95% interval, "
         f"n = {report['runs']}. {machine_of(report)}, torch {report['versions']['torch']}. `{report['command']}`",
     ]

@@ -88,7 +88,11 @@ def device(config: Config) -> str:
 
     train = config.train
     runtime = prepare(
-        device=train.device, precision=train.precision, compile=train.compile, channels_last=train.channels_last
+        device=train.device,
+        precision=train.precision,
+        compile=train.compile,
+        step_graph=train.step_graph,
+        channels_last=train.channels_last,
     )
     return "; ".join(runtime.notes)
 

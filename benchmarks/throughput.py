@@ -39,7 +39,7 @@ REFERENCE_PEER = "torchvision_pil_2_workers"
 WRONG_PIXELS = "its pixels are wrong"
 CPU_WIDTH, GPU_WIDTH = 16, 64
 SECONDS, QUICK_SECONDS = 0.3, 0.15  # of one sample
-ABLATIONS = ("channels_last", "compile", "precision", "batch", "pipelines", "prefetch", "strips", "graph")
+ABLATIONS = ("channels_last", "compile", "step_graph", "precision", "batch", "pipelines", "prefetch", "strips", "graph")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -166,7 +166,11 @@ def measure(
     config = recipe(options)
     train = config.train
     runtime = prepare(
-        device=train.device, precision=train.precision, compile=train.compile, channels_last=train.channels_last
+        device=train.device,
+        precision=train.precision,
+        compile=train.compile,
+        step_graph=train.step_graph,
+        channels_last=train.channels_last,
     )
     dataset = sources.load(config.data, download=False)
     repeats = options.repeats or (3 if options.quick else 9)
@@ -181,6 +185,7 @@ def measure(
             "device": runtime.device.type,
             "precision": runtime.precision,
             "compile": runtime.compile_mode or "off",
+            "step_graph": runtime.step_graph,
             "channels_last": runtime.channels_last,
             "width": config.net.width,
             "batch_size": train.batch_size,

@@ -105,6 +105,11 @@ class TrainOptions:
         "torch.compile mode; auto is default where a compiler is found, on a CPU where it also pays for the steps left",
         changes="rounding",
     )
+    step_graph: Literal["auto", "on", "off"] = key(
+        "auto",
+        "a training step as one CUDA graph; auto is on for CUDA with one process, where compile has no graphs of its own",
+        changes="rounding",
+    )
     channels_last: Literal["auto", "on", "off"] = key(
         "auto", "memory format; auto is on for CUDA and the CPU", changes="rounding"
     )

@@ -6,6 +6,7 @@ import importlib.util
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
@@ -137,8 +138,10 @@ class Session:
             device=train.device,
             precision=precision,
             compile=train.compile,
+            step_graph=train.step_graph,
             channels_last=train.channels_last,
             local_rank=self.group.local_rank,
+            processes=self.group.world_size,
         )
         self._compiler = self.runtime.compile_mode
         if train.compile == "auto" and self.runtime.device.type == "cpu" and self._compiler is not None:
@@ -315,10 +318,12 @@ class Session:
     def _warm_up(self, steps_left: int | None, began: Mapping[str, Any] | None) -> None:
         choice = self._choose(steps_left, began) if self.config.train.compile == "auto" else None
         mode, training = self.runtime.compile_mode, steps_left != 0
-        if mode is None or not (training or self.dataset.validation is not None):
+        if mode is None and not (training and self.runtime.step_graph):
+            return
+        if not (training or self.dataset.validation is not None):
             return
         what = "the training and the evaluation step" if training else "the evaluation step"
-        self.log(f"compiling {what} (mode {mode}) ...")
+        self.log("capturing the training step ..." if mode is None else f"compiling {what} (mode {mode}) ...")
         begun = time.perf_counter()
         reason = None
         with self.times.on("compile", self.runtime.device):
@@ -342,7 +347,9 @@ class Session:
                 return
             seconds = time.perf_counter() - begun
             learnt = choice.learn(seconds) if choice is not None and training else None
-        self.log(f"compiled in {duration(seconds)}")
+        self.log(f"{'captured' if mode is None else 'compiled'} in {duration(seconds)}")
+        if self.trainer.not_captured is not None:
+            self._settle_capturing(self.trainer.not_captured)
         if learnt is not None and not learnt.pays:
             self.trainer.compiled_off()
             self._settle_compiling(None, learnt.why)
@@ -369,6 +376,17 @@ class Session:
         self.runtime = self.runtime.compiling(mode, why)
         self.log(f"{'WARNING: ' if warning else ''}{self.runtime.compile_note}")
 
+    def _settle_capturing(self, problem: str) -> None:
+        """The step could not be captured. Raises RuntimeUnavailable where that was asked for."""
+        if self.config.train.step_graph == "on":
+            raise RuntimeUnavailable(
+                f"train.step_graph=on: the step cannot be captured: {problem}; use train.step_graph=auto"
+            )
+        self.runtime = replace(self.runtime, step_graph=False).saying(
+            f"step graph: off (it cannot be captured: {problem})"
+        )
+        self.log(f"WARNING: {self.runtime.note_on('step graph')}")
+
     def machine(self) -> dict[str, Any]:
         """What is no key of the recipe and changes a run's results, if only by rounding: `Snapshot.machine`."""
         on_cpu = self.runtime.device.type == "cpu"
@@ -394,6 +412,7 @@ class Session:
             "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
             "precision": self.runtime.precision,
             "compile": self.runtime.compile_mode or "off",
+            "step_graph": self.runtime.step_graph,
             "channels_last": self.runtime.channels_last,
             "backend": self.backend.name,
             "backend_reason": self.backend.reason,

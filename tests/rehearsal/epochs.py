@@ -37,6 +37,7 @@ def main() -> None:
         "train.device": "cuda",
         "train.precision": precision,
         "train.compile": mode,
+        "train.step_graph": "off",
         "train.ema_decay": 0.9,
         "train.tta": "true",
         "schedule.lr_max": 0.1,
@@ -45,12 +46,12 @@ def main() -> None:
     }
     inside.answer_evaluations()
     config = load_config(CONFIG, [f"{key}={value}" for key, value in words.items()])
-    runtime = prepare(device="cuda", precision=precision, compile=mode)
+    runtime = prepare(device="cuda", precision=precision, compile=mode, step_graph=config.train.step_graph)
     trainer = Trainer(
         config, sources.load(config.data), runtime, BackendChoice("torch", "the rehearsal computes nothing")
     )
     parts: dict[str, Any] = {}
-    if runtime.compile_mode is not None:
+    if runtime.compile_mode is not None or runtime.step_graph:
         with counted() as parts["warm_up"]:
             trainer.warm_up()
     schedule = OneCycle(0.05, 0.001, 10, trainer.total_steps)
@@ -74,6 +75,7 @@ def main() -> None:
         "gpu": torch.cuda.get_device_name(),
         "precision": runtime.precision,
         "mode": runtime.compile_mode,
+        "not_captured": trainer.not_captured,
         "steps": steps,
         "parts": parts,
         "convolutions": convolutions,

@@ -132,6 +132,29 @@ def test_cuda_graphs_are_captured_in_the_warm_up_alone(gpu: Zygote) -> None:
     assert parts["evaluation"]["graph_launches"] > 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [
+        ("h100", "off", {}),
+        ("h100", "default", {}),
+        ("t4", "off", EVERYTHING),
+    ],
+)
+def test_captured_step_is_one_launch(gpu: Zygote, kind: str, mode: str, options: dict[str, Any]) -> None:
+    words = {"train.step_graph": "on", **options}
+    report = epochs(gpu, mode, "auto", kind, *(f"{key}={value}" for key, value in words.items()))
+    assert report["not_captured"] is None
+    assert_nothing_waits(report)
+    assert_convolutions_of_the_warm_up_alone(report)
+    parts = report["parts"]
+    assert parts["warm_up"]["captures"] == 1
+    for name, part in parts.items():
+        assert part["forbidden"] == 0, part["places"]
+        assert name == "warm_up" or part["captures"] == 0, name
+    for name in ("first_epoch", "second_epoch", "third_epoch"):
+        assert parts[name]["graph_launches"] == report["steps"]
+
+
 def assert_convolutions_of_the_warm_up_alone(report: dict[str, Any]) -> None:
     """Afterwards they are nodes of a graph, which no call of ours starts."""
     assert report["convolutions"] == []

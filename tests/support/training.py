@@ -61,7 +61,11 @@ def make_trainer(config: Config, backend: BackendChoice | None = None) -> Traine
     """The trainer of a recipe, on this process alone, freshly seeded."""
     train = config.train
     runtime = prepare(
-        device=train.device, precision=train.precision, compile=train.compile, channels_last=train.channels_last
+        device=train.device,
+        precision=train.precision,
+        compile=train.compile,
+        step_graph=train.step_graph,
+        channels_last=train.channels_last,
     )
     backend = backend or choose_backend(config.data.backend, runtime.device)
     dataset = sources.load(config.data)

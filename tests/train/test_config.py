@@ -523,12 +523,14 @@ def test_any_tree_gives_a_configuration_or_a_config_error(tree: object) -> None:
 def test_any_value_of_any_key_is_taken_or_named(name: str, value: object) -> None:
     section, key = name.split(".")
     tree = {section: {key: value}}
-    if sources := sources_of_key(name):
+    sources = sources_of_key(name)
+    if sources:
         tree["data"]["name"] = sources[0]
     try:
         config = from_dict(tree)
     except ConfigError as error:
-        assert section in str(error) or key in str(error)
+        # one number of images may be too small for another key's batch: then the data set is named
+        assert any(word in str(error) for word in (section, key, *sources[:1]))
     else:
         assert to_yaml(config) and not refused_by_schema(to_dict(config))
 
@@ -553,7 +555,7 @@ def test_every_key_says_what_another_value_changes() -> None:
     assert set(said.values()) <= {"result", "rounding", "speed", "nothing"}
     assert {name for name, what in said.items() if what in ("speed", "nothing")} == RESUMABLE
     assert {name for name, what in said.items() if what == "rounding"} == {
-        f"train.{key}" for key in ("device", "precision", "compile", "channels_last", "deterministic")
+        f"train.{key}" for key in ("device", "precision", "compile", "step_graph", "channels_last", "deterministic")
     }
 
 

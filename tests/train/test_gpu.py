@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from options import EVERYTHING
+from torch import Tensor
 from training import Lines, assert_equal_weights, make_trainer, weights
 
 import analysis
@@ -105,6 +107,42 @@ def test_what_was_captured_measures_the_test_set_of_both_checkpoints_at_the_end(
         some = 100 * 5 / len(network.dataset.test)  # images that rounding may turn over
         assert summary["test"][f"{name}.pt"]["accuracy"] == pytest.approx(again["test"], abs=some)
     assert summary["last_ema_test_tta_accuracy"] == pytest.approx(again["ema_test_tta"], abs=some)
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "every option"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_captured_steps_go_where_single_ones_go(cuda_config: Config, precision: str, options: dict[str, Any]) -> None:
+    """From the same weights over the same batches at changing rates; then again from a state that was loaded, and anew."""
+    bound = 0.02 if precision == "fp32" and not options else 0.2  # Muon's products round to bf16
+    asked = {**options, "train.precision": precision, "train.compile": "off"}
+    single, captured = (make_trainer(changed(cuda_config, {**asked, "train.step_graph": how})) for how in ("off", "on"))
+    for trainer in (single, captured):
+        trainer.warm_up()
+    assert single.captured is None and captured.captured is not None
+    rates = (0.01, 0.05, 0.1, 0.02, 0.0)
+
+    def go(trainer: Trainer) -> tuple[list[float], Tensor, Tensor]:
+        """The losses, the weights, and how far they went."""
+        before = flat(trainer)
+        trainer.step.train()
+        batches = zip(trainer.train_loader.epoch(0), rates, strict=False)
+        losses = [float(trainer.train_one(images, labels, rate)[0]) for (images, labels), rate in batches]
+        return losses, flat(trainer), (flat(trainer) - before).norm()
+
+    def flat(trainer: Trainer) -> Tensor:
+        return torch.cat([p.detach().flatten() for p in trainer.net.parameters()])
+
+    for again in (None, "loaded", "anew"):
+        if again == "loaded":
+            captured.load_state(copy.deepcopy(single.state()))
+        if again == "anew":
+            for trainer in (single, captured):
+                trainer.start_over(7)
+        (losses, weights, way), (theirs, others, _) = go(single), go(captured)
+        assert theirs == pytest.approx(losses, rel=bound), again
+        assert way > 0 and (weights - others).norm() < bound * way, again
+    for trainer in (single, captured):
+        trainer.close()
 
 
 def test_two_graphs_are_compiled_and_none_after_the_warm_up(cuda_config: Config, tmp_path: Path) -> None:

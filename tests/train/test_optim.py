@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import numpy as np
@@ -162,6 +163,7 @@ def take_steps(optimizers: Optimizers, weights: list[nn.Parameter], rates: list[
             weight.grad = torch.full_like(weight, gradient)
         optimizers.set_rate(rate)
         optimizers.step(NO_SCALER)
+        optimizers.look_ahead()
         optimizers.zero_grad()
 
 
@@ -275,3 +277,36 @@ def test_norm_biases_have_their_own_rate_where_the_recipe_says_so() -> None:
         name: 32.0 if name in norms else 0.5 for name, _ in net.named_parameters()
     }
     assert [group["weight_decay"] for group in optimizers.by_kind["sgd"].param_groups] == [5e-4, 0.25, 0.25]
+
+
+@pytest.mark.parametrize(
+    "options", [OptimOptions(), OptimOptions(filters="muon"), OptimOptions(decoupled_weight_decay=True)]
+)
+def test_momentum_buffers_keep_their_memory_and_a_rate_on_the_device_counts_as_a_number(options: OptimOptions) -> None:
+    """A captured step reads the rate on the device, and writes to the buffers that it was captured with."""
+    torch.manual_seed(0)
+    net = CustomResNet(10, 2)
+    copies = [copy.deepcopy(net) for _ in range(2)]
+    number, scalar = (Optimizers(parameter_groups(n, options, lr_max=0.4), options, CPU) for n in copies)
+    gradients = [torch.randn_like(p) for p in net.parameters()]
+
+    def step(optimizers: Optimizers, net: CustomResNet, rate: float | torch.Tensor) -> None:
+        for p, gradient in zip(net.parameters(), gradients, strict=True):
+            p.grad = gradient.clone()
+        optimizers.set_rate(rate)
+        optimizers.step(NO_SCALER)
+
+    def buffers() -> list[torch.Tensor]:
+        return [of["momentum_buffer"] for kind in scalar.by_kind.values() for of in kind.state.values()]
+
+    places = [buffer.data_ptr() for buffer in buffers()]
+    for rate in (0.1, 0.3):
+        step(number, copies[0], rate)
+        step(scalar, copies[1], torch.tensor(rate))
+    for p, theirs in zip(copies[0].parameters(), copies[1].parameters(), strict=True):
+        torch.testing.assert_close(theirs, p)
+    assert all(buffer.any() for buffer in buffers())
+    scalar.load_state_dict(copy.deepcopy(number.state_dict()))
+    assert [buffer.data_ptr() for buffer in buffers()] == places
+    scalar.start_over()
+    assert [buffer.data_ptr() for buffer in buffers()] == places and not any(buffer.any() for buffer in buffers())

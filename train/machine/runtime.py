@@ -20,6 +20,7 @@ BF16_FLAGS = ("amx_bf16", "avx512_bf16")  # of a processor that multiplies bf16 
 # Whether precision=auto takes bf16 on such a processor. For that benchmarks/precision.py must show over at least 5 seeds of
 # configs/cpu.yaml that the lower end of the paired 95% interval of the accuracy lies above -0.3 points.
 BF16_ON_CPU = False
+CAPTURING = ("reduce-overhead", "max-autotune")  # modes of torch.compile that capture CUDA graphs
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # how many threads the user wants
 
 
@@ -34,6 +35,7 @@ class Runtime:
     device: torch.device
     precision: str  # fp32 | bf16 | fp16
     compile_mode: str | None  # a torch.compile mode, or None for eager
+    step_graph: bool = False  # a training step is one CUDA graph
     channels_last: bool
     notes: tuple[str, ...]  # "device: cpu (no CUDA device found)", one a choice
 
@@ -51,7 +53,7 @@ class Runtime:
         return replace(self, notes=tuple(note if n == old else n for n in self.notes))
 
     def note_on(self, choice: str) -> str:
-        """The note on `choice`: device, precision, compile or channels-last."""
+        """The note on `choice`: device, precision, compile, step graph (on CUDA) or channels-last."""
         return next(note for note in self.notes if note.removeprefix("WARNING: ").startswith(f"{choice}: "))
 
     @property
@@ -161,13 +163,32 @@ def _compile(requested: str, device: torch.device, precision: str) -> tuple[str 
     return requested, "as asked"
 
 
+def _step_graph(requested: str, device: torch.device, mode: str | None, processes: int) -> tuple[bool, str]:
+    if requested == "off":
+        return False, "as asked"
+    against = None
+    if device.type != "cuda":
+        against = f"it needs a CUDA device, this is {device.type}"
+    elif processes > 1:
+        against = f"{processes} processes exchange gradients within a step"
+    elif mode in CAPTURING:
+        against = f"compile={mode} captures graphs of its own"
+    if against is None:
+        return True, "as asked" if requested == "on" else "the host launches a step at once"
+    if requested == "on":
+        raise RuntimeUnavailable(f"train.step_graph=on: {against}; use train.step_graph=auto")
+    return False, against
+
+
 def prepare(
     *,
     device: str = "auto",
     precision: str = "auto",
     compile: str = "auto",
+    step_graph: str = "auto",
     channels_last: str = "auto",
     local_rank: int = 0,
+    processes: int = 1,
 ) -> Runtime:
     """Resolve the recipe's requests on this machine. Raises RuntimeUnavailable where an explicit one cannot be met.
 
@@ -179,17 +200,20 @@ def prepare(
     chosen, device_why = _device(device, local_rank)
     arithmetic, precision_why = _precision(precision, chosen)
     mode, compile_why = _compile(compile, chosen, arithmetic)
+    graph, graph_why = _step_graph(step_graph, chosen, mode, processes)
     # channels-last: on a CPU with AVX-512 a step at width 16 takes 0.6 of its time in NCHW; on MPS compiled code gets slower
     last = channels_last == "on" or (channels_last == "auto" and chosen.type in ("cuda", "cpu"))
     return Runtime(
         device=chosen,
         precision=arithmetic,
         compile_mode=mode,
+        step_graph=graph,
         channels_last=last,
         notes=(
             f"{'WARNING: ' if 'not the GPU' in device_why else ''}device: {chosen} ({device_why})",
             f"precision: {arithmetic} ({precision_why})",
             f"compile: {mode or 'off'} ({compile_why})",
+            *([f"step graph: {'on' if graph else 'off'} ({graph_why})"] if chosen.type == "cuda" else []),
             f"channels-last: {'on' if last else 'off'}",
         ),
     )

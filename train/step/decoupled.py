@@ -22,7 +22,7 @@ class DecoupledSGD(torch.optim.SGD):
         for group in self.param_groups:
             decay = group["lr"] * group["decoupled_weight_decay"]
             weights = [p.detach() for p in group["params"] if p.grad is not None]
-            if decay and weights:
+            if group["decoupled_weight_decay"] and weights:
                 torch._foreach_mul_(weights, 1 - decay if overflowed is None else 1 - decay * (1 - overflowed))
         loss: float | None = super().step(closure)
         return loss

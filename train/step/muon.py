@@ -77,8 +77,12 @@ class Muon(torch.optim.Optimizer):
             of_shape.setdefault((len(p), p.numel() // len(p)), []).append(i)
         for places in of_shape.values():
             steps = orthogonalised(torch.stack([directions[i].flatten(1) for i in places]))
+            rate = group["lr"]
             for i, step in zip(places, steps, strict=True):
-                filters[i].add_(step.reshape(filters[i].shape), alpha=-group["lr"])
+                if isinstance(rate, Tensor):  # of a captured step, which reads it on the device
+                    filters[i].sub_(step.reshape(filters[i].shape).float().mul_(rate))
+                else:
+                    filters[i].add_(step.reshape(filters[i].shape), alpha=-rate)
         if overflowed is not None:
             for tensor, old in zip((*filters, *momenta), before, strict=True):
                 tensor.copy_(torch.where(overflowed.bool(), old, tensor))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from net.interface import Network
 from train.options import OptimOptions
@@ -77,6 +77,11 @@ KINDS: dict[str, Callable[[list[dict[str, Any]], OptimOptions, torch.device], to
 }
 
 
+def _momentum_buffers(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
+    found = {parameter: of_it.get("momentum_buffer") for parameter, of_it in optimizer.state.items()}
+    return {parameter: buffer for parameter, buffer in found.items() if buffer is not None}
+
+
 class Optimizers:
     """The optimizers that the groups need, used as one. The schedule sets the learning rate at each step."""
 
@@ -99,31 +104,39 @@ class Optimizers:
         self.start_over()
 
     def start_over(self) -> None:
-        """Reset the optimizers: a learning rate of zero until one is set, and momentum buffers of zeros.
+        """Reset the optimizers: a learning rate of zero until one is set, and momentum buffers of zeros, in the memory of the old
+        ones, so that a captured graph that uses them stays valid.
 
         Without buffers the first step would be the same. But SGD's fused kernel allocates missing buffers in the first step,
         leaves them unwritten if gradients overflow in fp16 there, and reads them in the next step.
         """
         self.set_rate(0.0)
         for optimizer in self.by_kind.values():
+            buffers = _momentum_buffers(optimizer)
             optimizer.state.clear()
             for group in optimizer.param_groups:
                 if group.get("momentum", 0) > 0:
                     for parameter in group["params"]:
-                        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                        old = buffers.get(parameter)
+                        buffer = torch.zeros_like(parameter) if old is None else old.zero_()
+                        optimizer.state[parameter]["momentum_buffer"] = buffer
         if self.lookahead is not None:
             self.lookahead.start_over()
 
-    def set_rate(self, rate: float) -> None:
-        """Set the schedule's learning rate for this step; each group uses it times its `rate_factor`."""
+    def set_rate(self, rate: float | Tensor) -> None:
+        """Set the schedule's learning rate for this step, a number or a scalar on the device; each group uses it times its
+        `rate_factor`."""
         for kind, optimizer in self.by_kind.items():
             for group, in_torch in zip(self._groups[kind], optimizer.param_groups, strict=True):
-                in_torch["lr"] = rate * group.rate_factor
+                in_torch["lr"] = rate if group.rate_factor == 1 else rate * group.rate_factor
 
     def step(self, scaler: torch.amp.GradScaler) -> None:
-        """One update of all parameters. The scaler skips it where gradients have overflowed in fp16."""
+        """One update of all parameters, before `look_ahead`. The scaler skips it where gradients have overflowed in fp16."""
         for optimizer in self.by_kind.values():
             scaler.step(optimizer)
+
+    def look_ahead(self) -> None:
+        """What is done after a step, and in some steps only: the host counts them."""
         if self.lookahead is not None:
             self.lookahead.step()
 
@@ -140,14 +153,19 @@ class Optimizers:
         return {**self.by_kind, **({} if self.lookahead is None else {"lookahead": self.lookahead})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a `state_dict`; the kernel stays the one for this device. ValueError for other kinds of optimizers."""
+        """Restore a `state_dict`; the kernel stays the one for this device, and the momentum buffers where they are in memory.
+        ValueError for other kinds of optimizers."""
         if state.keys() != self._parts().keys():
             raise ValueError(f"optimizers {', '.join(state)} in the state, {', '.join(self._parts())} here")
         if self.lookahead is not None:
             self.lookahead.load_state_dict(state["lookahead"])
         for kind, optimizer in self.by_kind.items():
             fused = [group.get("fused") for group in optimizer.param_groups]
+            buffers = _momentum_buffers(optimizer)
             optimizer.load_state_dict(state[kind])
+            for parameter, loaded in _momentum_buffers(optimizer).items():
+                if parameter in buffers:
+                    optimizer.state[parameter]["momentum_buffer"] = buffers[parameter].copy_(loaded)
             for group, own in zip(optimizer.param_groups, fused, strict=True):
                 if "fused" in group:
                     group["fused"] = own

@@ -26,6 +26,7 @@ from train.machine.distributed import Group
 from train.machine.runtime import Runtime, seed_everything
 from train.step.average import WeightAverage
 from train.step.borrow import borrowed_state
+from train.step.captured import CapturedStep
 from train.step.evaluation import Score, evaluate
 from train.step.measures import Measure, measures_of
 from train.step.meter import StepMeter
@@ -122,6 +123,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=runtime.precision == "fp16")
         self.measures = measures_of(config.train, "test" if dataset.validation is None else "validation")
         self.further_step: EvalStep | None = None
+        self.captured: CapturedStep | None = None
+        self.not_captured: str | None = None  # why a step that was to be captured is not
         self._build_steps(runtime.compile_mode)
         self.train_loader = self._train_loader(config.train.seed)
         self.eval_loader = self.make_eval_loader(self.measures[0].split, backend)
@@ -154,6 +157,7 @@ class Trainer:
 
     def _build_steps(self, compile_mode: str | None) -> None:
         dataset, runtime = self.dataset, self.runtime
+        self.captured = None
         optim = self.config.optim
         balanced = optim.class_weights == "balanced"
         self.train_step = TrainStep(
@@ -272,6 +276,8 @@ class Trainer:
                 for _ in calls:
                     # not through DistributedDataParallel, where all processes would wait if the compiler failed on one of them
                     self.train_one(images, labels, 0.0, self.train_step)
+                if self.runtime.step_graph:
+                    self._capture(images, labels)
             images, _ = self._random_batch(self.config.train.eval_batch_size // self.group.world_size)
             with torch.no_grad():
                 for step in self._all_eval_steps():
@@ -285,16 +291,41 @@ class Trainer:
         # the evaluation step has switched the network to eval mode
         self.net.train()
 
+    def _capture(self, images: Tensor, labels: Tensor) -> None:
+        """Have the steps to come replay a CUDA graph; `not_captured` says why they do not."""
+
+        def run(images: Tensor, labels: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
+            self.optimizers.set_rate(rate)
+            return self._update_on(images, labels, self.train_step)
+
+        try:
+            self.captured = CapturedStep(run, images, labels)
+        except RuntimeError as error:  # of CUDA, or of torch where a call may not be captured
+            self.not_captured = (str(error).strip() or type(error).__name__).splitlines()[0]
+        finally:
+            self.optimizers.set_rate(0.0)
+
     def train_one(
         self, images: Tensor, labels: Tensor, rate: float, step: Callable[[Tensor, Tensor], Any] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """One step: forward, loss, backward, update at the given rate. Gives (loss, correct), on the device."""
+        """One step: forward, loss, backward, update at the given rate. Gives (loss, correct), on the device, where the next step
+        may write others."""
         failpoint("step")
         # marks the begin of a CUDA graph; without it an evaluation between two steps would cause another capture
         if self.runtime.compile_mode is not None:  # the next line imports the compiler
             torch.compiler.cudagraph_mark_step_begin()
         self.optimizers.set_rate(rate)
-        loss, correct = (step or self.step)(images, labels)
+        if self.captured is not None and step is None:
+            loss, correct = self.captured(images, labels, rate)
+        else:
+            loss, correct = self._update_on(images, labels, step or self.step)
+        self.optimizers.look_ahead()
+        return loss, correct
+
+    def _update_on(
+        self, images: Tensor, labels: Tensor, step: Callable[[Tensor, Tensor], Any]
+    ) -> tuple[Tensor, Tensor]:
+        loss, correct = step(images, labels)
         self.scaler.scale(loss).backward()
         self.optimizers.step(self.scaler)
         self.scaler.update()
