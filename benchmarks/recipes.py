@@ -63,9 +63,14 @@ class Candidate:
     epochs: int
 
     @property
+    def title(self) -> str:
+        """Its name with its epochs: `all-8`."""
+        return f"{self.name}-{self.epochs}"
+
+    @property
     def file(self) -> str:
         """The name of its file of finished runs."""
-        return f"{self.name.replace(' ', '_')}-{self.epochs}.jsonl"
+        return f"{self.title.replace(' ', '_')}.jsonl"
 
 
 def having(*names: str) -> tuple[str, ...]:
@@ -114,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        help="do all runs of this candidate (repeatable), without a report",
+        help="do all runs of this candidate (repeatable), named as in the table or with its epochs (all-8), without a report",
     )
     result.add_argument("--picture", type=Path, metavar="FILE", help="draw the accuracies against the epochs")
     return result
@@ -139,11 +144,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with explained(log) as outcome:
         configs = {candidate: config(candidate) for candidate in candidates_of()}
-        if unknown := [name for name in options.only if name not in {candidate.name for candidate in configs}]:
+        known = {name for candidate in configs for name in (candidate.name, candidate.title)}
+        if unknown := [name for name in options.only if name not in known]:
             names = ", ".join(dict.fromkeys(candidate.name for candidate in configs))
             raise UserError(f"--only {unknown[0]}: no candidate of {options.stage}, which has {names}")
         for candidate, chosen in configs.items():
-            if candidate.name in options.only:
+            if candidate.name in options.only or candidate.title in options.only:
                 log(f"{candidate.name}, {chosen.train.epochs} epochs, {options.runs} runs")
                 measure(chosen, options.runs, work / candidate.file, log, "validation")
         if options.only:
