@@ -110,6 +110,16 @@ def measure(config: Config, runs: int, finished: Path, log: Callable[[str], None
     return summarise([done[seed] for seed in range(first, first + runs)], recipe, read_environment(finished))
 
 
+def finished_report(config: Config, runs: int, finished: Path, on: str = "test") -> dict[str, Any] | None:
+    """As `measure`, over those of the runs that are in the file, without training; None where it has none of them."""
+    from train.config import to_dict
+
+    recipe = comparable(to_dict(config), on)
+    first = config.train.seed
+    done = [entry for entry in read_finished(finished, recipe) if first <= entry["seed"] < first + runs]
+    return summarise(done, recipe, read_environment(finished)) if done else None
+
+
 def comparable(recipe: dict[str, Any], on: str = "test") -> dict[str, Any]:
     """The part of a recipe that must be the same for all runs of a file: without the keys that change nothing and without the
     seed, which differs from run to run. It includes the split that is measured where that is not the test set."""
@@ -344,6 +354,7 @@ def summarise(
         "machine": environment.get("machine"),
         "versions": environment.get("versions"),
         "commit": environment.get("commit") or git_commit(),
+        "precision": environment.get("precision"),
         "runs": len(entries),
         "on": recipe.get("measured", {}).get("on", "test"),
         **{name: statistic([r[name] for r in entries]) for name in accuracies},

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import gzip
+import io
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,10 +68,16 @@ def finished_runs(options: argparse.Namespace, kind: str) -> Path:
     return given or Path("runs") / kind / f"{Path(options.config).stem}.jsonl"
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises UserError, which names it."""
+def read_json(path: Path, at_most: int = MOST_BYTES) -> Any:
+    """The content of a JSON file of at most so many bytes, plain or packed by gzip. Raises UserError, which names it."""
     try:
-        return json.loads(read_regular(path, MOST_BYTES).decode("utf-8"))
+        content = read_regular(path, at_most)
+        if content.startswith(b"\x1f\x8b"):
+            with gzip.open(io.BytesIO(content)) as packed:
+                content = packed.read(at_most)  # what is longer than that is no whole JSON
+        return json.loads(content.decode("utf-8"))
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: is damaged: {error}; measure it anew or remove it") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

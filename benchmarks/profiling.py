@@ -1,24 +1,56 @@
-"""A torch.profiler trace of training end to end, and the kernels that cost most."""
+"""A torch.profiler trace of training end to end, and the kernels that cost most.
+
+python benchmarks/profiling.py TRACE [--steps N] [--json FILE]
+
+TRACE is what throughput.py --profile wrote on a GPU (also as .gz). Prints how long the kernels of a step take, by kind: for each
+kernel its median time, times its calls in a step. A median leaves out the calls that another program interrupted; the time
+between kernels is not in it.
+"""
 
 from __future__ import annotations
 
+import argparse
+import statistics
+import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch.profiler import ProfilerActivity
-from torch.profiler import profile as torch_profile
+if __name__ == "__main__":  # instead of this folder, whose files could hide packages of the same name
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from benchmarks.measure import synchronize
-from benchmarks.stages import Training
+from benchmarks.given import read_json, reading, whole
+from dali_pipeline.errors import UserError
 from train.disk.atomic import write_atomic
+from train.screen.streams import Parser
 
+if TYPE_CHECKING:
+    from benchmarks.stages import Training
+
+KIND = "kernels"
 STEPS = {"cuda": 20, "cpu": 3}
+MOST_BYTES = 1_000_000_000  # of a trace
+# kinds of kernels by parts of their names, the first that fits
+KINDS = (
+    ("pipeline", ("dali",)),
+    ("pooling", ("max_pool2d",)),
+    ("batch norm, activation, casts", ("triton_",)),
+    ("optimizer", ("multi_tensor",)),
+    ("copies", ("Memcpy",)),
+    ("convolutions", ("wgrad", "dgrad", "fprop", "cudnn", "nhwc", "Memset")),
+    ("the others", ("",)),
+)
 
 
 def profile(training: Training, path: Path) -> list[str]:
     """Write the trace (chrome://tracing, Perfetto) and give the ten costliest kernels as lines of a table."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+
+    from benchmarks.measure import synchronize
+
     on_gpu = training.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
     steps = STEPS["cuda" if on_gpu else "cpu"]
@@ -56,3 +88,51 @@ def costliest(events: Any, on_gpu: bool) -> list[tuple[str, float, int]]:
         time[event.name] += spent
         calls[event.name] += 1
     return sorted(((name, spent, calls[name]) for name, spent in time.items()), key=lambda row: -row[1])
+
+
+def median_times(trace: dict[str, Any], steps: int) -> dict[str, float]:
+    """Microseconds a step of each kind of kernel, the longest first, from a trace of so many steps."""
+    durations: defaultdict[str, list[float]] = defaultdict(list)
+    for event in trace["traceEvents"]:
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            durations[event["name"]].append(float(event["dur"]))
+    found: defaultdict[str, float] = defaultdict(float)
+    for name, times in durations.items():
+        kind = next(kind for kind, parts in KINDS if any(part in name for part in parts))
+        found[kind] += statistics.median(times) * len(times) / steps
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """The report for a person."""
+    found = report["us_a_step"]
+    return [f"{kind:<31}{time:>9,.0f} us a step" for kind, time in {**found, "all": sum(found.values())}.items()]
+
+
+def parser() -> argparse.ArgumentParser:
+    result = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("trace", type=Path, metavar="TRACE", help="a trace of a GPU's kernels, .json or .json.gz")
+    steps = STEPS["cuda"]
+    result.add_argument("--steps", type=whole(), default=steps, metavar="N", help=f"how many steps it covers ({steps})")
+    result.add_argument("--json", type=Path, metavar="FILE", help="write the last line of the output here too")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    from benchmarks.outcome import conclude, explained
+
+    with explained() as outcome:
+        trace = read_json(options.trace, MOST_BYTES)
+        with reading(options.trace, "a trace of torch.profiler"):
+            found = median_times(trace, options.steps)
+            gpus = [device["name"] for device in trace.get("deviceProperties", [])]
+        if not found:
+            raise UserError(f"{options.trace}: holds no kernels of a GPU")
+        report = {"kind": KIND, "gpu": gpus[0] if gpus else None, "steps": options.steps, "us_a_step": found}
+        conclude(report, "profiling", arguments, options, lines)
+    return outcome.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

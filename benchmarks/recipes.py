@@ -121,13 +121,18 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="do all runs of this candidate (repeatable), named as in the table or with its epochs (all-8), without a report",
     )
+    result.add_argument(
+        "--as-is",
+        action="store_true",
+        help="train nothing: report the runs that are finished, also those of another machine",
+    )
     result.add_argument("--picture", type=Path, metavar="FILE", help="draw the accuracies against the epochs")
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parsed(parser(), arguments)
-    from benchmarks.accuracy import measure
+    from benchmarks.accuracy import finished_report, measure
     from benchmarks.outcome import conclude, explained
     from train.config import Config, load_config
     from train.screen.log import Log
@@ -155,7 +160,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.only:
             return outcome.code
         reports: dict[Candidate, dict[str, Any]] = {}
-        for runs in range(1, options.runs + 1):
+        if options.as_is:
+            found = {
+                c: finished_report(config, options.runs, work / c.file, "validation") for c, config in configs.items()
+            }
+            reports = {candidate: report for candidate, report in found.items() if report is not None}
+            if not {"base", "all"} & {candidate.name for candidate in reports}:
+                raise UserError(f"--as-is: {work} has no finished run of base or of all")
+        for runs in () if options.as_is else range(1, options.runs + 1):
             for candidate, chosen in configs.items():
                 log(f"{candidate.name}, {chosen.train.epochs} epochs, {runs} of {options.runs} runs")
                 reports[candidate] = measure(chosen, runs, work / candidate.file, log, "validation")
@@ -166,34 +178,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def summarise(stage: str, reports: dict[Candidate, dict[str, Any]]) -> dict[str, Any]:
     """For each candidate its accuracies, and their differences, seed by seed, to the base that trains longest, or to all options
-    where there is no base: means with 95% intervals, in points."""
+    where there is no base: means with 95% intervals, in points. A seed that only one of two has is in no difference."""
     from benchmarks.measure import statistic
+    from benchmarks.tables import machine_of
 
     rows = []
     name_of_base = "base" if any(candidate.name == "base" for candidate in reports) else "all"
     longest = max((candidate for candidate in reports if candidate.name == name_of_base), key=lambda base: base.epochs)
-    base = reports[longest]
+    base = {run["seed"]: run for run in reports[longest]["finished"]}
+
+    def against_all(candidate: Candidate, report: dict[str, Any]) -> dict[str, Any] | None:
+        found = next((r for c, r in reports.items() if (c.name, c.epochs) == ("all", candidate.epochs)), None)
+        everything = {run["seed"]: run["accuracy"] for run in found["finished"]} if found else {}
+        pairs = [(run["accuracy"], everything[run["seed"]]) for run in report["finished"] if run["seed"] in everything]
+        return statistic([a - b for a, b in pairs]) if pairs else None
+
     for candidate, report in reports.items():
-        pairs = list(zip(report["finished"], base["finished"], strict=True))
-        assert all(one["seed"] == other["seed"] for one, other in pairs)
+        pairs = [(run, base[run["seed"]]) for run in report["finished"] if run["seed"] in base]
         rows.append(
             {
                 "name": candidate.name,
                 "options": list(candidate.words),
                 "epochs": report["recipe"]["train"]["epochs"],
                 "accuracies": {name: report[name] for name in ACCURACIES},
-                "differences": {name: statistic([a[name] - b[name] for a, b in pairs]) for name in ACCURACIES},
+                "differences": {name: statistic([a[name] - b[name] for a, b in pairs]) for name in ACCURACIES if pairs},
+                **({"against_all": against_all(candidate, report)} if candidate.name.startswith("without ") else {}),
                 "training_seconds": report["seconds"]["training"]["mean"],
             }
         )
     first = next(iter(reports.values()))
+    machines = dict.fromkeys(
+        f"{machine_of(report)}, torch {report['versions']['torch']}" for report in reports.values()
+    )
     return {
         "kind": KIND,
         "command": "",
         "stage": stage,
         "base": name_of_base,
         "base_epochs": longest.epochs,
-        **{key: first[key] for key in ("recipe", "machine", "versions", "commit", "runs")},
+        **{key: first[key] for key in ("recipe", "machine", "versions", "commit", "precision")},
+        "machines": list(machines),
+        "runs": max(report["runs"] for report in reports.values()),
         "rows": rows,
     }
 
@@ -205,26 +230,30 @@ def _points(found: dict[str, Any], sign: str = "") -> str:
 
 def table(report: dict[str, Any]) -> list[str]:
     """A Markdown table with a row for each candidate, and below it what was measured and how."""
-    from benchmarks.tables import machine_of
-
     recipe = report["recipe"]
     labels, base = list(ACCURACIES.values()), report.get("base", "base")
     rows = [
-        f"| candidate | epochs | {' | '.join(labels)} | {' | '.join(f'gain, {label}' for label in labels)} |",
-        "|---|---:|" + "---:|" * (2 * len(labels)),
+        f"| candidate | epochs | n | {' | '.join(labels)} | {' | '.join(f'gain, {label}' for label in labels)} |",
+        "|---|---:|---:|" + "---:|" * (2 * len(labels)),
     ]
+    left_out = any(row.get("against_all") for row in report["rows"])
+    if left_out:
+        rows = [rows[0] + " against all, plain |", rows[1] + "---:|"]
     for row in report["rows"]:
         cells = [_points(row["accuracies"][name]) for name in ACCURACIES]
         is_base = row["name"] == base and row["epochs"] == report["base_epochs"]
-        cells += ["" if is_base else _points(row["differences"][name], "+") for name in ACCURACIES]
-        rows.append(f"| {row['name']} | {row['epochs']} | {' | '.join(cells)} |")
+        differences = {} if is_base else row["differences"]
+        cells += [_points(differences[name], "+") if name in differences else "" for name in ACCURACIES]
+        if left_out:
+            cells.append(_points(row["against_all"], "+") if row.get("against_all") else "")
+        rows.append(f"| {row['name']} | {row['epochs']} | {row['accuracies']['accuracy']['n']} | {' | '.join(cells)} |")
     return [
         *rows,
         "",
-        f"Width {recipe['net']['width']}, batch {recipe['train']['batch_size']}, {recipe['train']['precision']}, accuracy on "
+        f"Width {recipe['net']['width']}, batch {recipe['train']['batch_size']}, {report['precision'] or recipe['train']['precision']}, accuracy on "
         f"{recipe['data']['validation']:,} held-out training images in percent; gains in points over {base}, "
-        f"{report['base_epochs']} epochs, between runs of the same seed; mean ± 95% interval, "
-        f"n = {report['runs']}. {machine_of(report)}, torch {report['versions']['torch']}. `{report['command']}`",
+        f"{report['base_epochs']} epochs, between runs of the same seed; mean ± 95% interval "
+        f"over n seeds. {'; '.join(report['machines'])}. `{report['command']}`",
     ]
 
 
@@ -238,7 +267,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
 def _draw(report: dict[str, Any], path: Path) -> None:
     from analysis.style import BLUE, GREEN, ORANGE, VERMILLION, new_figure, save
 
-    caption = f"width {report['recipe']['net']['width']}, held-out training images, n = {report['runs']}"
+    count = {row["accuracies"]["accuracy"]["n"] for row in report["rows"]}
+    n = "n = " + " to ".join(str(number) for number in sorted({min(count), max(count)}))
+    caption = f"width {report['recipe']['net']['width']}, held-out training images, {n}"
     figure = new_figure(7.4, 4.4, "Accuracy against the epochs of the training", caption)
     axes = figure.subplots()
     names = list(dict.fromkeys(row["name"] for row in report["rows"]))

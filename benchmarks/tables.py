@@ -114,7 +114,7 @@ def throughput_table(reports: list[dict[str, Any]]) -> list[str]:
             f"- {machine_of(report)}: width {settings['width']}, batch {settings['batch_size']}, {settings['precision']}, "
             f"compile {settings['compile']}, {settings['images']:,} images ({settings['data']}), "
             f"torch {report['versions']['torch']}; load average {_load(report)}. "
-            f"{report['verdict'][0].upper()}{report['verdict'][1:]}. `{report['command']}`"
+            f"{report['verdict'][0].upper()}{report['verdict'][1:]}. {_note(report)}`{report['command']}`"
         )
     return rows
 
@@ -182,20 +182,22 @@ def _ratio(report: dict[str, Any], name: str, form: str) -> str:
 
 def accuracy_table(reports: list[dict[str, Any]]) -> list[str]:
     rows = [
-        "| recipe | machine | accuracy (n) | flip TTA | training | with evaluations | to 94% |",
-        "|---|---|---|---|---|---|---|",
+        "| recipe | machine | accuracy (n) | flip TTA | 6-view TTA | training | with evaluations | to 94% |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for report in reports:
         seconds = report["seconds"]
         both = seconds["training"]["mean"] + seconds["evaluation"]["mean"]
         rows.append(
             f"| `{report['command']}` | {machine_of(report)} | {_accuracy(report['accuracy'])} | "
-            f"{_accuracy(report['tta_accuracy'])} | {seconds['training']['mean']:.1f} s | {both:.1f} s | "
-            f"{_to_94(report)} |"
+            f"{_accuracy(report['tta_accuracy'])} | {_accuracy(report.get('shift_accuracy'))} | "
+            f"{seconds['training']['mean']:.1f} s | {both:.1f} s | {_to_94(report)} |"
         )
+    notes = dict.fromkeys(f"{machine_of(report)}: {note}" for report in reports if (note := _note(report)))
     return [
         *rows,
         "",
+        *notes,
         "Times are without loading the data, compiling and the range test, which happen before the first epoch.",
     ]
 
@@ -225,7 +227,15 @@ def _to_94(report: dict[str, Any]) -> str:
     return "not reached" if found is None else f"{found['mean']:.1f} s ({report['reached_94']} of {report['runs']})"
 
 
-def _accuracy(found: dict[str, Any]) -> str:
+def _note(report: dict[str, Any]) -> str:
+    """What somebody has written into a report by hand, as `note`: a condition of the measurement that no program knew of."""
+    note = report.get("note")
+    return f"{note} " if note else ""
+
+
+def _accuracy(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
     if found["std"] is None:
         return f"{found['mean']:.2f} (1)"
     return f"{found['mean']:.2f} ± {found['interval95']:.2f} ({found['n']})"

@@ -63,12 +63,26 @@ def test_differences_are_paired_by_seed_to_the_base_that_trains_longest() -> Non
     assert rows[2]["differences"]["accuracy"]["mean"] == 0
 
 
+def test_what_is_left_out_is_compared_to_all_over_the_seeds_that_both_have() -> None:
+    reports = {
+        Candidate("base", (), 8): report_of([80.0, 81.0, 80.2]),
+        Candidate("all", (), 8): report_of([83.0, 83.1, 82.3]),
+        Candidate("without flip", (), 8): report_of([82.5, 82.8]),
+    }
+    report = recipes.summarise("left-out", reports) | {"command": "the command"}
+    without = report["rows"][2]
+    assert without["against_all"]["mean"] == pytest.approx((82.5 - 83.0 + 82.8 - 83.1) / 2)
+    assert without["differences"]["accuracy"]["n"] == without["against_all"]["n"] == 2
+    found = next(line for line in recipes.table(report) if line.startswith("| without flip | 8 | 2 |"))
+    assert found.endswith("| -0.40 ± 1.27 |")  # 12.706 * 0.1414 / sqrt(2)
+
+
 def test_the_table_gives_intervals_and_the_picture_is_drawn(tmp_path: Path) -> None:
     report = made_up()
     text = recipes.table(report)
     half = 4.3027 * np.std([-1.0, -1.1, -2.1], ddof=1) / np.sqrt(3)
-    assert any(line.startswith("| all | 8 | 82.80 ± ") and f"| -1.40 ± {half:.2f} |" in line for line in text)
-    assert "n = 3" in text[-1] and "`the command`" in text[-1]
+    assert any(line.startswith("| all | 8 | 3 | 82.80 ± ") and f"| -1.40 ± {half:.2f} |" in line for line in text)
+    assert "over n seeds" in text[-1] and "`the command`" in text[-1]
     (tmp_path / "recipes.json").write_text(json.dumps(report))
     assert tables.recipes_block(tmp_path).count("\n| all |") == 2
     recipes.draw(report, tmp_path / "epochs.png")
@@ -119,6 +133,13 @@ def test_a_campaign_goes_on_where_it_was(
     report = json.loads((tmp_path / "found.json").read_text())
     assert report == json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["accuracies"]["shift_accuracy"]["n"] for row in report["rows"]] == [2, 2]
+    # as it is: the same report, though a third run is asked for; none of a folder without runs
+    assert recipes.main([*words, "--runs", "3", "--as-is"]) == 0
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert again["rows"] == report["rows"] and again["machines"] == report["machines"]
+    assert (tmp_path / "work" / "base-1.jsonl").read_text() == after
+    assert recipes.main([*words, "--runs", "2", "--as-is", "--work", str(tmp_path / "none")]) == 2
+    assert "no finished run" in capsys.readouterr().err
     with pytest.raises(SystemExit) as refused:
         recipes.main([*words, "--runs", "0"])
     assert refused.value.code == 2

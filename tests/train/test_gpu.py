@@ -113,7 +113,7 @@ def test_what_was_captured_measures_the_test_set_of_both_checkpoints_at_the_end(
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_captured_steps_go_where_single_ones_go(cuda_config: Config, precision: str, options: dict[str, Any]) -> None:
     """From the same weights over the same batches at changing rates; then again from a state that was loaded, and anew."""
-    bound = 0.02 if precision == "fp32" and not options else 0.2  # Muon's products round to bf16
+    bound = 0.1 if precision == "fp32" and not options else 0.2  # products in TF32, and Muon's in bf16
     asked = {**options, "train.precision": precision, "train.compile": "off"}
     single, captured = (make_trainer(changed(cuda_config, {**asked, "train.step_graph": how})) for how in ("off", "on"))
     for trainer in (single, captured):

@@ -1,0 +1,53 @@
+"""The kernels of a trace: medians by kind, and traces that are none."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import profiling
+
+
+def kernel(name: str, dur: float, cat: str = "kernel") -> dict[str, Any]:
+    return {"name": name, "dur": dur, "cat": cat}
+
+
+def test_interrupted_calls_do_not_count_and_kinds_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two steps; of four convolutions one was interrupted, so 2 * 10 us a step."""
+    events = [kernel("sm90_fprop_nhwc", dur) for dur in (10, 10, 10, 5000)]
+    events += [kernel("triton_poi_fused_max_pool2d_3", 7), kernel("triton_poi_fused_max_pool2d_3", 7)]
+    events += [kernel("triton_red_fused_5", 2), kernel("triton_red_fused_5", 4)]
+    events += [kernel("Memcpy DtoD", 1, "gpu_memcpy"), kernel("aten::conv", 99, "cpu_op"), {"name": "no time"}]
+    trace = {"traceEvents": events, "deviceProperties": [{"name": "X"}]}
+    (tmp_path / "trace.json.gz").write_bytes(gzip.compress(json.dumps(trace).encode()))
+    assert profiling.main([str(tmp_path / "trace.json.gz"), "--steps", "2", "--json", str(tmp_path / "out.json")]) == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    expected = {"convolutions": 20.0, "pooling": 7.0, "batch norm, activation, casts": 3.0, "copies": 0.5}
+    assert report["us_a_step"] == expected and report["gpu"] == "X"
+    assert "30" in capsys.readouterr().out.splitlines()[4]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "is damaged"),
+        (gzip.compress(b"{}")[:-9], "is damaged"),
+        (b"{}", "a trace of torch.profiler"),
+        (b'{"traceEvents": []}', "no kernels"),
+        (None, "cannot be read"),
+    ],
+)
+def test_what_is_no_trace_of_a_gpu_is_told(
+    content: bytes | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "trace.json").write_bytes(content)
+    assert profiling.main([str(tmp_path / "trace.json")]) == 2
+    said = capsys.readouterr().err
+    assert words in said and len(said.splitlines()) == 1
