@@ -83,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(config: Config, runs: int, finished: Path, log: Callable[[str], None], on: str = "test") -> dict[str, Any]:
     """Do the runs that are missing in the file `finished`, and return the report over all `runs`, measured on the split `on`."""
+    from benchmarks.machine import crowded
     from train.config import to_dict
     from train.screen.log import Log
     from train.session import Session
@@ -99,6 +100,8 @@ def measure(config: Config, runs: int, finished: Path, log: Callable[[str], None
             environment = campaign.environment()
             append(finished, {"recipe": recipe, "environment": environment}, only_first=True)
             check_same_machine(finished, environment)
+            if warning := crowded(environment["machine"]):
+                log(warning)
             for seed in missing:
                 done[seed] = campaign.run(seed)
                 append(finished, done[seed])

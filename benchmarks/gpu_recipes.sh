@@ -21,7 +21,7 @@ for recipe in fast94 fast95 onecycle accurate96; do
   fi
   echo "== $recipe"
   timeout --signal=INT --kill-after=20 "$left" "$python" benchmarks/accuracy.py "configs/$recipe.yaml" --runs 20 \
-    train.device=cuda data.root="$data" data.download=false run.analyse=false \
+    train.device=cuda train.tta=false data.root="$data" data.download=false run.analyse=false \
     --finished "$results/$recipe.jsonl" --json "$results/$recipe.json" >"$results/$recipe.log" 2>&1 || code=1
   tail -n 15 "$results/$recipe.log" | cut -c1-300
 done

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# All that only a GPU can show, the most valuable first: two minutes of smoke, the tests marked gpu, throughput with a profile,
-# the whole recipe, ablations. Meant to take ten minutes where no compilation is slow, at most 29.
+# All that only a GPU can show, the most valuable first: two minutes of smoke, throughput with a profile, fast94 and onecycle over
+# some seeds, the tests marked gpu, ablations. Meant to take ten minutes where no compilation is slow, at most 29. Nothing else
+# should use the GPU meanwhile: the parts come one after the other, the tests on several cores where pytest-xdist is installed.
 #   bash benchmarks/gpu_session.sh RESULTS DATA [PYTHON]
 # RESULTS receives JSON, traces and logs; DATA is what data.root takes, or - to train on random images. Needs torch,
 # torchvision, matplotlib, pytest, and DALI for the pipeline, importable by PYTHON; the project need not be installed.
@@ -49,17 +50,23 @@ part() { # NAME SECONDS "ITS FILES" COMMAND...
 }
 
 part smoke 240 "smoke.json" "$python" benchmarks/smoke.py --json "$results/smoke.json" train.device=cuda
-part tests 420 "" "$python" -m pytest -m gpu -v --tb=short --durations=10 -p no:cacheprovider \
-  --continue-on-collection-errors
 part throughput 360 "throughput.json trace.json trace.json.gz" "$python" benchmarks/throughput.py \
   --json "$results/throughput.json" --repeats 5 --no-footprint --profile "$results/trace.json"
-# its finished runs stay in recipe.jsonl, and are not repeated
-part recipe 300 "recipe.json recipe.jsonl" "$python" benchmarks/accuracy.py configs/onecycle.yaml --runs 2 \
-  "${data_words[@]}" --finished "$results/recipe.jsonl" --json "$results/recipe.json"
+# their finished runs stay in the JSONL files, and are not repeated; further seeds: gpu_recipes.sh
+fast_words=("${data_words[@]}")
+if [ "$data" = - ]; then fast_words=(data.name=synthetic); fi
+part fast94 150 "fast94.json fast94.jsonl" "$python" benchmarks/accuracy.py configs/fast94.yaml --runs 5 train.tta=false \
+  "${fast_words[@]}" --finished "$results/fast94.jsonl" --json "$results/fast94.json"
+part onecycle 150 "onecycle.json onecycle.jsonl" "$python" benchmarks/accuracy.py configs/onecycle.yaml --runs 3 \
+  "${data_words[@]}" --finished "$results/onecycle.jsonl" --json "$results/onecycle.json"
+several=()
+if "$python" -c "import xdist" 2>/dev/null; then several=(-n "$(($(nproc) < 8 ? $(nproc) : 8))" --dist worksteal); fi
+part tests 420 "" "$python" -m pytest -m gpu -v --tb=short --durations=10 -p no:cacheprovider "${several[@]}" \
+  --continue-on-collection-errors
 # compile last: max-autotune, its last setting, can take minutes
 part ablations 360 "ablations.json ablations.png" "$python" benchmarks/throughput.py --quick --no-peers \
   --json "$results/ablations.json" --picture "$results/ablations.png" \
-  --ablate graph --ablate strips --ablate prefetch --ablate pipelines --ablate batch --ablate compile
+  --ablate step_graph --ablate graph --ablate strips --ablate prefetch --ablate pipelines --ablate batch --ablate compile
 if [ -f "$results/trace.json" ]; then gzip -f "$results/trace.json"; fi
 
 echo
@@ -81,10 +88,10 @@ if path.exists():
     print("verdict:", report.get("verdict"), "; training's peak of GPU memory, GiB:", report.get("device_peak_gib"))
     for name, reason in report["left_out"].items():
         print(f"left out: {name}: {reason}")
-path = folder / "recipe.json"
-if path.exists():
-    report = json.loads(path.read_text())
-    print("recipe:", json.dumps({k: report[k] for k in ("accuracy", "tta_accuracy", "seconds", "seconds_to_94")}))
+for path in (folder / "fast94.json", folder / "onecycle.json"):
+    if path.exists():
+        report = json.loads(path.read_text())
+        print(path.stem + ":", json.dumps({k: report.get(k) for k in ("accuracy", "shift_accuracy", "seconds", "seconds_to_94")}))
 PYTHON
 echo
 echo "== predicted (benchmarks/roofline.py), and measured where throughput.json has the step"

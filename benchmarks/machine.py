@@ -14,6 +14,7 @@ import torch
 from train.machine.environment import system_facts
 
 ROOT = Path(__file__).resolve().parent.parent
+OWN_CONTEXT_GIB = 1.0  # what CUDA itself takes for a process is some 0.5
 FOLDERS = ("data.root", "run.dir", "--data-root", "--folder", "--work")
 
 
@@ -51,7 +52,20 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
         facts["gpu_memory_gib"] = round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1)
+        free, total = torch.cuda.mem_get_info(device)
+        facts["gpu_memory_taken_gib"] = round((total - free - torch.cuda.memory_reserved(device)) / 2**30, 1)
     return facts
+
+
+def crowded(facts: dict[str, Any]) -> str | None:
+    """A warning where other programs use the GPU; `facts` are machine_facts."""
+    taken = facts.get("gpu_memory_taken_gib", 0.0)
+    if taken <= OWN_CONTEXT_GIB:
+        return None
+    return (
+        f"WARNING: {taken} GiB of the GPU's memory are not this program's: where others compute on it too, rates and times are "
+        "no measure of it (nvidia-smi lists them)"
+    )
 
 
 def _memory_gib() -> float | None:

@@ -236,6 +236,7 @@ def table(report: dict[str, Any]) -> list[str]:
         f"| candidate | epochs | n | {' | '.join(labels)} | {' | '.join(f'gain, {label}' for label in labels)} |",
         "|---|---:|---:|" + "---:|" * (2 * len(labels)),
     ]
+    precision = report["precision"] or recipe["train"]["precision"]
     left_out = any(row.get("against_all") for row in report["rows"])
     if left_out:
         rows = [rows[0] + " against all, plain |", rows[1] + "---:|"]
@@ -250,7 +251,7 @@ def table(report: dict[str, Any]) -> list[str]:
     return [
         *rows,
         "",
-        f"Width {recipe['net']['width']}, batch {recipe['train']['batch_size']}, {report['precision'] or recipe['train']['precision']}, accuracy on "
+        f"Width {recipe['net']['width']}, batch {recipe['train']['batch_size']}, {precision}, accuracy on "
         f"{recipe['data']['validation']:,} held-out training images in percent; gains in points over {base}, "
         f"{report['base_epochs']} epochs, between runs of the same seed; mean ± 95% interval "
         f"over n seeds. {'; '.join(report['machines'])}. `{report['command']}`",

@@ -154,7 +154,7 @@ def measure(
     options: argparse.Namespace, say: Callable[[str], None], save: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
     """Do all measurements that were asked for, one after the other, so that each has the whole machine."""
-    from benchmarks.machine import machine_facts
+    from benchmarks.machine import crowded, machine_facts
     from benchmarks.stages import Training
     from dali_pipeline import sources
     from train.machine.environment import git_commit, versions
@@ -202,6 +202,8 @@ def measure(
         "ratios": {},
     }
     say(f"machine: {describe(report['machine'])}")
+    if warning := crowded(report["machine"]):
+        say(warning)
     say(
         f"{dataset.name}, {len(dataset.train):,} images; width {config.net.width}, batch {train.batch_size}, "
         f"{runtime.precision}, compile {runtime.compile_mode or 'off'}"
@@ -216,12 +218,7 @@ def measure(
         report=report,
         say=say,
     )
-    kinds = measurement.pipelines()
-    save(report)
-    if not options.quick:
-        measurement.augmentations(kinds)
-        save(report)
-    with Session(config, Log(quiet=True)) as session:
+    with Session(config, Log(quiet=True)) as session:  # first, as it tells most
         training = Training(session, dataset)
         measurement.training(training)
         save(report)
@@ -230,6 +227,11 @@ def measure(
 
             for line in profile(training, options.profile):
                 say(line)
+    kinds = measurement.pipelines()
+    save(report)
+    if not options.quick:
+        measurement.augmentations(kinds)
+        save(report)
     if (
         options.peers is not False
     ):  # after this project's own stages, as a peer that hangs is given up only after a while

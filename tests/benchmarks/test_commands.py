@@ -118,51 +118,56 @@ def gpu_session(folder: Path, data: str = "-") -> tuple[list[list[str]], str]:
         cwd=folder,
     )
     assert done.returncode == 0, done.stderr
-    return [line.rstrip("\t").split("\t") for line in calls.read_text().splitlines()], done.stdout
+    words = [line.rstrip("\t").split("\t") for line in calls.read_text().splitlines()]
+    return [called for called in words if called != ["-c", "import xdist"]], done.stdout
 
 
-PARTS = ["smoke", "tests", "throughput", "recipe", "ablations"]
+PARTS = ["smoke", "throughput", "fast94", "onecycle", "tests", "ablations"]
 
 
 def test_gpu_session_starts_every_part_goes_on_after_a_failure_and_sums_up(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     calls, said = gpu_session(tmp_path, str(tmp_path / "data"))
     assert re.findall(r"^== (\w+): ", said, re.MULTILINE) == PARTS
-    smoke_words, tests, rates, recipe, ablations, summary, predicted = calls
+    smoke_words, rates, fast, recipe, tests, ablations, summary, predicted = calls
     assert tests[:4] == ["-m", "pytest", "-m", "gpu"] and summary[0] == "-" and predicted[0] == "benchmarks/roofline.py"
-    for module, words in ((smoke, smoke_words), (throughput, rates), (accuracy, recipe), (throughput, ablations)):
+    parts = ((smoke, smoke_words), (throughput, rates), (accuracy, fast), (accuracy, recipe), (throughput, ablations))
+    for module, words in parts:
         assert words[0] == f"benchmarks/{Path(module.__file__ or '').name}"
         module.parser().parse_intermixed_args(words[1:])  # ends the test where it takes no such words
-    assert f"data.root={tmp_path / 'data'}" in recipe
+    for called in (fast, recipe):
+        assert f"data.root={tmp_path / 'data'}" in called
+        options = accuracy.parser().parse_intermixed_args(called[1:])
+        load_config(ROOT / options.config, options.overrides)
     assert throughput.parser().parse_intermixed_args(ablations[1:]).ablate == (
-        ["graph", "strips", "prefetch", "pipelines", "batch", "compile"]
+        ["step_graph", "graph", "strips", "prefetch", "pipelines", "batch", "compile"]
     )
-    assert "recipe: exit code 3" in said and "tests: done" in said
+    assert "onecycle: exit code 3" in said and "tests: done" in said
     assert (ROOT / predicted[predicted.index("--plan") + 1]).exists()
 
 
 def test_gpu_session_started_again_does_what_is_left_and_replaces_other_results(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    old = ["smoke.json", "throughput.json", "trace.json", "trace.json.gz", "recipe.jsonl", "ablations.png", "old.log"]
+    old = ["smoke.json", "throughput.json", "trace.json", "trace.json.gz", "onecycle.jsonl", "ablations.png", "old.log"]
     for name in old:
         (out / name).write_text("of another day")
     first, _ = gpu_session(tmp_path)
-    assert len(first) == 7
+    assert len(first) == 8
     kept = {path.name for path in out.iterdir()}
     assert kept == {"gpu.csv", "smoke.json", "throughput.json", "ablations.json", "roofline.json", "old.log"} | {
         f"{name}.{kind}" for name in PARTS for kind in ("log", "state")
     }, "only its own outputs are removed"
 
-    (out / "recipe.jsonl").write_text("a run that was finished")
+    (out / "onecycle.jsonl").write_text("a run that was finished")
     again, said = gpu_session(tmp_path)
-    assert [words[0] for words in again] == ["benchmarks/accuracy.py", "-", "benchmarks/roofline.py"]
+    assert [words[0] for words in again] == [*["benchmarks/accuracy.py"] * 2, "-", "benchmarks/roofline.py"]
     assert said.count("done before") == 4
-    assert (out / "recipe.jsonl").read_text() == "a run that was finished"
+    assert (out / "onecycle.jsonl").read_text() == "a run that was finished"
 
     (tmp_path / "data").mkdir()
     gpu_session(tmp_path, str(tmp_path / "data"))
-    assert not (out / "recipe.jsonl").exists()  # of other data
+    assert not (out / "onecycle.jsonl").exists()  # of other data
 
 
 def test_gpu_recipes_measures_twenty_seeds_of_each_and_goes_on_after_a_failure(tmp_path: Path) -> None:

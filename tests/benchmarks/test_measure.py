@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import types
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.machine import crowded, machine_facts
 from benchmarks.measure import (
     CannotMeasure,
     Rate,
@@ -136,3 +138,21 @@ def test_matrix_stage_counts_two_operations_a_multiply_add(monkeypatch: pytest.M
     monkeypatch.setattr(torch, "mm", lambda a, b, out: calls.append((*a.shape, *b.shape)))
     operations = matrix_stage(torch.device("cpu"), "fp32", 1.0).run(3)
     assert operations == sum(2 * rows * inner * columns for rows, inner, _, columns in calls) and len(calls) == 3
+
+
+@pytest.mark.parametrize(("free", "reserved", "taken"), [(70, 9.5, None), (60, 9.5, 10.5), (78, 1.5, None)])
+def test_memory_of_other_programs_on_the_gpu_is_warned_of(
+    free: float, reserved: float, taken: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 80 GiB, less what this process has reserved; half a GiB is its own context."""
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU X")
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=80 * gib)
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * gib, 80 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved * gib)
+    warning = crowded(machine_facts(torch.device("cuda")))
+    assert (warning is None) == (taken is None)
+    assert warning is None or f"{taken} GiB" in warning
+    assert crowded(machine_facts(torch.device("cpu"))) is None

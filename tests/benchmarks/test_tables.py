@@ -143,7 +143,9 @@ def test_accuracy_table_says_what_its_times_leave_out() -> None:
     report = accuracy.summarise([record, record | never], {}, {"machine": {"gpu": "GPU Y"}})
     table = tables.accuracy_table([report | {"command": "python benchmarks/accuracy.py c.yaml"}])
     half_width = 12.706 * 0.1 * np.sqrt(2) / np.sqrt(2)
-    assert f"| GPU Y | 94.10 ± {half_width:.2f} (2) | 94.20 ± 0.00 (2) |  | 9.0 s | 10.0 s | 8.0 s (1 of 2) |" in table[2]
+    assert (
+        f"| GPU Y | 94.10 ± {half_width:.2f} (2) | 94.20 ± 0.00 (2) |  | 9.0 s | 10.0 s | 8.0 s (1 of 2) |" in table[2]
+    )
     assert "compiling" in table[-1]
     assert any("8.0 s with the evaluations" in line for line in accuracy.lines(report))
 
