@@ -121,7 +121,7 @@ def test_a_history_that_cannot_be_read_counts_as_empty(history: CompileHistory, 
 
 def test_other_machines_stay_in_the_history_and_say_nothing_of_this_one(history: CompileHistory) -> None:
     history.path.parent.mkdir(parents=True)
-    other = {"torch 2.6.0, another CPU, 64 threads": {"cold": [1.0], "graphs": {"a": {"gain": [9.0]}}}}
+    other = {"torch 2.8.0, another CPU, 64 threads": {"cold": [1.0], "graphs": {"a": {"gain": [9.0]}}}}
     history.path.write_text(json.dumps(other))
     assert history.compile_seconds("a").value == weighing.COLD_SECONDS and history.gain("a").value == default_gain()
     history.add("a", 30.0, warm=False)

@@ -376,7 +376,9 @@ def test_two_processes_with_sync_bn_train_as_one_does_in_float64(runs: Zygote, n
         runs, "--config", recipe, f"run.dir={tmp_path / 'two'}", before=dict.fromkeys(range(2), IN_FLOAT64)
     )
     assert ended(jobs) == [0, 0, 0], jobs[1].stderr
-    assert jobs[2].stdout == "" and jobs[1].stdout.count("epoch 1/1: lr") == 1  # the first process alone speaks
+    # the first process alone speaks; torch 2.8 lets gloo write to stdout
+    assert all(line.startswith("[Gloo]") for line in jobs[2].stdout.splitlines())
+    assert jobs[1].stdout.count("epoch 1/1: lr") == 1
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), **LOSS)
     whole, parts = (load_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two"))
     for name in ("train_loss", "test_loss", "ema_test_loss"):
@@ -665,15 +667,13 @@ def test_a_name_that_does_not_resolve_is_told_at_once(runs: Zygote, noise: Confi
 
 @pytest.mark.slow
 def test_a_compiler_that_fails_on_one_process_is_off_on_all(runs: Zygote, noise: Config, tmp_path: Path) -> None:
-    one = "import inspect, torch, train.machine.runtime as r, torch._dynamo.exc as e\n"
+    one = "import torch, train.machine.runtime as r, torch._dynamo.exc as e\n"
     one += "r.find_compiler = lambda device: (True, 'g++ found')\n"
     one += "import train.machine.weighing as w; w.COLD_SECONDS = 0.0\n"  # it pays, for so few steps too
     one += "torch.compile = lambda function, **_: function\n"  # the pipeline's
     fail = """
 def compile(self, **_):
-    arguments = (lambda: None, RuntimeError("g++ crashed"), None)  # torch 2.6 takes two of them
-    failure = e.BackendCompilerFailed
-    def call(*_, **__): raise failure(*arguments[: len(inspect.signature(failure).parameters)])
+    def call(*_, **__): raise e.BackendCompilerFailed(lambda: None, RuntimeError("g++ crashed"), None)
     self._compiled_call_impl = call
 torch.nn.Module.compile = compile
 """

@@ -324,10 +324,7 @@ def test_many_shapes_in_one_process_are_all_compiled(small: Config, monkeypatch:
     monkeypatch.setattr(torch, "compile", lambda function, **how: compile(function, backend="eager", dynamic=False))
     torch._dynamo.reset()  # what earlier tests have compiled counts too
     # in place of nine trainings: torch counts the shapes of a function, and here two are too many
-    limit, strict = "recompile_limit", "fail_on_recompile_limit_hit"
-    if not hasattr(torch._dynamo.config, limit):  # their names before torch 2.7
-        limit, strict = "cache_size_limit", "fail_on_cache_limit_hit"
-    with torch._dynamo.config.patch({limit: 1, strict: True}):
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
         for width in (1, 2):
             images = f"data.synthetic_count={128 + width}"
             train.fit(small, f"net.width={width}", images, "train.compile=default", quiet=True)

@@ -83,8 +83,8 @@ class Group(Place):
         """Reduce the tensor in place over all processes, and keep it beyond the end of the group.
 
         A thread of gloo lets go of it when it is done. If that is the last reference, it waits for the interpreter's lock, which
-        the main thread may hold while it closes the group and waits for that thread: torch before 2.8, github.com/pytorch/pytorch
-        154976, and wherever the last to let go of the group is DDP.
+        the main thread may hold while it closes the group and waits for that thread. That happens with torch 2.8 where DDP is
+        the last to let go of the group, which pytorch/pytorch#154976 left as it was.
         """
         _KEPT[:] = [tensor]
         dist.all_reduce(tensor, op=op, group=self._wire)
