@@ -58,8 +58,9 @@ class WindowMax(torch.autograd.Function):
 
 def exporting() -> bool:
     """Whether torch.export or the ONNX exporter is tracing: both have an operator for max-pooling."""
-    asked = getattr(torch.compiler, "is_exporting", None)  # newer than the oldest torch that the project takes
-    return torch.onnx.is_in_onnx_export() or (asked is not None and asked())
+    # the flag that is_exporting() returns: of the call itself torch.compile makes True in torch 2.8 (pytorch/pytorch#176347)
+    flag = getattr(torch.compiler, "_is_exporting_flag", torch.compiler.is_exporting())
+    return torch.onnx.is_in_onnx_export() or bool(flag)
 
 
 class MaxPool(nn.MaxPool2d):

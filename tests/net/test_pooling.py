@@ -119,10 +119,8 @@ def test_state_dict_has_no_key_of_it() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.compiler, "is_exporting"), reason="this torch does not tell an export from a compilation"
-)
-def test_exported_network_holds_torchs_pooling() -> None:
-    program = torch.export.export(CustomResNet(10, 2), (torch.randn(2, 3, 32, 32),))
+@pytest.mark.parametrize("strict", [False, True])  # without and with the compiler's tracing
+def test_exported_network_holds_torchs_pooling(strict: bool) -> None:
+    program = torch.export.export(CustomResNet(10, 2), (torch.randn(2, 3, 32, 32),), strict=strict)
     operators = [str(node.target) for node in program.graph.nodes]
     assert sum("max_pool2d" in name for name in operators) == 4
