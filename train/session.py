@@ -344,12 +344,14 @@ class Session:
                 self.trainer.compiled_off()
                 why = f"torch.compile failed, training goes on uncompiled and slower: {failures[0]}"
                 self._settle_compiling(None, why, warning=True)
+                if training and self.runtime.step_graph:
+                    self.trainer.warm_up()
+                    self._check_capture()
                 return
             seconds = time.perf_counter() - begun
             learnt = choice.learn(seconds) if choice is not None and training else None
         self.log(f"{'captured' if mode is None else 'compiled'} in {duration(seconds)}")
-        if self.trainer.not_captured is not None:
-            self._settle_capturing(self.trainer.not_captured)
+        self._check_capture()
         if learnt is not None and not learnt.pays:
             self.trainer.compiled_off()
             self._settle_compiling(None, learnt.why)
@@ -376,8 +378,11 @@ class Session:
         self.runtime = self.runtime.compiling(mode, why)
         self.log(f"{'WARNING: ' if warning else ''}{self.runtime.compile_note}")
 
-    def _settle_capturing(self, problem: str) -> None:
-        """The step could not be captured. Raises RuntimeUnavailable where that was asked for."""
+    def _check_capture(self) -> None:
+        """Say where the step could not be captured. Raises RuntimeUnavailable where that was asked for."""
+        problem = self.trainer.not_captured
+        if problem is None:
+            return
         if self.config.train.step_graph == "on":
             raise RuntimeUnavailable(
                 f"train.step_graph=on: the step cannot be captured: {problem}; use train.step_graph=auto"

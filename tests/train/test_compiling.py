@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from train.compiling import Choice
 from train.config import Config, changed
 from train.disk.checkpoint import load_checkpoint
 from train.machine import weighing
-from train.machine.runtime import prepare
+from train.machine.runtime import RuntimeUnavailable, prepare
 from train.machine.weighing import CompileHistory, default_gain, weigh, weigh_by_arithmetic
 from train.run import find_rates_only, fit
 from train.session import Session
@@ -412,3 +412,35 @@ def test_the_mode_to_compile_with_is_named_before_it_is_weighed(compiler: Compil
     off = runtime.compiling(None, "a reason")
     assert off.compile_mode is None and off.compile_note == "compile: off (a reason)"
     assert [n for n in off.notes if n != off.compile_note] == [n for n in runtime.notes if n != runtime.compile_note]
+
+
+@pytest.mark.parametrize("asked", ["auto", "on"])
+def test_a_step_that_cannot_be_captured_is_said_or_refused(
+    config: Config, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    """On the CPU, where no graph can be captured: as if it were a GPU on which that fails."""
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nand so on")
+
+    monkeypatch.setattr("train.step.trainer.CapturedStep", fails)
+    log = Lines()
+    with Session(changed(config, {"train.compile": "off", "train.step_graph": "auto"}), log) as session:
+        runtime = session.runtime
+        session.runtime = replace(runtime, step_graph=True, notes=(*runtime.notes, "step graph: on (a reason)"))
+        session.build()
+        session.config = changed(config, {"train.compile": "off", "train.step_graph": asked})
+        before = {name: tensor.clone() for name, tensor in session.trainer.net.state_dict().items()}
+        if asked == "on":
+            with pytest.raises(RuntimeUnavailable, match=r"train\.step_graph=on: .* not permitted .*step_graph=auto"):
+                session.warm_up()
+            return
+        session.warm_up()
+        assert not session.runtime.step_graph and session.trainer.captured is None
+        assert_equal_weights(before, session.trainer.net.state_dict())
+        assert (
+            "WARNING: step graph: off (it cannot be captured: operation not permitted when stream is capturing)"
+            in log.lines
+        )
+        images, labels = next(session.trainer.train_loader.epoch(0))
+        assert math.isfinite(float(session.trainer.train_one(images, labels, 0.01)[0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -53,6 +54,31 @@ def test_cuda_on_request_is_refused_without_a_device() -> None:
         prepare(device="cuda")
     with pytest.raises(RuntimeUnavailable, match="fp16 needs a CUDA device"):
         prepare(device="cpu", precision="fp16")
+
+
+@pytest.mark.parametrize(
+    ("device", "mode", "processes", "against"),
+    [
+        ("cuda", "default", 1, None),
+        ("cuda", None, 1, None),
+        ("cuda", "default", 2, "2 processes"),
+        ("cuda", "reduce-overhead", 1, "graphs of its own"),
+        ("cuda", "max-autotune", 1, "graphs of its own"),
+        ("cpu", "default", 1, "needs a CUDA device"),
+    ],
+)
+def test_a_step_is_one_graph_on_a_gpu_of_one_process(
+    device: str, mode: str | None, processes: int, against: str | None
+) -> None:
+    choose = functools.partial(runtime._step_graph, device=torch.device(device), mode=mode, processes=processes)
+    assert choose("off") == (False, "as asked")
+    on, why = choose("auto")
+    assert on == (against is None) and (against or "at once") in why
+    if against is None:
+        assert choose("on") == (True, "as asked")
+    else:
+        with pytest.raises(RuntimeUnavailable, match=rf"train\.step_graph=on: .*{against}.*step_graph=auto"):
+            choose("on")
 
 
 def refused_by_auto_and_on_request(reason: str) -> str:
