@@ -3,8 +3,8 @@
 python benchmarks/profiling.py TRACE [--steps N] [--json FILE]
 
 TRACE is what throughput.py --profile wrote on a GPU (also as .gz). Prints how long the kernels of a step take, by kind: for each
-kernel its median time, times its calls in a step. A median leaves out the calls that another program interrupted; the time
-between kernels is not in it.
+kernel its median time, times its calls in a step. A median leaves out the calls that another program interrupted. Then the time
+between the kernels of the busiest stream: gaps over a millisecond are as a rule the turns of other programs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 KIND = "kernels"
 STEPS = {"cuda": 20, "cpu": 3}
+LONG_GAP = 1000.0  # microseconds
 MOST_BYTES = 1_000_000_000  # of a trace
 # kinds of kernels by parts of their names, the first that fits
 KINDS = (
@@ -103,10 +105,29 @@ def median_times(trace: dict[str, Any], steps: int) -> dict[str, float]:
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
+def gaps(trace: dict[str, Any], steps: int) -> dict[str, float]:
+    """Microseconds a step between the kernels of the stream that has most of them, in gaps up to LONG_GAP and in longer ones."""
+    streams: defaultdict[Any, list[tuple[float, float]]] = defaultdict(list)
+    for event in trace["traceEvents"]:
+        if event.get("cat") == "kernel":
+            begin = float(event["ts"])
+            streams[event.get("args", {}).get("stream")].append((begin, begin + float(event["dur"])))
+    kernels = sorted(max(streams.values(), key=len, default=[]))
+    between = [max(begin - end, 0.0) for (_, end), (begin, _) in pairwise(kernels)]
+    short = sum(gap for gap in between if gap <= LONG_GAP)
+    return {"short": short / steps, "long": (sum(between) - short) / steps}
+
+
 def lines(report: dict[str, Any]) -> list[str]:
     """The report for a person."""
-    found = report["us_a_step"]
-    return [f"{kind:<31}{time:>9,.0f} us a step" for kind, time in {**found, "all": sum(found.values())}.items()]
+    found, between = report["us_a_step"], report["gaps_us_a_step"]
+    rows = {
+        **found,
+        "all": sum(found.values()),
+        "between kernels, up to 1 ms": between["short"],
+        "between kernels, longer": between["long"],
+    }
+    return [f"{kind:<31}{time:>9,.0f} us a step" for kind, time in rows.items()]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -125,11 +146,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with explained() as outcome:
         trace = read_json(options.trace, MOST_BYTES)
         with reading(options.trace, "a trace of torch.profiler"):
-            found = median_times(trace, options.steps)
+            found, between = median_times(trace, options.steps), gaps(trace, options.steps)
             gpus = [device["name"] for device in trace.get("deviceProperties", [])]
         if not found:
             raise UserError(f"{options.trace}: holds no kernels of a GPU")
         report = {"kind": KIND, "gpu": gpus[0] if gpus else None, "steps": options.steps, "us_a_step": found}
+        report["gaps_us_a_step"] = between
         conclude(report, "profiling", arguments, options, lines)
     return outcome.code
 

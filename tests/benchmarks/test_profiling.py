@@ -12,8 +12,8 @@ import pytest
 from benchmarks import profiling
 
 
-def kernel(name: str, dur: float, cat: str = "kernel") -> dict[str, Any]:
-    return {"name": name, "dur": dur, "cat": cat}
+def kernel(name: str, dur: float, cat: str = "kernel", ts: float = 0.0, stream: int = 7) -> dict[str, Any]:
+    return {"name": name, "dur": dur, "cat": cat, "ts": ts, "args": {"stream": stream}}
 
 
 def test_interrupted_calls_do_not_count_and_kinds_are_told_apart(
@@ -31,6 +31,15 @@ def test_interrupted_calls_do_not_count_and_kinds_are_told_apart(
     expected = {"convolutions": 20.0, "pooling": 7.0, "batch norm, activation, casts": 3.0, "copies": 0.5}
     assert report["us_a_step"] == expected and report["gpu"] == "X"
     assert "30" in capsys.readouterr().out.splitlines()[4]
+
+
+def test_gaps_are_those_of_the_busiest_stream() -> None:
+    """10 us between the first two kernels and 2000 us between the next ones, over two steps; another stream fills nothing."""
+    events = [kernel("a", 5, ts=ts) for ts in (100, 0, 15, 2100)]
+    events[0]["ts"], events[0]["dur"] = 20.0, 80.0
+    events += [kernel("b", 1000, ts=150, stream=13)]
+    found = profiling.gaps({"traceEvents": events}, 2)
+    assert found == {"short": 5.0, "long": 1000.0}
 
 
 @pytest.mark.parametrize(
