@@ -196,6 +196,7 @@ def check_same_machine(path: Path, now: dict[str, Any]) -> None:
             "device name": environment["device_name"] or environment["machine"]["cpu"],
             "precision": environment["precision"],
             "compile": environment["compile"],
+            "step graph": "on" if environment.get("step_graph") else "off",
         }
 
     before = resolved(read_environment(path))
@@ -357,7 +358,7 @@ def summarise(
         "machine": environment.get("machine"),
         "versions": environment.get("versions"),
         "commit": environment.get("commit") or git_commit(),
-        "precision": environment.get("precision"),
+        **{key: environment.get(key) for key in ("precision", "compile", "step_graph", "backend")},
         "runs": len(entries),
         "on": recipe.get("measured", {}).get("on", "test"),
         **{name: statistic([r[name] for r in entries]) for name in accuracies},

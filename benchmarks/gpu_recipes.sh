@@ -2,6 +2,7 @@
 # The recipes of configs/ on a GPU, 20 seeds each, the fastest first. It ends after 20 minutes; the runs that are finished by
 # then are kept, and started again with the same RESULTS it goes on with the seeds that are missing.
 #   bash benchmarks/gpu_recipes.sh RESULTS DATA [PYTHON]
+# The views of TTA are measured once, at the end of a run, and not after every epoch: train.tta=false.
 # RESULTS receives RECIPE.json and RECIPE.jsonl, as benchmarks/accuracy.py writes them; DATA is what data.root takes.
 set -uo pipefail
 results=${1:?usage: gpu_recipes.sh RESULTS DATA [PYTHON]}

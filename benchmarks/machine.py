@@ -14,7 +14,7 @@ import torch
 from train.machine.environment import system_facts
 
 ROOT = Path(__file__).resolve().parent.parent
-OWN_CONTEXT_GIB = 1.0  # what CUDA itself takes for a process is some 0.5
+OWN_GIB = 1.5  # what CUDA, its modules and DALI take beside torch; a context alone is some 0.5
 FOLDERS = ("data.root", "run.dir", "--data-root", "--folder", "--work")
 
 
@@ -60,11 +60,11 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
 def crowded(facts: dict[str, Any]) -> str | None:
     """A warning where other programs use the GPU; `facts` are machine_facts."""
     taken = facts.get("gpu_memory_taken_gib", 0.0)
-    if taken <= OWN_CONTEXT_GIB:
+    if taken <= OWN_GIB:
         return None
     return (
-        f"WARNING: {taken} GiB of the GPU's memory are not this program's: where others compute on it too, rates and times are "
-        "no measure of it (nvidia-smi lists them)"
+        f"WARNING: {taken} GiB of the GPU's memory are not torch's in this program: where other programs compute on it too, "
+        "rates and times are no measure of it (nvidia-smi lists them)"
     )
 
 

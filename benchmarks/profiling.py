@@ -3,8 +3,8 @@
 python benchmarks/profiling.py TRACE [--steps N] [--json FILE]
 
 TRACE is what throughput.py --profile wrote on a GPU (also as .gz). Prints how long the kernels of a step take, by kind: for each
-kernel its median time, times its calls in a step. A median leaves out the calls that another program interrupted. Then the time
-between the kernels of the busiest stream: gaps over a millisecond are as a rule the turns of other programs.
+call of a step the median over the steps, which leaves out the calls that another program interrupted. Then the time between the
+kernels of the busiest stream: gaps over a millisecond are as a rule the turns of other programs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MOST_BYTES = 1_000_000_000  # of a trace
 KINDS = (
     ("pipeline", ("dali",)),
     ("pooling", ("max_pool2d",)),
-    ("batch norm, activation, casts", ("triton_",)),
+    ("batch norm, activation, casts", ("triton_", "bn_", "batch_norm")),
     ("optimizer", ("multi_tensor",)),
     ("copies", ("Memcpy",)),
     ("convolutions", ("wgrad", "dgrad", "fprop", "cudnn", "nhwc", "Memset")),
@@ -95,13 +95,17 @@ def costliest(events: Any, on_gpu: bool) -> list[tuple[str, float, int]]:
 def median_times(trace: dict[str, Any], steps: int) -> dict[str, float]:
     """Microseconds a step of each kind of kernel, the longest first, from a trace of so many steps."""
     durations: defaultdict[str, list[float]] = defaultdict(list)
-    for event in trace["traceEvents"]:
-        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
-            durations[event["name"]].append(float(event["dur"]))
+    device = [e for e in trace["traceEvents"] if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    for event in sorted(device, key=lambda event: float(event["ts"])):
+        durations[event["name"]].append(float(event["dur"]))
     found: defaultdict[str, float] = defaultdict(float)
     for name, times in durations.items():
         kind = next(kind for kind, parts in KINDS if any(part in name for part in parts))
-        found[kind] += statistics.median(times) * len(times) / steps
+        calls, rest = divmod(len(times), steps)  # of one name in a step, for layers of several sizes
+        if rest:
+            found[kind] += statistics.median(times) * len(times) / steps
+        else:
+            found[kind] += sum(statistics.median(times[call::calls]) for call in range(calls))
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 

@@ -1,13 +1,15 @@
 """Which options pay: candidates with the same seeds, on held-out training images, and how much each gains.
 
-python benchmarks/recipes.py STAGE --runs N [--work DIR] [--json FILE] [--picture FILE] [section.key=value ...]
+python benchmarks/recipes.py STAGE --runs N [--work DIR] [--as-is] [--json FILE] [--picture FILE] [section.key=value ...]
+python benchmarks/recipes.py STAGE --runs N --only NAME [--only NAME ...] [--work DIR] [section.key=value ...]
 
 STAGE is `kinds` (options grouped by kind, alone and together, 8 epochs at width 8), `left-out` (all of them, and without each
 one, 8 epochs at width 16), `further` (all of them, and with one more each, 8 epochs at width 64) or `epochs` (base and all of
 them over more and more epochs, width 16). Every candidate is done with the first seed before any with the second. --only does
 all seeds of the candidates named, each compiled once, and reports nothing: on a GPU, where compiling takes longer than a run,
-and for several processes at a time. Each finished run is a line of a JSONL file in --work, one file a candidate, as
-benchmarks/accuracy.py writes them; after an interruption the same command continues with the runs that are missing.
+and for several processes at a time, each with candidates of its own. Each finished run is a line of a JSONL file in --work, one
+file a candidate, as benchmarks/accuracy.py writes them; after an interruption the same command continues with the runs that
+are missing.
 """
 
 from __future__ import annotations
@@ -149,6 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with explained(log) as outcome:
         configs = {candidate: config(candidate) for candidate in candidates_of()}
+        if options.only and (options.as_is or options.json or options.picture):
+            raise UserError("--only reports nothing: leave out --as-is, --json and --picture")
         known = {name for candidate in configs for name in (candidate.name, candidate.title)}
         if unknown := [name for name in options.only if name not in known]:
             names = ", ".join(dict.fromkeys(candidate.name for candidate in configs))
@@ -177,14 +181,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def summarise(stage: str, reports: dict[Candidate, dict[str, Any]]) -> dict[str, Any]:
-    """For each candidate its accuracies, and their differences, seed by seed, to the base that trains longest, or to all options
-    where there is no base: means with 95% intervals, in points. A seed that only one of two has is in no difference."""
+    """For each candidate its accuracies, and their differences, seed by seed, to the base that trains longest of those with most
+    runs, or to all options where there is no base: means with 95% intervals, in points. A seed that only one of two has is in no
+    difference."""
     from benchmarks.measure import statistic
     from benchmarks.tables import machine_of
 
     rows = []
     name_of_base = "base" if any(candidate.name == "base" for candidate in reports) else "all"
-    longest = max((candidate for candidate in reports if candidate.name == name_of_base), key=lambda base: base.epochs)
+    bases = {candidate: report["runs"] for candidate, report in reports.items() if candidate.name == name_of_base}
+    longest = max(bases, key=lambda base: (bases[base], base.epochs))
     base = {run["seed"]: run for run in reports[longest]["finished"]}
 
     def against_all(candidate: Candidate, report: dict[str, Any]) -> dict[str, Any] | None:
@@ -253,7 +259,7 @@ def table(report: dict[str, Any]) -> list[str]:
         "",
         f"Width {recipe['net']['width']}, batch {recipe['train']['batch_size']}, {precision}, accuracy on "
         f"{recipe['data']['validation']:,} held-out training images in percent; gains in points over {base}, "
-        f"{report['base_epochs']} epochs, between runs of the same seed; mean ± 95% interval "
+        f"{report['base_epochs']} epochs, over the seeds that both have; mean ± 95% interval "
         f"over n seeds. {'; '.join(report['machines'])}. `{report['command']}`",
     ]
 
@@ -290,6 +296,7 @@ def _draw(report: dict[str, Any], path: Path) -> None:
                 capsize=2,
                 label=f"{name}, {ACCURACIES[accuracy]}",
             )
+    axes.set_xticks(sorted({row["epochs"] for row in report["rows"]}))
     axes.set_xlabel("epochs of the training")
     axes.set_ylabel("accuracy (%)")
     axes.grid(alpha=0.3, linewidth=0.5)

@@ -110,9 +110,10 @@ def throughput_table(reports: list[dict[str, Any]]) -> list[str]:
     rows.append("")
     for report in reports:
         settings = report["settings"]
+        graph = ", a step as one CUDA graph" if settings.get("step_graph") else ""
         rows.append(
             f"- {machine_of(report)}: width {settings['width']}, batch {settings['batch_size']}, {settings['precision']}, "
-            f"compile {settings['compile']}, {settings['images']:,} images ({settings['data']}), "
+            f"compile {settings['compile']}{graph}, {settings['images']:,} images ({settings['data']}), "
             f"torch {report['versions']['torch']}; load average {_load(report)}. "
             f"{report['verdict'][0].upper()}{report['verdict'][1:]}. {_note(report)}`{report['command']}`"
         )
@@ -193,11 +194,11 @@ def accuracy_table(reports: list[dict[str, Any]]) -> list[str]:
             f"{_accuracy(report['tta_accuracy'])} | {_accuracy(report.get('shift_accuracy'))} | "
             f"{seconds['training']['mean']:.1f} s | {both:.1f} s | {_to_94(report)} |"
         )
-    notes = dict.fromkeys(f"{machine_of(report)}: {note}" for report in reports if (note := _note(report)))
+    notes = dict.fromkeys(f"{machine_of(report)}: {note.strip()}" for report in reports if (note := _note(report)))
     return [
         *rows,
         "",
-        *notes,
+        *(line for note in notes for line in (note, "")),
         "Times are without loading the data, compiling and the range test, which happen before the first epoch.",
     ]
 

@@ -185,7 +185,6 @@ def measure(
             "device": runtime.device.type,
             "precision": runtime.precision,
             "compile": runtime.compile_mode or "off",
-            "step_graph": runtime.step_graph,
             "channels_last": runtime.channels_last,
             "width": config.net.width,
             "batch_size": train.batch_size,
@@ -391,7 +390,7 @@ class Measurement:
         self.report["stages"] |= {name: rate.record() for name, rate in rates.items()}
         self.report["matrix_flops"] = multiplied.record()
         self.report["compile_seconds"] = training.compile_seconds
-        self.report["settings"]["backend"] = training.backend.name
+        self.report["settings"] |= {"backend": training.backend.name, "step_graph": training.runtime.step_graph}
         self.report["ratios"] |= training_ratios(
             rates, multiplied, training.training_flops, training.waited / max(training.spent, 1e-9)
         )

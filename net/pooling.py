@@ -58,7 +58,8 @@ class WindowMax(torch.autograd.Function):
 
 def exporting() -> bool:
     """Whether torch.export or the ONNX exporter is tracing: both have an operator for max-pooling."""
-    # the flag that is_exporting() returns: of the call itself torch.compile makes True in torch 2.8 (pytorch/pytorch#176347)
+    # the flag that is_exporting() returns: the call itself is True inside torch.compile in torch
+    # 2.8 to 2.11 at least (pytorch/pytorch#176347)
     flag = getattr(torch.compiler, "_is_exporting_flag", torch.compiler.is_exporting())
     return torch.onnx.is_in_onnx_export() or bool(flag)
 

@@ -350,8 +350,11 @@ class Session:
                 return
             seconds = time.perf_counter() - begun
             learnt = choice.learn(seconds) if choice is not None and training else None
-        self.log(f"{'captured' if mode is None else 'compiled'} in {duration(seconds)}")
+        if mode is not None:
+            self.log(f"compiled in {duration(seconds)}")
         self._check_capture()
+        if mode is None and self.runtime.step_graph:
+            self.log(f"captured in {duration(seconds)}")
         if learnt is not None and not learnt.pays:
             self.trainer.compiled_off()
             self._settle_compiling(None, learnt.why)
@@ -399,6 +402,7 @@ class Session:
             "device": self.runtime.device.type,
             "precision": self.runtime.precision,
             "compile": self.runtime.compile_mode or "off",
+            "step_graph": self.runtime.step_graph,
             "channels_last": self.runtime.channels_last,
             "processes": self.group.world_size,
             "torch": str(torch.__version__),

@@ -140,7 +140,7 @@ def test_matrix_stage_counts_two_operations_a_multiply_add(monkeypatch: pytest.M
     assert operations == sum(2 * rows * inner * columns for rows, inner, _, columns in calls) and len(calls) == 3
 
 
-@pytest.mark.parametrize(("free", "reserved", "taken"), [(70, 9.5, None), (60, 9.5, 10.5), (78, 1.5, None)])
+@pytest.mark.parametrize(("free", "reserved", "taken"), [(70, 9.5, None), (60, 9.5, 10.5), (77.5, 1.5, None)])
 def test_memory_of_other_programs_on_the_gpu_is_warned_of(
     free: float, reserved: float, taken: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

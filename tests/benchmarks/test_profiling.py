@@ -19,18 +19,18 @@ def kernel(name: str, dur: float, cat: str = "kernel", ts: float = 0.0, stream: 
 def test_interrupted_calls_do_not_count_and_kinds_are_told_apart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two steps; of four convolutions one was interrupted, so 2 * 10 us a step."""
-    events = [kernel("sm90_fprop_nhwc", dur) for dur in (10, 10, 10, 5000)]
-    events += [kernel("triton_poi_fused_max_pool2d_3", 7), kernel("triton_poi_fused_max_pool2d_3", 7)]
-    events += [kernel("triton_red_fused_5", 2), kernel("triton_red_fused_5", 4)]
-    events += [kernel("Memcpy DtoD", 1, "gpu_memcpy"), kernel("aten::conv", 99, "cpu_op"), {"name": "no time"}]
-    trace = {"traceEvents": events, "deviceProperties": [{"name": "X"}]}
+    """Three steps of the same calls, in one of which a convolution is interrupted; a copy in one of them only."""
+    events = [kernel("sm90_fprop_nhwc", dur, ts=ts) for ts, dur in enumerate((10, 7, 10, 7, 5000, 7))]
+    events += [kernel("triton_poi_fused_max_pool2d_3", 7, ts=ts) for ts in range(3)]
+    events += [kernel("triton_red_fused_5", dur, ts=ts) for ts, dur in enumerate((2, 40, 2, 40, 2, 40))]
+    events += [kernel("Memcpy DtoD", 3, "gpu_memcpy"), kernel("aten::conv", 99, "cpu_op"), {"name": "no time"}]
+    trace = {"traceEvents": events[::-1], "deviceProperties": [{"name": "X"}]}
     (tmp_path / "trace.json.gz").write_bytes(gzip.compress(json.dumps(trace).encode()))
-    assert profiling.main([str(tmp_path / "trace.json.gz"), "--steps", "2", "--json", str(tmp_path / "out.json")]) == 0
+    assert profiling.main([str(tmp_path / "trace.json.gz"), "--steps", "3", "--json", str(tmp_path / "out.json")]) == 0
     report = json.loads((tmp_path / "out.json").read_text())
-    expected = {"convolutions": 20.0, "pooling": 7.0, "batch norm, activation, casts": 3.0, "copies": 0.5}
+    expected = {"convolutions": 17.0, "pooling": 7.0, "batch norm, activation, casts": 42.0, "copies": 1.0}
     assert report["us_a_step"] == expected and report["gpu"] == "X"
-    assert "30" in capsys.readouterr().out.splitlines()[4]
+    assert capsys.readouterr().out.splitlines()[4].split() == ["all", "67", "us", "a", "step"]
 
 
 def test_gaps_are_those_of_the_busiest_stream() -> None:

@@ -63,6 +63,16 @@ def test_differences_are_paired_by_seed_to_the_base_that_trains_longest() -> Non
     assert rows[2]["differences"]["accuracy"]["mean"] == 0
 
 
+def test_the_base_of_most_runs_is_what_others_are_compared_to() -> None:
+    reports = {
+        Candidate("base", (), 8): report_of([80.0, 81.0, 80.2]),
+        Candidate("base", (), 24): report_of([84.0], epochs=24),
+        Candidate("all", (), 8): report_of([83.0, 83.1, 82.3]),
+    }
+    report = recipes.summarise("epochs", reports)
+    assert report["base_epochs"] == 8 and report["rows"][2]["differences"]["accuracy"]["n"] == 3
+
+
 def test_what_is_left_out_is_compared_to_all_over_the_seeds_that_both_have() -> None:
     reports = {
         Candidate("base", (), 8): report_of([80.0, 81.0, 80.2]),
@@ -125,6 +135,8 @@ def test_a_campaign_goes_on_where_it_was(
     assert '"kind"' not in capsys.readouterr().out
     assert (tmp_path / "work" / "all-1.jsonl").read_text().count("\n") == 3
     assert (tmp_path / "work" / "base-1.jsonl").read_text() == before
+    assert recipes.main([*words, "--runs", "2", "--only", "all", "--as-is"]) == 2
+    assert "--only reports nothing: leave out --as-is" in capsys.readouterr().err
     assert recipes.main([*words, "--runs", "2", "--only", "al"]) == 2
     assert "no candidate of kinds, which has base, all" in capsys.readouterr().err
     assert recipes.main([*words, "--runs", "2", "--json", str(tmp_path / "found.json")]) == 0

@@ -155,6 +155,55 @@ def test_captured_step_is_one_launch(gpu: Zygote, kind: str, mode: str, options:
         assert parts[name]["graph_launches"] == report["steps"]
 
 
+@pytest.mark.parametrize("gpu_kind", ["h100", "t4"])
+def test_a_step_that_cannot_be_captured_goes_on_as_before(gpu: Zygote, tmp_path: Path, gpu_kind: str) -> None:
+    """An update that reads a value on the host fails within the capture, on a T4 in the middle of an update in fp16."""
+    script = tmp_path / "uncapturable.py"
+    script.write_text(UNCAPTURABLE)
+    job = gpu.start(script=script, env=kind(gpu_kind))
+    assert job.wait(timeout=300) == 0, job.stderr[-3000:]
+    report = json.loads(job.stdout.splitlines()[-1])
+    assert "capturing" in report["why"] and not report["captured"]
+    assert report["same_stream"] and report["steps"] == 3
+
+
+UNCAPTURABLE = """
+import json
+import inside
+import torch
+from dali_pipeline import sources
+from dali_pipeline.backend import BackendChoice
+from train.config import load_config
+from train.machine.runtime import prepare
+from train.step.muon import Muon
+from train.step.trainer import Trainer
+
+inside.answer_evaluations()
+words = ["data.name=synthetic", "data.synthetic_count=256", "data.backend=torch", "net.width=4", "train.batch_size=64"]
+words += ["train.eval_batch_size=64", "train.compile=off"]
+config = load_config("fast94", words)
+original = Muon.step
+
+def reads(self, closure=None):
+    original(self, closure)
+    if torch.cuda.is_current_stream_capturing():
+        self.param_groups[0]["params"][0].sum().item()
+
+Muon.step = reads
+runtime = prepare(device="cuda", compile="off")
+trainer = Trainer(config, sources.load(config.data), runtime, BackendChoice("torch", "the rehearsal computes nothing"))
+before = torch.cuda.current_stream()
+trainer.warm_up()
+same = torch.cuda.current_stream() == before
+steps = 0
+for images, labels in trainer.train_loader.epoch(0):
+    if steps < 3:
+        trainer.train_one(images, labels, 0.1)
+        steps += 1
+print(json.dumps({"why": trainer.not_captured, "captured": trainer.captured is not None, "same_stream": same, "steps": steps}))
+"""
+
+
 def assert_convolutions_of_the_warm_up_alone(report: dict[str, Any]) -> None:
     """Afterwards they are nodes of a graph, which no call of ours starts."""
     assert report["convolutions"] == []

@@ -174,7 +174,7 @@ def _step_graph(requested: str, device: torch.device, mode: str | None, processe
     elif mode in CAPTURING:
         against = f"compile={mode} captures graphs of its own"
     if against is None:
-        return True, "as asked" if requested == "on" else "the host launches a step at once"
+        return True, "as asked" if requested == "on" else "a step is one launch"
     if requested == "on":
         raise RuntimeUnavailable(f"train.step_graph=on: {against}; use train.step_graph=auto")
     return False, against

@@ -43,6 +43,8 @@ def borrowed_state(
         optimizer.load_state_dict(optimizer_state)
         if scaler is not None and scaler_state:
             scaler.load_state_dict(scaler_state)
+            # what it notes within a step, which an error has cut off; its state has no key for that
+            scaler._per_optimizer_states.clear()
         random.setstate(generators[0])
         np.random.set_state(generators[1])  # noqa: NPY002
         torch.set_rng_state(generators[2])

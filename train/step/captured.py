@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph, which the host launches whole instead of some hundred kernels one by one."""
+"""A training step as one CUDA graph: one launch instead of some hundred."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class CapturedStep:
     `run` is a training step that gives its loss and its number of correct predictions as scalars on the device; `rate` is a
     scalar there, float32. It must neither wait for the device nor depend on anything on the host that changes, and the
     parameters, buffers and states of the optimizers that it uses must keep their memory for as long as the graph is replayed.
-    `images` and `labels` are a batch such as all others will be. The constructor trains on them. The two results lie where
-    the next replay writes.
+    `images` and `labels` have the shape and type of every batch to come; the constructor trains on them. The two results lie
+    where the next replay writes.
     """
 
     def __init__(
@@ -26,15 +26,16 @@ class CapturedStep:
         self._images, self._labels = images.clone(), labels.clone()
         self._rate = torch.zeros((), device=images.device)
         stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            for _ in range(BEFORE_CAPTURE):
-                run(self._images, self._labels, self._rate)
-        current.wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        # the pipelines of other threads may go on: what they do is not part of the step
-        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-            self._results = run(self._images, self._labels, self._rate)
+        with torch.cuda.stream(current):  # torch stays on the stream of a capture that fails
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                for _ in range(BEFORE_CAPTURE):
+                    run(self._images, self._labels, self._rate)
+            current.wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            # the pipelines of other threads may go on: what they do is not part of the step
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                self._results = run(self._images, self._labels, self._rate)
 
     def __call__(self, images: Tensor, labels: Tensor, rate: float) -> tuple[Tensor, Tensor]:
         """One step on this batch at this learning rate; the current stream does it after what it has to do by then."""

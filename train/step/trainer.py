@@ -86,7 +86,8 @@ class Trainer:
     """The network with everything that trains it, in one process.
 
     `step` is the compiled training step, inside DistributedDataParallel where there are several processes. `net` is the network
-    itself, without wrappers, so its state-dict keys have no prefixes. `measures` is what the evaluation after an epoch
+    itself, without wrappers, so its state-dict keys have no prefixes. `captured`, where there is one, replays `step` with the
+    update as one CUDA graph. `measures` is what the evaluation after an epoch
     reports, on the validation split where there is one; the first of them chooses best.pt. `initial`: weights to begin with, by
     their names in the state; what they leave out is drawn.
     """
@@ -123,8 +124,6 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=runtime.precision == "fp16")
         self.measures = measures_of(config.train, "test" if dataset.validation is None else "validation")
         self.further_step: EvalStep | None = None
-        self.captured: CapturedStep | None = None
-        self.not_captured: str | None = None  # why a step that was to be captured is not
         self._build_steps(runtime.compile_mode)
         self.train_loader = self._train_loader(config.train.seed)
         self.eval_loader = self.make_eval_loader(self.measures[0].split, backend)
@@ -157,7 +156,8 @@ class Trainer:
 
     def _build_steps(self, compile_mode: str | None) -> None:
         dataset, runtime = self.dataset, self.runtime
-        self.captured = None
+        self.captured: CapturedStep | None = None
+        self.not_captured: str | None = None  # why a step that was to be captured is not
         optim = self.config.optim
         balanced = optim.class_weights == "balanced"
         self.train_step = TrainStep(
@@ -271,6 +271,8 @@ class Trainer:
         `training` the evaluation graph alone."""
         calls = range(3 if self.runtime.device.type == "cuda" else 1)
         with borrowed_state(self.net, self.optimizers, self.scaler):
+            # drawn first: a capture that fails may leave the device's generator unusable
+            to_evaluate, _ = self._random_batch(self.config.train.eval_batch_size // self.group.world_size)
             if training:
                 images, labels = self._random_batch(self.local_batch)
                 for _ in calls:
@@ -278,13 +280,12 @@ class Trainer:
                     self.train_one(images, labels, 0.0, self.train_step)
                 if self.runtime.step_graph:
                     self._capture(images, labels)
-            images, _ = self._random_batch(self.config.train.eval_batch_size // self.group.world_size)
             with torch.no_grad():
                 for step in self._all_eval_steps():
                     step.eval()
                     for _ in calls:
                         torch.compiler.cudagraph_mark_step_begin()
-                        step(images)
+                        step(to_evaluate)
         if training:
             # the pipeline comes last: DALI prefetches from its first batch on, which would break a capture of CUDA graphs
             next(self.train_loader.epoch(0))
@@ -301,15 +302,18 @@ class Trainer:
         try:
             self.captured = CapturedStep(run, images, labels)
         except RuntimeError as error:  # of CUDA, or of torch where a call may not be captured
-            self.not_captured = (str(error).strip() or type(error).__name__).splitlines()[0]
+            cause: BaseException = error
+            while cause.__context__ is not None:  # the end of the capture fails too, and says less
+                cause = cause.__context__
+            self.not_captured = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         finally:
             self.optimizers.set_rate(0.0)
 
     def train_one(
         self, images: Tensor, labels: Tensor, rate: float, step: Callable[[Tensor, Tensor], Any] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """One step: forward, loss, backward, update at the given rate. Gives (loss, correct), on the device, where the next step
-        may write others."""
+        """One step: forward, loss, backward, update at the given rate. Gives (loss, correct), on the device, which the next step
+        may overwrite."""
         failpoint("step")
         # marks the begin of a CUDA graph; without it an evaluation between two steps would cause another capture
         if self.runtime.compile_mode is not None:  # the next line imports the compiler
