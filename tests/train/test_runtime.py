@@ -73,7 +73,7 @@ def test_a_step_is_one_graph_on_a_gpu_of_one_process(
     choose = functools.partial(runtime._step_graph, device=torch.device(device), mode=mode, processes=processes)
     assert choose("off") == (False, "as asked")
     on, why = choose("auto")
-    assert on == (against is None) and (against or "at once") in why
+    assert on == (against is None) and (against or "one launch") in why
     if against is None:
         assert choose("on") == (True, "as asked")
     else:
