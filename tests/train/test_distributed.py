@@ -431,7 +431,7 @@ def test_in_float32_two_processes_with_sync_bn_round_the_first_loss_as_one_does(
 
     def begun(group: Group) -> tuple[Trainer, Tensor, Tensor]:
         seed_everything(config.train.seed)
-        runtime = prepare(device="cpu", compile="off", channels_last="off")
+        runtime = prepare(device="cpu", precision="fp32", compile="off", channels_last="off")
         trainer = Trainer(config, dataset, runtime, BackendChoice("torch", "test"), group)
         return trainer, *next(trainer.train_loader.epoch(0))
 
