@@ -9,7 +9,6 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,9 @@ from train.step.range_test import RangeTest, RangeTestError, Suggestion, suggest
 from train.step.schedule import OneCycle, make_schedule
 
 Metrics = Sequence[dict[str, Any]]
-# colours and line styles of the measures after the first, in the order in which they are reported
-STYLES = ((GREEN, ":"), (PURPLE, "--"), (ORANGE, "-."))
-
-
+# of the measures after the first
+COLOURS = {"plain": ORANGE, "tta": GREEN, "shift": PURPLE}  # by the views
+LINES = {"": ":", "ema": "-."}  # by the weights
 TRAINING = "training, augmented"
 
 
@@ -69,9 +67,10 @@ def draw_curves(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(epochs) == 1:
             axes.set_xlim(epochs[0] - 0.5, epochs[0] + 0.5)
-    for measure, (colour, style) in zip(others, cycle(STYLES), strict=False):
+    for measure in others:
         values = [m.get(f"{measure.key}_accuracy", math.nan) for m in metrics]
-        right.plot(epochs, values, color=colour, linestyle=style, label=measure.label)
+        colour, line = COLOURS[measure.views], LINES[measure.weights]
+        right.plot(epochs, values, color=colour, linestyle=line, label=measure.label)
     left.set_ylabel("cross-entropy")
     left.set_yscale("log")
     _plain_log_ticks(left)
@@ -116,13 +115,17 @@ def draw_learning_rate(
     path: Path,
     *,
     metrics: Metrics = (),
+    filters_peak: float | None = None,
     title: str = "Learning rate, step by step",
     caption: str = "",
 ) -> None:
-    """Draw the schedule with its peak and end; dots are the rates in metrics.jsonl, those of each epoch's last step."""
+    """Draw the schedule with its peak and end; dots are the rates in metrics.jsonl, those of each epoch's last step.
+    `filters_peak`: where another optimizer trains the filters, its rate at the schedule's peak, which its title names."""
     steps, rates = learning_rates(schedule)
     figure = new_figure(7.4, 4.0, title, caption)
     axes = figure.subplots()
+    if filters_peak is not None:
+        axes.set_title(f"that of SGD; Muon's goes up and down with it, to {filters_peak:.4g} at the peak", fontsize=9)
     axes.plot([step / steps_per_epoch for step in steps], rates, color=BLUE, linewidth=2, label="schedule")
     if metrics:
         axes.plot(
@@ -208,11 +211,13 @@ def draw_all(run: LoadedRun, folder: Path, say: Say = print) -> list[Path]:
         drawn.append(folder / "curves.png")
     else:
         say("no epoch is finished: no curves.png")
+    optim = run.config.optim
     draw_learning_rate(
         schedule_of(run),
         run.snapshot.steps_per_epoch,
         folder / "learning_rate.png",
         metrics=run.metrics,
+        filters_peak=optim.muon_lr if optim.filters == "muon" else None,
         caption=caption,
     )
     drawn.append(folder / "learning_rate.png")

@@ -23,7 +23,8 @@ from net.network import build
 from net.options import NetOptions
 from net.resnet import CustomResNet
 from train.disk.atomic import write_csv
-from train.options import OptimOptions
+from train.options import OptimOptions, TrainOptions
+from train.step.measures import measures_of
 from train.step.range_test import RangeTest, suggest
 from train.step.schedule import OneCycle
 
@@ -332,3 +333,28 @@ def test_the_picture_of_a_range_test_marks_the_rates_used_or_says_why_there_are_
     assert {"lr_max 0.5", "lr_min 0.01"} <= set(labels[1])
     assert not any("lr_max" in label for label in labels[2])
     assert "diverged after 5 steps" in drawn[2].get_suptitle()
+
+
+def test_the_picture_of_the_schedule_says_whose_rate_it_is_beside_muon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(curves, "save", lambda figure, path: drawn.append(figure))
+    schedule = OneCycle(0.4, 0.01, 5, 10)
+    for peak in (None, 0.2):
+        curves.draw_learning_rate(schedule, 5, tmp_path / "rate.png", filters_peak=peak)
+    alone, beside = (figure.axes[0].get_title() for figure in drawn)
+    assert alone == "" and "of SGD" in beside and "Muon" in beside and "to 0.2 at the peak" in beside
+
+
+def test_no_two_curves_look_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every view, and the average of the weights beside them."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(curves, "save", lambda figure, path: drawn.append(figure))
+    keys = [m.key for m in measures_of(TrainOptions(tta="shift", ema_decay=0.9))]
+    line = {f"{key}_{what}": 50.0 for key in keys for what in ("accuracy", "loss")}
+    metrics = [{"epoch": epoch, "train_loss": 1.0, "train_accuracy": 40.0, **line} for epoch in (1, 2)]
+    curves.draw_curves(metrics, tmp_path / "curves.png")
+    lines = [line for line in drawn[0].axes[1].get_lines() if not str(line.get_label()).startswith("_")]
+    assert len(lines) == 1 + len(keys) == 7
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(lines)

@@ -151,7 +151,7 @@ def _compile(requested: str, device: torch.device, precision: str) -> tuple[str 
         if device.type == "mps":
             return None, "on Apple GPUs compiled channels-last code is slower"
         if device.type == "cpu" and precision == "bf16":
-            return None, "on the CPU compiled bf16 steps are slower: 0.84 and 0.96 of the speed at widths 16 and 64"
+            return None, "on the CPU compiled bf16 steps are slower"
         return "default", why
     if not able:
         raise RuntimeUnavailable(f"train.compile={requested}: {why}; or use train.compile=auto")

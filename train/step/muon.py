@@ -77,12 +77,9 @@ class Muon(torch.optim.Optimizer):
             of_shape.setdefault((len(p), p.numel() // len(p)), []).append(i)
         for places in of_shape.values():
             steps = orthogonalised(torch.stack([directions[i].flatten(1) for i in places]))
-            rate = group["lr"]
-            for i, step in zip(places, steps, strict=True):
-                if isinstance(rate, Tensor):  # of a captured step, which reads it on the device
-                    filters[i].sub_(step.reshape(filters[i].shape).float().mul_(rate))
-                else:
-                    filters[i].add_(step.reshape(filters[i].shape), alpha=-rate)
+            for i, step in zip(places, steps.to(filters[0].dtype), strict=True):
+                # the rate may be a scalar on the device: of a captured step, which reads it there
+                filters[i].sub_(step.reshape(filters[i].shape).mul_(group["lr"]))
         if overflowed is not None:
             for tensor, old in zip((*filters, *momenta), before, strict=True):
                 tensor.copy_(torch.where(overflowed.bool(), old, tensor))

@@ -85,11 +85,11 @@ def new_network(config: Config, dataset: Dataset, initial: Mapping[str, Tensor] 
 class Trainer:
     """The network with everything that trains it, in one process.
 
-    `step` is the compiled training step, inside DistributedDataParallel where there are several processes. `net` is the network
-    itself, without wrappers, so its state-dict keys have no prefixes. `captured`, where there is one, replays `step` with the
-    update as one CUDA graph. `measures` is what the evaluation after an epoch
-    reports, on the validation split where there is one; the first of them chooses best.pt. `initial`: weights to begin with, by
-    their names in the state; what they leave out is drawn.
+    `step` is the compiled training step, inside DistributedDataParallel where there are several processes. `captured`, where
+    there is one, replays `step` with the update as one CUDA graph. `net` is the network itself, without wrappers, so its
+    state-dict keys have no prefixes. `measures` is what the evaluation after an epoch reports, on the validation split where
+    there is one; the first of them chooses best.pt. `initial`: weights to begin with, by their names in the state; what they
+    leave out is drawn.
     """
 
     def __init__(
