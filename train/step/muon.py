@@ -72,14 +72,16 @@ class Muon(torch.optim.Optimizer):
             factors = torch._foreach_reciprocal(norms)
             torch._foreach_mul_(factors, [len(p) ** 0.5 for p in filters])
             torch._foreach_mul_(filters, factors)
+        rate = group["lr"]
+        if not isinstance(rate, Tensor):  # as a captured step has it, which reads it on the device
+            rate = torch.full((), rate, device=filters[0].device)
         of_shape: dict[tuple[int, int], list[int]] = {}
         for i, p in enumerate(filters):
             of_shape.setdefault((len(p), p.numel() // len(p)), []).append(i)
         for places in of_shape.values():
             steps = orthogonalised(torch.stack([directions[i].flatten(1) for i in places]))
-            for i, step in zip(places, steps.to(filters[0].dtype), strict=True):
-                # the rate may be a scalar on the device: of a captured step, which reads it there
-                filters[i].sub_(step.reshape(filters[i].shape).mul_(group["lr"]))
+            for i, step in zip(places, steps, strict=True):
+                filters[i].addcmul_(step.reshape(filters[i].shape), rate, value=-1)
         if overflowed is not None:
             for tensor, old in zip((*filters, *momenta), before, strict=True):
                 tensor.copy_(torch.where(overflowed.bool(), old, tensor))
