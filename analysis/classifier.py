@@ -34,7 +34,7 @@ from train.screen.log import Log
 from train.step.evaluation import evaluate
 from train.step.measures import measures_of
 from train.step.steps import EvalStep
-from train.step.views import VIEWS
+from train.step.views import VIEWS, Views
 
 BATCH = 512  # images that are predicted at once
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -152,8 +152,7 @@ class Classifier:
                 for weights in dict.fromkeys(measure.weights for measure in measures):
                     of_step = [measure for measure in measures if measure.weights == weights]
                     net = averaged_network(run) if weights else run.net
-                    step = eval_step(run, net, [VIEWS[measure.views] for measure in of_step])
-                    scores = self._evaluate(step, split)
+                    scores = self._evaluate(eval_step(run, net), split, [VIEWS[measure.views] for measure in of_step])
                     found |= {m.key: score.accuracy for m, score in zip(of_step, scores, strict=True)}
         return found
 
@@ -200,7 +199,7 @@ class Classifier:
         with _in_words_of_python(), process_as_found():
             return checked_predictions(self._with_data, self._log)[0]
 
-    def _evaluate(self, step: EvalStep, split: str) -> tuple[Any, ...]:
+    def _evaluate(self, step: EvalStep, split: str, views: Sequence[Views]) -> tuple[Any, ...]:
         run = self._with_data
         loader = loader_of(
             run,
@@ -212,7 +211,7 @@ class Classifier:
             ),
         )
         try:
-            return evaluate(step, progress(loader, len(loader), f"{split} batches", self._log)).scores
+            return evaluate(step, progress(loader, len(loader), f"{split} batches", self._log), views=views).scores
         finally:
             loader.close()
 

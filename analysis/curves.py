@@ -29,6 +29,7 @@ Metrics = Sequence[dict[str, Any]]
 # of the measures after the first
 COLOURS = {"plain": ORANGE, "tta": GREEN, "shift": PURPLE}  # by the views
 LINES = {"": ":", "ema": "-."}  # by the weights
+POINTS = {"": "D", "ema": "s"}  # likewise, where only the last epochs have the measure
 TRAINING = "training, augmented"
 
 
@@ -70,7 +71,8 @@ def draw_curves(
     for measure in others:
         values = [m.get(f"{measure.key}_accuracy", math.nan) for m in metrics]
         colour, line = COLOURS[measure.views], LINES[measure.weights]
-        right.plot(epochs, values, color=colour, linestyle=line, label=measure.label)
+        once = {"marker": POINTS[measure.weights], "markersize": 5} if math.isnan(values[0]) else {}
+        right.plot(epochs, values, color=colour, linestyle=line, label=measure.label, **once)
     left.set_ylabel("cross-entropy")
     left.set_yscale("log")
     _plain_log_ticks(left)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +25,6 @@ from train.disk.atomic import write_csv
 from train.screen.log import Log
 from train.step.evaluation import evaluate
 from train.step.steps import EvalStep
-from train.step.views import VIEWS, Views
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -87,14 +85,13 @@ class Predictions:
         return int((top[:, 1] - top[:, 0] <= tolerance).sum())
 
 
-def eval_step(run: LoadedRun, net: nn.Module | None = None, views: Iterable[Views] = (VIEWS["plain"],)) -> EvalStep:
+def eval_step(run: LoadedRun, net: nn.Module | None = None) -> EvalStep:
     """The evaluation step of the training, uncompiled and in eval mode, of the run's network or of `net`."""
     data, runtime = run.snapshot.data, run.runtime
     step = EvalStep(
         run.net if net is None else net,
         data.mean,
         data.std,
-        views=tuple(views),
         autocast_dtype=runtime.autocast_dtype,
         channels_last=runtime.channels_last,
     )

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,10 +26,11 @@ from dali_pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from dali_pipeline.dataset import Dataset
+    from dali_pipeline.loader import EvalLoader
     from train.config import Config
     from train.session import Session
+    from train.step.evaluation import Score
     from train.step.measures import Measure
-    from train.step.steps import EvalStep
 
 KIND = "accuracy"
 FIRST_LINE_START = '{"recipe": '  # identifies a file of finished runs
@@ -44,8 +45,8 @@ ACCURACY_LABELS = {
 TIMES_COVER = {
     "lr_search": "the range test, where the recipe asks for one",
     "training": "the epochs: input, augmentation, steps, and whatever the host did meanwhile",
-    "evaluation": "the test set (or validation split) after each epoch, without TTA unless the recipe has it",
-    "tta": "flip TTA and 6-view TTA, which share two views, once, at the end",
+    "evaluation": "the test set (or validation split) after each epoch, without TTA",
+    "tta": "flip TTA and 6-view TTA, which share two views, once, at the end, whatever train.tta says",
     "once": "loading the data, building, compiling: once for all runs, in no run's time",
 }
 
@@ -124,12 +125,13 @@ def finished_report(config: Config, runs: int, finished: Path, on: str = "test")
 
 
 def comparable(recipe: dict[str, Any], on: str = "test") -> dict[str, Any]:
-    """The part of a recipe that must be the same for all runs of a file: without the keys that change nothing and without the
-    seed, which differs from run to run. It includes the split that is measured where that is not the test set."""
+    """The part of a recipe that must be the same for all runs of a file: without the keys that change nothing, without train.tta,
+    as every run measures all views, and without the seed, which differs from run to run. It includes the split that is measured
+    where that is not the test set."""
     from train.config import changes
 
     def matters(name: str) -> bool:
-        return changes(name) != "nothing" and name != "train.seed"
+        return changes(name) != "nothing" and name not in ("train.seed", "train.tta")
 
     kept = {
         section: {key: value for key, value in keys.items() if matters(f"{section}.{key}")}
@@ -230,24 +232,12 @@ class Campaign:
         session.build(check=lambda dataset: _check_measurable(dataset, on))
         reset_device_peak(session.runtime.device)
         self.trainer, self.on = session.trainer, on
-        self._each_epoch = on == self.trainer.measures[0].split
-        # test-time augmentation is measured once, after the training, where the recipe does not have it after every epoch
-        had = {measure.views for measure in self.trainer.measures}
-        self._tta = [Measure(on, views=views) for views in VIEWS if views not in had]
-        if self._tta:
-            self.trainer.look_further([VIEWS[measure.views] for measure in self._tta])
+        # the training evaluates without the views, which are measured beside it, on a clock of their own
+        self.trainer.measures = self.trainer.plain_measures
+        self._plain = [replace(measure, split=on) for measure in self.trainer.measures]
+        self._tta = [Measure(on, m.weights, views) for m in self._plain for views in VIEWS if views != "plain"]
         session.warm_up()
         self._once = session.times
-
-    def _measure_tta(self, step: EvalStep) -> dict[str, float]:
-        from train.step.evaluation import evaluate
-
-        if self._each_epoch:
-            scores = evaluate(step, self.trainer.eval_loader).scores
-        else:
-            with closing(self.session.eval_loader(self.on)) as loader:
-                scores = evaluate(step, loader).scores
-        return {accuracy_name(measure): score.accuracy for measure, score in zip(self._tta, scores, strict=True)}
 
     def environment(self) -> dict[str, Any]:
         from benchmarks.machine import machine_facts
@@ -256,6 +246,13 @@ class Campaign:
             "machine": machine_facts(self.session.runtime.device),
             "once_seconds": {"set_up": self._once.set_up, "compile": self._once.compile},
         }
+
+    def _loader(self) -> AbstractContextManager[EvalLoader]:
+        """What is measured, batch by batch."""
+        trainer = self.trainer
+        if self.on == trainer.measures[0].split:
+            return nullcontext(trainer.eval_loader)
+        return closing(self.session.eval_loader(self.on))
 
     def run(self, seed: int) -> dict[str, Any]:
         """Train the recipe with this seed from scratch to its last evaluation; the results as a dict of plain numbers."""
@@ -278,20 +275,20 @@ class Campaign:
         position = Position()
         Run(session, schedule, None, position, notice).train()
         last = position.metrics[-1]
-        if self._each_epoch:
-            accuracies = {accuracy_name(measure): last[f"{measure.key}_accuracy"] for measure in trainer.measures}
-            loss = last[f"{self.on}_loss"]
-        else:  # once, with the weights of the last epoch
-            with times.on("evaluation", device), closing(session.eval_loader(self.on)) as loader:
-                scores = trainer.evaluate_test(loader)
-            accuracies = {accuracy_name(measure): score.accuracy for measure, score in scores.items()}
-            loss = next(iter(scores.values())).loss
-        seconds = {"lr_search": times.lr_search, "training": times.training, "evaluation": times.evaluation, "tta": 0.0}
-        if trainer.further_step is not None:
+        with self._loader() as loader:
+            if f"{self.on}_loss" in last:
+                accuracies = {accuracy_name(measure): last[f"{measure.key}_accuracy"] for measure in self._plain}
+                loss = last[f"{self.on}_loss"]
+            else:  # once, with the weights of the last epoch
+                with times.on("evaluation", device):
+                    scores = trainer.evaluate_on(loader, self._plain)
+                accuracies = _accuracies(scores)
+                loss = next(iter(scores.values())).loss
             tta_times = Times()
             with tta_times.on("evaluation", device):
-                accuracies |= self._measure_tta(trainer.further_step)
-            seconds["tta"] = tta_times.evaluation
+                accuracies |= _accuracies(trainer.evaluate_on(loader, self._tta))
+        seconds = {"lr_search": times.lr_search, "training": times.training, "evaluation": times.evaluation}
+        seconds["tta"] = tta_times.evaluation
         return {
             "seed": seed,
             **accuracies,
@@ -313,6 +310,10 @@ def _check_measurable(dataset: Dataset, on: str) -> None:
 
     if on not in dataset.splits:
         raise ConfigError(f"--on {on}: no images are held out; add data.validation=5000, or another number")
+
+
+def _accuracies(scores: dict[Measure, Score]) -> dict[str, float]:
+    return {accuracy_name(measure): score.accuracy for measure, score in scores.items()}
 
 
 def accuracy_name(measure: Measure) -> str:

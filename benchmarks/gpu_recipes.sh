@@ -2,7 +2,6 @@
 # The recipes of configs/ on a GPU, 20 seeds each, the fastest first. It ends after 20 minutes; the runs that are finished by
 # then are kept, and started again with the same RESULTS it goes on with the seeds that are missing.
 #   bash benchmarks/gpu_recipes.sh RESULTS DATA [PYTHON]
-# The views of TTA are measured once, at the end of a run, and not after every epoch: train.tta=false.
 # RESULTS receives RECIPE.json and RECIPE.jsonl, as benchmarks/accuracy.py writes them; DATA is what data.root takes.
 set -uo pipefail
 results=${1:?usage: gpu_recipes.sh RESULTS DATA [PYTHON]}
@@ -22,7 +21,7 @@ for recipe in fast94 fast95 onecycle accurate96; do
   fi
   echo "== $recipe"
   timeout --signal=INT --kill-after=20 "$left" "$python" benchmarks/accuracy.py "configs/$recipe.yaml" --runs 20 \
-    train.device=cuda train.tta=false data.root="$data" data.download=false run.analyse=false \
+    train.device=cuda data.root="$data" data.download=false run.analyse=false \
     --finished "$results/$recipe.jsonl" --json "$results/$recipe.json" >"$results/$recipe.log" 2>&1 || code=1
   tail -n 15 "$results/$recipe.log" | cut -c1-300
 done

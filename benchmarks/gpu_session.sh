@@ -55,7 +55,7 @@ part throughput 360 "throughput.json trace.json trace.json.gz" "$python" benchma
 # their finished runs stay in the JSONL files, and are not repeated; further seeds: gpu_recipes.sh
 fast_words=("${data_words[@]}")
 if [ "$data" = - ]; then fast_words=(data.name=synthetic); fi
-part fast94 150 "fast94.json fast94.jsonl" "$python" benchmarks/accuracy.py configs/fast94.yaml --runs 5 train.tta=false \
+part fast94 150 "fast94.json fast94.jsonl" "$python" benchmarks/accuracy.py configs/fast94.yaml --runs 5 \
   "${fast_words[@]}" --finished "$results/fast94.jsonl" --json "$results/fast94.json"
 part onecycle 150 "onecycle.json onecycle.jsonl" "$python" benchmarks/accuracy.py configs/onecycle.yaml --runs 3 \
   "${data_words[@]}" --finished "$results/onecycle.jsonl" --json "$results/onecycle.json"

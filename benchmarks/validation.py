@@ -85,8 +85,8 @@ def by_epoch(session: Session, seed: int) -> list[dict[str, float]]:
     found: list[dict[str, float]] = []
     evaluate, loader = trainer.evaluate, session.eval_loader("test")
 
-    def both(after_batch: Any = None) -> Any:
-        scores = evaluate(after_batch)
+    def both(*rest: Any) -> Any:
+        scores = evaluate(*rest)
         tested = next(iter(trainer.evaluate_test(loader).values()))
         found.append({"validation": next(iter(scores.values())).accuracy, "test": tested.accuracy})
         print(f"seed {seed}, epoch {len(found)}: {found[-1]}", file=sys.stderr, flush=True)

@@ -76,7 +76,7 @@ class Choice:
     def _graph(self) -> str:
         """A digest of everything that changes what is compiled, or how fast it is."""
         trainer, config = self.trainer, to_dict(self.trainer.config)
-        train = ("batch_size", "eval_batch_size", "ema_decay", "tta", "sync_bn")
+        train = ("batch_size", "eval_batch_size", "ema_decay", "sync_bn")
         facts = {
             "net": config["net"],
             "augment": config["augment"] if trainer.backend.name == "torch" else None,

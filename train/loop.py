@@ -184,7 +184,10 @@ class Run:
         eval_begun = time.perf_counter()
         try:
             with self.times.on("evaluation", device):
-                scores = trainer.evaluate(self._stop_in_evaluation)
+                last = position.epoch + 1 == config.train.epochs
+                scores = trainer.evaluate(
+                    self._stop_in_evaluation, trainer.measures if last else trainer.plain_measures
+                )
         except _EvaluationInterrupted:
             self._save_inside(steps, losses, correct, seconds())
             raise self._interrupted() from None

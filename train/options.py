@@ -124,7 +124,8 @@ class TrainOptions:
     ema_every: int = key(1, "steps between updates of the average", at_least=1, at_most=1_000_000)
     tta: bool | Literal["shift"] = key(
         False,
-        "test-time augmentation reported beside the plain accuracy: true is flip, shift is flip, and flip and shift (6 views)",
+        "test-time augmentation after the last epoch, reported beside the plain accuracy: true is flip, shift is flip, and flip "
+        "and shift (6 views)",
         changes="speed",
     )
     sync_bn: bool = key(False, "batch-norm statistics over all processes together (torchrun); else each its own")

@@ -358,3 +358,24 @@ def test_no_two_curves_look_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     lines = [line for line in drawn[0].axes[1].get_lines() if not str(line.get_label()).startswith("_")]
     assert len(lines) == 1 + len(keys) == 7
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(lines)
+
+
+PLAIN = ("test", "ema_test")
+
+
+def test_a_view_of_the_last_epoch_alone_is_a_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of one point shows nothing."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(curves, "save", lambda figure, path: drawn.append(figure))
+    keys = [m.key for m in measures_of(TrainOptions(tta="shift", ema_decay=0.9))]
+    metrics = [
+        {"epoch": epoch, "train_loss": 1.0, "train_accuracy": 40.0}
+        | {f"{key}_{what}": 50.0 for key in keys for what in ("accuracy", "loss") if epoch == 3 or key in PLAIN}
+        for epoch in (1, 2, 3)
+    ]
+    curves.draw_curves(metrics, tmp_path / "curves.png")
+    lines = [line for line in drawn[0].axes[1].get_lines() if not str(line.get_label()).startswith("_")]
+    points = [line for line in lines if np.isfinite(np.asarray(line.get_ydata(), float)).sum() == 1]
+    assert len(points) == len(keys) - len(PLAIN) == 4
+    assert all(line.get_marker() != "None" for line in points)
+    assert len({(line.get_color(), line.get_marker()) for line in points}) == 4

@@ -314,9 +314,11 @@ def test_a_batch_larger_than_the_data_is_refused_without_importing_torch() -> No
 def test_ema_and_tta_are_reported_beside_the_plain_figure(quick_config: Config, tmp_path: Path) -> None:
     log = Lines()
     fit(changed(quick_config, {"train.ema_decay": 0.95, "train.tta": True}), tmp_path / "run", log=log)
-    record = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
-    assert {"test_accuracy", "test_tta_accuracy", "ema_test_accuracy", "ema_test_tta_accuracy"} <= record.keys()
+    first, *_, last = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert {"test_accuracy", "test_tta_accuracy", "ema_test_accuracy", "ema_test_tta_accuracy"} <= last.keys()
     assert "test, EMA and flip TTA: loss" in log.text
+    # the views are looked at once, after the last epoch
+    assert {key for key in last if "tta" not in key} == first.keys()
 
 
 def test_ema_is_the_running_average_of_the_weights(quick_config: Config) -> None:

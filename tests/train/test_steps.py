@@ -160,8 +160,8 @@ def test_padding_of_nan_counts_nothing() -> None:
 def test_flip_tta_is_the_mean_of_the_image_and_its_mirror() -> None:
     torch.manual_seed(3)
     net, images, labels = Flatten(), uint8_images(20), torch.randint(0, 4, (20,))
-    step = EvalStep(net, MEAN, STD, views=[VIEWS["plain"], VIEWS["tta"]])
-    plain, flip = evaluate(step, padded_batches(images, labels, 8)).scores
+    views = [VIEWS["plain"], VIEWS["tta"]]
+    plain, flip = evaluate(EvalStep(net, MEAN, STD), padded_batches(images, labels, 8), views=views).scores
     both = (numpy_logits(net, images) + numpy_logits(net, images.flip(3))) / 2
     assert flip.loss == pytest.approx(numpy_losses(both, labels.numpy()).mean(), rel=1e-5)
     assert plain.loss == pytest.approx(numpy_losses(numpy_logits(net, images), labels.numpy()).mean(), rel=1e-5)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from net.resnet import CustomResNet
 from train.step.steps import EvalStep
-from train.step.views import VIEWS, View, Views
+from train.step.views import VIEWS, View, Views, answers_to
 
 MEAN, STD = (120.0, 100.0, 90.0), (60.0, 50.0, 40.0)
 
@@ -73,8 +73,8 @@ def test_the_answer_is_numpys_weighted_mean_over_the_views() -> None:
     answers = np.stack([net.numpy(as_numpy_shows(images, view.mirror, view.shift)) for view in views])
     expected = np.average(answers, axis=0, weights=[view.weight for view in views])
     with torch.no_grad():
-        plain, found = EvalStep(net, MEAN, STD, views=[VIEWS["plain"], views])(images)
-        alone = EvalStep(net, MEAN, STD, views=[views])(images)
+        plain, found = answers_to([VIEWS["plain"], views], images, EvalStep(net, MEAN, STD))
+        (alone,) = answers_to([views], images, EvalStep(net, MEAN, STD))
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(plain.numpy(), answers[0], rtol=1e-5, atol=1e-6)
     assert torch.equal(alone, found)
@@ -87,7 +87,7 @@ def test_flip_tta_is_half_the_sum_of_the_two_answers_to_the_bit() -> None:
     with torch.no_grad():
         one = EvalStep(net, MEAN, STD)
         a, b = one(images), one(images.flip(3))
-        plain, both = EvalStep(net, MEAN, STD, views=[VIEWS["plain"], VIEWS["tta"]])(images)
+        plain, both = answers_to([VIEWS["plain"], VIEWS["tta"]], images, one)
     assert torch.equal(plain, a)
     assert torch.equal(both, (a + b) / 2)
 
@@ -99,7 +99,7 @@ def test_flip_and_shift_is_the_mean_of_six_crops_of_the_reflected_image() -> Non
     crops = [padded[:, :, k : k + 32, k : k + 32] for k in (1, 0, 2)]  # as it is, and moved by one pixel each way
     both = [(net.numpy(crop) + net.numpy(crop[..., ::-1])) / 2 for crop in crops]
     with torch.no_grad():
-        _, flip, six = EvalStep(net, MEAN, STD, views=list(VIEWS.values()))(images)
+        _, flip, six = answers_to(list(VIEWS.values()), images, EvalStep(net, MEAN, STD))
     np.testing.assert_allclose(flip.numpy(), both[0], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(six.numpy(), both[0] / 2 + (both[1] + both[2]) / 4, rtol=1e-5, atol=1e-6)
 
@@ -109,8 +109,27 @@ def test_views_that_share_a_look_ask_the_network_once() -> None:
     asked: list[object] = []
     net.register_forward_hook(lambda *call: asked.append(call))
     with torch.no_grad():
-        EvalStep(net, MEAN, STD, views=[VIEWS["plain"], VIEWS["tta"]])(uint8_images(2))
+        answers_to([VIEWS["plain"], VIEWS["tta"]], uint8_images(2), EvalStep(net, MEAN, STD))
     assert len(asked) == 2
+
+
+def test_answers_may_lie_in_memory_that_the_next_one_takes() -> None:
+    """As those of CUDA graphs do."""
+    torch.manual_seed(0)
+    net, images, place = LeftHalf(), uint8_images(5), torch.empty(5, 4)
+    with torch.no_grad():
+        own = answers_to(list(VIEWS.values()), images, EvalStep(net, MEAN, STD))
+        (plain,) = answers_to([VIEWS["plain"]], images, lambda shown: place.copy_(EvalStep(net, MEAN, STD)(shown)))
+        shared = answers_to(list(VIEWS.values()), images, lambda shown: place.copy_(EvalStep(net, MEAN, STD)(shown)))
+    assert torch.equal(plain, own[0])
+    assert torch.equal(shared, own)
+
+
+@pytest.mark.parametrize("view", [View(), View(mirror=True), View(shift=(1, -1)), View(mirror=True, shift=(-1, 1))])
+def test_a_view_lies_in_memory_as_the_image_does(view: View) -> None:
+    """A step that was compiled for the images is compiled again for other strides."""
+    for images in (uint8_images(3), uint8_images(3).contiguous(), torch.zeros(0, 3, 8, 8, dtype=torch.uint8)):
+        assert view.of(images).stride() == images.stride()
 
 
 @pytest.mark.parametrize("name", VIEWS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from train.failpoints import failpoint
+from train.step.views import VIEWS, Views, answers_to
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A score for each set of views that the step has, in their order; and the logits of the first set, if they were kept."""
+    """A score for each set of views, in their order; and the logits of the first set, if they were kept."""
 
     scores: tuple[Score, ...]
     logits: Tensor | None = None  # (N, C) float32 on the CPU, in the order of the loader
@@ -43,10 +44,12 @@ def evaluate(
     step: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor, Tensor]],
     *,
+    views: Sequence[Views] = (VIEWS["plain"],),
     keep_logits: bool = False,
     after_batch: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Run `step` (EvalStep) over batches (images, labels, valid). Rows that are not `valid` are padding and are not counted.
+    """Run `step` (EvalStep) over batches (images, labels, valid), once for each view that any of the sets `views` has. Rows that
+    are not `valid` are padding and are not counted.
 
     Totals stay on the device until the end, and are summed over the processes where torch.distributed runs. The network is
     in eval mode meanwhile, and afterwards in the mode it had. `after_batch(done)` is called on the host after each batch,
@@ -55,7 +58,7 @@ def evaluate(
     modes = [(module, module.training) for module in step.modules()]
     step.eval()
     try:
-        totals, kept = _totals(step, loader, keep_logits, after_batch)
+        totals, kept = _totals(step, loader, views, keep_logits, after_batch)
     finally:
         for module, mode in modes:
             module.training = mode
@@ -73,6 +76,7 @@ def evaluate(
 def _totals(
     step: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor, Tensor]],
+    views: Sequence[Views],
     keep_logits: bool,
     after_batch: Callable[[int], None] | None,
 ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
@@ -80,22 +84,26 @@ def _totals(
     if they are kept."""
     totals: Tensor | None = None
     kept: list[tuple[Tensor, Tensor]] = []
+
+    def ask(images: Tensor) -> Tensor:
+        if step._compiled_call_impl is not None:  # the next line imports the compiler
+            torch.compiler.cudagraph_mark_step_begin()
+        logits: Tensor = step(images)
+        return logits
+
     with torch.no_grad():
         for done, (images, labels, valid) in enumerate(loader, 1):
             failpoint("evaluate")
-            if step._compiled_call_impl is not None:  # the next line imports the compiler
-                torch.compiler.cudagraph_mark_step_begin()
-            logits = step(images)
-            views = logits if logits.ndim == 3 else logits[None]  # (views, N, C)
-            losses = torch.stack([F.cross_entropy(view, labels, reduction="none") for view in views])
-            hits = (views.argmax(2) == labels) & valid
+            answers = answers_to(views, images, ask)
+            losses = torch.stack([F.cross_entropy(logits, labels, reduction="none") for logits in answers])
+            hits = (answers.argmax(2) == labels) & valid
             # a padded row may hold NaN, so it is replaced and not multiplied by zero
             batch = torch.stack([torch.where(valid, losses, 0.0).sum(1), hits.sum(1)])
             count = valid.sum().expand(1, batch.shape[1])
             batch = torch.cat([batch, count]).to(torch.float32 if batch.device.type == "mps" else torch.float64)
             totals = batch if totals is None else totals + batch
             if keep_logits:
-                kept.append((views[0][valid].cpu(), labels[valid].cpu()))
+                kept.append((answers[0][valid].cpu(), labels[valid].cpu()))
             if after_batch is not None:
                 after_batch(done)
     return totals, kept

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train.step.views import VIEWS, Views, mean_over
-
 
 class _Normalised(nn.Module):
     """Casts, normalises and lays out uint8 images as the network wants them; the cast fuses into the first layer."""
@@ -108,24 +106,7 @@ class TrainStep(_Normalised):
 
 
 class EvalStep(_Normalised):
-    """Images uint8 (N, 3, H, W) to logits (N, C) float32, the mean over the views; with several sets of `views` to logits
-    (sets, N, C). The network must be in eval mode; call it under `torch.no_grad()`."""
-
-    def __init__(
-        self,
-        net: nn.Module,
-        mean: Sequence[float],
-        std: Sequence[float],
-        *,
-        views: Sequence[Views] = (VIEWS["plain"],),
-        autocast_dtype: torch.dtype | None = None,
-        channels_last: bool = True,
-    ) -> None:
-        super().__init__(net, mean, std, autocast_dtype, channels_last)
-        self.views = tuple(views)
+    """Images uint8 (N, 3, H, W) to logits (N, C) float32. The network must be in eval mode; call it under `torch.no_grad()`."""
 
     def forward(self, images: Tensor) -> Tensor:
-        looks = {(view.mirror, view.shift): view for views in self.views for view in views}
-        answers = {place: self.logits(view.of(images)) for place, view in looks.items()}
-        means = [mean_over(views, answers) for views in self.views]
-        return means[0] if len(means) == 1 else torch.stack(means)
+        return self.logits(images)

@@ -33,7 +33,7 @@ from train.step.meter import StepMeter
 from train.step.optim import Optimizers, parameter_groups
 from train.step.schedule import OneCycle, Rates
 from train.step.steps import EvalStep, TrainStep, balanced_weights, compile_in_place
-from train.step.views import VIEWS, Views
+from train.step.views import VIEWS
 
 
 def make_train_loader(
@@ -87,9 +87,9 @@ class Trainer:
 
     `step` is the compiled training step, inside DistributedDataParallel where there are several processes. `captured`, where
     there is one, replays `step` with the update as one CUDA graph. `net` is the network itself, without wrappers, so its
-    state-dict keys have no prefixes. `measures` is what the evaluation after an epoch reports, on the validation split where
-    there is one; the first of them chooses best.pt. `initial`: weights to begin with, by their names in the state; what they
-    leave out is drawn.
+    state-dict keys have no prefixes. `measures` is what the last evaluation reports, on the validation split where there is one,
+    and `plain_measures` what those after earlier epochs do; the first of both chooses best.pt. `initial`: weights to begin with,
+    by their names in the state; what they leave out is drawn.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Trainer:
         self.optimizers = Optimizers(groups, config.optim, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=runtime.precision == "fp16")
         self.measures = measures_of(config.train, "test" if dataset.validation is None else "validation")
-        self.further_step: EvalStep | None = None
+        self.plain_measures = tuple(measure for measure in self.measures if measure.views == "plain")
         self._build_steps(runtime.compile_mode)
         self.train_loader = self._train_loader(config.train.seed)
         self.eval_loader = self.make_eval_loader(self.measures[0].split, backend)
@@ -170,12 +170,7 @@ class Trainer:
             channels_last=runtime.channels_last,
         ).to(runtime.device)
         averaged: dict[str, nn.Module] = {} if self.ema is None else {"ema": self.ema.module}
-        self.eval_steps = {
-            weights: self._eval_step(module, self._views_of(weights))
-            for weights, module in {"": self.net, **averaged}.items()
-        }
-        if self.further_step is not None:
-            self.further_step = self._eval_step(self.net, self.further_step.views)
+        self.eval_steps = {weights: self._eval_step(module) for weights, module in {"": self.net, **averaged}.items()}
         if compile_mode is not None:
             self._compile_steps(compile_mode)
         self.step: nn.Module = self.train_step
@@ -190,33 +185,18 @@ class Trainer:
             }
             self.step = DistributedDataParallel(self.train_step, device_ids=devices, **off)
 
-    def _eval_step(self, net: nn.Module, views: Sequence[Views]) -> EvalStep:
+    def _eval_step(self, net: nn.Module) -> EvalStep:
         return EvalStep(
             net,
             self.dataset.mean,
             self.dataset.std,
-            views=views,
             autocast_dtype=self.runtime.autocast_dtype,
             channels_last=self.runtime.channels_last,
         ).to(self.runtime.device)
 
-    def look_further(self, views: Sequence[Views]) -> None:
-        """Make `further_step`, which evaluates these sets of views with the network's own weights, beside what the recipe
-        evaluates. To be called before `warm_up`, which compiles and captures it with the other steps."""
-        self.further_step = self._eval_step(self.net, views)
-        if self.runtime.compile_mode is not None:
-            compile_in_place(self.further_step, self.runtime.compile_mode)
-
-    def _all_eval_steps(self) -> list[EvalStep]:
-        return [*self.eval_steps.values(), *([] if self.further_step is None else [self.further_step])]
-
     def _compile_steps(self, mode: str) -> None:
-        for step in (self.train_step, *self._all_eval_steps()):
+        for step in (self.train_step, *self.eval_steps.values()):
             compile_in_place(step, mode)
-
-    def _views_of(self, weights: str) -> list[Views]:
-        """The sets of views that the recipe's measures have for these weights."""
-        return [VIEWS[measure.views] for measure in self.measures if measure.weights == weights]
 
     def compiled_on(self, mode: str) -> None:
         """Have the steps, which were built to run eagerly, compiled at their first call."""
@@ -281,7 +261,7 @@ class Trainer:
                 if self.runtime.step_graph:
                     self._capture(images, labels)
             with torch.no_grad():
-                for step in self._all_eval_steps():
+                for step in self.eval_steps.values():
                     step.eval()
                     for _ in calls:
                         torch.compiler.cudagraph_mark_step_begin()
@@ -360,25 +340,28 @@ class Trainer:
             if after_step is not None:
                 after_step(step + 1)
 
-    def evaluate(self, after_batch: Callable[[int], None] | None = None) -> dict[Measure, Score]:
-        """The scores of `measures`. An exception from `after_batch` ends the evaluation."""
-        return self._scores(self.measures, self.eval_loader, after_batch)
+    def evaluate(
+        self, after_batch: Callable[[int], None] | None = None, measures: Sequence[Measure] | None = None
+    ) -> dict[Measure, Score]:
+        """The scores of `measures`, by default of the recipe's. An exception from `after_batch` ends the evaluation."""
+        return self.evaluate_on(self.eval_loader, self.measures if measures is None else measures, after_batch)
 
     def evaluate_test(
         self, loader: EvalLoader, after_batch: Callable[[int], None] | None = None
     ) -> dict[Measure, Score]:
         """The same measures on the test set, which `loader` gives, for the end of a training with a validation split."""
-        return self._scores(measures_of(self.config.train, "test"), loader, after_batch)
+        return self.evaluate_on(loader, measures_of(self.config.train, "test"), after_batch)
 
-    def _scores(
-        self, measures: Sequence[Measure], loader: EvalLoader, after_batch: Callable[[int], None] | None
+    def evaluate_on(
+        self, loader: EvalLoader, measures: Sequence[Measure], after_batch: Callable[[int], None] | None = None
     ) -> dict[Measure, Score]:
+        """The scores of these measures on what `loader` gives. All views go through the same compiled step, one after another."""
         self.average_statistics()
         scores: dict[Measure, Score] = {}
         for weights, step in self.eval_steps.items():
-            found = evaluate(step, loader, after_batch=after_batch).scores
-            of_step = [measure for measure in measures if measure.weights == weights]
-            scores |= zip(of_step, found, strict=True)
+            if of_step := [measure for measure in measures if measure.weights == weights]:
+                views = [VIEWS[measure.views] for measure in of_step]
+                scores |= zip(of_step, evaluate(step, loader, views=views, after_batch=after_batch).scores, strict=True)
         return {measure: scores[measure] for measure in measures}
 
     def average_statistics(self) -> None:

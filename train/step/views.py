@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,16 +19,16 @@ class View:
     shift: tuple[int, int] = (0, 0)
 
     def of(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) as this view shows them."""
-        if self.mirror:
-            images = images.flip(3)
+        """Images (N, C, H, W) as this view shows them, laid out in memory as they are: a step that was compiled for those takes
+        these too."""
+        shown = images.flip(3) if self.mirror else images
         down, right = self.shift
-        if not (down or right):
-            return images
-        reach = max(abs(down), abs(right))
-        height, width = images.shape[2:]
-        padded = F.pad(images.float(), (reach,) * 4, mode="reflect").to(images.dtype)
-        return padded[:, :, reach - down : reach - down + height, reach - right : reach - right + width]
+        if down or right:
+            reach = max(abs(down), abs(right))
+            height, width = images.shape[2:]
+            padded = F.pad(shown.float(), (reach,) * 4, mode="reflect")
+            shown = padded[:, :, reach - down : reach - down + height, reach - right : reach - right + width]
+        return shown if shown is images else torch.empty_like(images).copy_(shown)
 
 
 Views = tuple[View, ...]
@@ -46,7 +48,17 @@ VIEWS: dict[str, Views] = {
 LABELS = {"plain": "", "tta": "flip TTA", "shift": "flip and shift TTA"}
 
 
-def mean_over(views: Views, answers: dict[tuple[bool, tuple[int, int]], Tensor]) -> Tensor:
+def answers_to(sets: Sequence[Views], images: Tensor, ask: Callable[[Tensor], Tensor]) -> Tensor:
+    """The mean logits (sets, N, C) for each set of views of the images (N, 3, H, W). `ask` gives the logits (N, C) for images,
+    and may use their memory again at its next call; it is called once for each look that any set has."""
+    looks = {(view.mirror, view.shift): view for views in sets for view in views}
+    if len(looks) == 1:
+        return torch.stack([ask(view.of(images)) for view in looks.values()]).expand(len(sets), -1, -1)
+    answers = {look: ask(view.of(images)).clone() for look, view in looks.items()}
+    return torch.stack([_mean_over(views, answers) for views in sets])
+
+
+def _mean_over(views: Views, answers: dict[tuple[bool, tuple[int, int]], Tensor]) -> Tensor:
     """The weighted mean of the logits (N, C) of the views; `answers` has them by (mirror, shift)."""
     if len(views) == 1:
         return answers[views[0].mirror, views[0].shift]
