@@ -115,34 +115,41 @@ def measure(config: Config, runs: int, finished: Path, log: Callable[[str], None
 
 
 def finished_report(config: Config, runs: int, finished: Path, on: str = "test") -> dict[str, Any] | None:
-    """As `measure`, over those of the runs that are in the file, without training; None where it has none of them."""
+    """As `measure`, over those of the runs that are in the file, without training; None where it has none of them. They may be of
+    another machine or arithmetic: of the recipe only what changes more than rounding has to be the same."""
     from train.config import to_dict
 
     recipe = comparable(to_dict(config), on)
-    first = config.train.seed
-    done = [entry for entry in read_finished(finished, recipe) if first <= entry["seed"] < first + runs]
+    first, last = config.train.seed, config.train.seed + runs
+    done = [entry for entry in read_finished(finished, recipe, exactly=False) if first <= entry["seed"] < last]
     return summarise(done, recipe, read_environment(finished)) if done else None
 
 
+def _must_agree(name: str, exactly: bool = True) -> bool:
+    """Whether runs of one file must have the same value of the key `section.key`: not of those that change nothing, not of
+    train.tta, as every run measures all views, and not of the seed. Without `exactly` it may change speed or rounding."""
+    from train.config import KEYS, changes
+
+    if name not in KEYS:  # of another version
+        return True
+    return name not in ("train.seed", "train.tta") and changes(name) in (
+        ("result", "rounding", "speed") if exactly else ("result",)
+    )
+
+
 def comparable(recipe: dict[str, Any], on: str = "test") -> dict[str, Any]:
-    """The part of a recipe that must be the same for all runs of a file: without the keys that change nothing, without train.tta,
-    as every run measures all views, and without the seed, which differs from run to run. It includes the split that is measured
-    where that is not the test set."""
-    from train.config import changes
-
-    def matters(name: str) -> bool:
-        return changes(name) != "nothing" and name not in ("train.seed", "train.tta")
-
+    """The part of a recipe that must be the same for all runs of a file. It includes the split that is measured where that is
+    not the test set."""
     kept = {
-        section: {key: value for key, value in keys.items() if matters(f"{section}.{key}")}
+        section: {key: value for key, value in keys.items() if _must_agree(f"{section}.{key}")}
         for section, keys in recipe.items()
     }
     return kept if on == "test" else kept | {"measured": {"on": on}}
 
 
-def read_finished(path: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
+def read_finished(path: Path, recipe: dict[str, Any], exactly: bool = True) -> list[dict[str, Any]]:
     """The finished runs, a dict each. An incomplete last line is removed from the file. RecipeChanged where the file is of
-    another recipe, or is not a file of finished runs."""
+    another recipe, or is not a file of finished runs; without `exactly` the recipes may differ in speed and rounding."""
     from train.config import KEYS, own_keys
 
     if not path.exists():
@@ -169,8 +176,8 @@ def read_finished(path: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
     now = flat(recipe)
     defaults = {name: KEYS[name][0].default if name in KEYS else None for name in (*now, *then)}
     then, now = defaults | then, defaults | now
-    changed = [f"{name}: {then[name]} -> {value}" for name, value in now.items() if then[name] != value]
-    if changed:
+    differ = [name for name, value in now.items() if then[name] != value and _must_agree(name, exactly)]
+    if changed := [f"{name}: {then[name]} -> {now[name]}" for name in differ]:
         raise RecipeChanged(
             f"{path} holds runs of another recipe ({'; '.join(changed)}); go on with that one, or name "
             "another file with --finished"

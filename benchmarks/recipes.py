@@ -32,6 +32,7 @@ KIND = "recipes"
 RECIPE = "onecycle"
 COMMON = ("data.validation=10000", "schedule.lr_max=0.4", "schedule.lr_min=0.004", "run.analyse=false")
 PEAK = 0.2  # of the epochs
+RUNS_OF_A_BASE = 3  # enough for others to be compared to it
 # what a candidate may have beside the base, by name
 OPTIONS: dict[str, tuple[str, ...]] = {
     "muon": ("optim.filters=muon", "optim.muon_lr=0.2"),
@@ -181,16 +182,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def summarise(stage: str, reports: dict[Candidate, dict[str, Any]]) -> dict[str, Any]:
-    """For each candidate its accuracies, and their differences, seed by seed, to the base that trains longest of those with most
-    runs, or to all options where there is no base: means with 95% intervals, in points. A seed that only one of two has is in no
-    difference."""
+    """For each candidate its accuracies, and their differences, seed by seed, to the base that trains longest of those with three
+    runs or with most, or to all options where there is no base: means with 95% intervals, in points. A seed that only one of two
+    has is in no difference."""
     from benchmarks.measure import statistic
     from benchmarks.tables import machine_of
 
     rows = []
     name_of_base = "base" if any(candidate.name == "base" for candidate in reports) else "all"
     bases = {candidate: report["runs"] for candidate, report in reports.items() if candidate.name == name_of_base}
-    longest = max(bases, key=lambda base: (bases[base], base.epochs))
+    longest = max(bases, key=lambda base: (min(bases[base], RUNS_OF_A_BASE), base.epochs, bases[base]))
     base = {run["seed"]: run for run in reports[longest]["finished"]}
 
     def against_all(candidate: Candidate, report: dict[str, Any]) -> dict[str, Any] | None:
@@ -206,6 +207,7 @@ def summarise(stage: str, reports: dict[Candidate, dict[str, Any]]) -> dict[str,
                 "name": candidate.name,
                 "options": list(candidate.words),
                 "epochs": report["recipe"]["train"]["epochs"],
+                "machine": machine_of(report),
                 "accuracies": {name: report[name] for name in ACCURACIES},
                 "differences": {name: statistic([a[name] - b[name] for a, b in pairs]) for name in ACCURACIES if pairs},
                 **({"against_all": against_all(candidate, report)} if candidate.name.startswith("without ") else {}),
@@ -216,13 +218,15 @@ def summarise(stage: str, reports: dict[Candidate, dict[str, Any]]) -> dict[str,
     machines = dict.fromkeys(
         f"{machine_of(report)}, torch {report['versions']['torch']}" for report in reports.values()
     )
+    precisions = dict.fromkeys(r["precision"] or r["recipe"]["train"]["precision"] for r in reports.values())
     return {
         "kind": KIND,
         "command": "",
         "stage": stage,
         "base": name_of_base,
         "base_epochs": longest.epochs,
-        **{key: first[key] for key in ("recipe", "machine", "versions", "commit", "precision")},
+        **{key: first[key] for key in ("recipe", "machine", "versions", "commit")},
+        "precision": " and ".join(precisions),
         "machines": list(machines),
         "runs": max(report["runs"] for report in reports.values()),
         "rows": rows,
@@ -246,6 +250,9 @@ def table(report: dict[str, Any]) -> list[str]:
     left_out = any(row.get("against_all") for row in report["rows"])
     if left_out:
         rows = [rows[0] + " against all, plain |", rows[1] + "---:|"]
+    several_machines = len({row.get("machine") for row in report["rows"]}) > 1
+    if several_machines:
+        rows = [rows[0] + " machine |", rows[1] + "---|"]
     for row in report["rows"]:
         cells = [_points(row["accuracies"][name]) for name in ACCURACIES]
         is_base = row["name"] == base and row["epochs"] == report["base_epochs"]
@@ -253,6 +260,8 @@ def table(report: dict[str, Any]) -> list[str]:
         cells += [_points(differences[name], "+") if name in differences else "" for name in ACCURACIES]
         if left_out:
             cells.append(_points(row["against_all"], "+") if row.get("against_all") else "")
+        if several_machines:
+            cells.append(row["machine"])
         rows.append(f"| {row['name']} | {row['epochs']} | {row['accuracies']['accuracy']['n']} | {' | '.join(cells)} |")
     return [
         *rows,

@@ -73,6 +73,27 @@ def test_the_base_of_most_runs_is_what_others_are_compared_to() -> None:
     assert report["base_epochs"] == 8 and report["rows"][2]["differences"]["accuracy"]["n"] == 3
 
 
+def test_a_base_of_three_runs_is_preferred_where_it_trains_longer() -> None:
+    reports = {
+        Candidate("base", (), 8): report_of([80.0, 81.0, 80.2, 80.3]),
+        Candidate("base", (), 24): report_of([84.0, 84.2, 84.4], epochs=24),
+        Candidate("all", (), 8): report_of([83.0, 83.1, 82.3, 82.0]),
+    }
+    report = recipes.summarise("epochs", reports)
+    assert report["base_epochs"] == 24 and report["rows"][2]["differences"]["accuracy"]["n"] == 3
+
+
+def test_rows_name_their_machine_where_there_are_several() -> None:
+    here, there = report_of([80.0, 81.0, 80.2]), report_of([83.0, 83.1])
+    there |= {"machine": {"gpu": "NVIDIA G1"}, "versions": {"torch": "2"}}
+    report = recipes.summarise("epochs", {Candidate("base", (), 8): here, Candidate("all", (), 8): there})
+    header, _, base, everything, _, caption = recipes.table(report | {"command": "the command"})
+    assert header.endswith("| machine |") and base.endswith("| 2 cores, X |") and everything.endswith("| NVIDIA G1 |")
+    assert header.count("|") == base.count("|") == everything.count("|")
+    assert "2 cores, X, torch 1; NVIDIA G1, torch 2" in caption
+    assert "machine |" not in recipes.table(made_up())[0]
+
+
 def test_what_is_left_out_is_compared_to_all_over_the_seeds_that_both_have() -> None:
     reports = {
         Candidate("base", (), 8): report_of([80.0, 81.0, 80.2]),
@@ -153,6 +174,11 @@ def test_a_campaign_goes_on_where_it_was(
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert again["rows"] == report["rows"] and again["machines"] == report["machines"]
     assert (tmp_path / "work" / "base-1.jsonl").read_text() == after
+    # other rounding is no other recipe there, and other epochs are
+    assert recipes.main([*words, "train.precision=fp32", "train.device=cuda", "--runs", "2", "--as-is"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == report["rows"]
+    assert recipes.main([*words, "optim.momentum=0.8", "--runs", "2", "--as-is"]) == 2
+    assert "optim.momentum: 0.9 -> 0.8" in capsys.readouterr().err
     assert recipes.main([*words, "--runs", "2", "--as-is", "--work", str(tmp_path / "none")]) == 2
     assert "no finished run" in capsys.readouterr().err
     with pytest.raises(SystemExit) as refused:
