@@ -150,6 +150,17 @@ def test_accuracy_table_says_what_its_times_leave_out() -> None:
     assert any("8.0 s with the evaluations" in line for line in accuracy.lines(report))
 
 
+def test_accuracy_table_gives_no_times_of_a_shared_machine() -> None:
+    seconds = {"lr_search": 1.0, "training": 9.0, "evaluation": 1.0, "tta": 0.1}
+    record = {"seed": 0, "accuracy": 93.0, "tta_accuracy": 93.2, "seconds": seconds, "images_per_second": 1.0}
+    never = {"seconds_to_94": None, "training_seconds_to_94": None}
+    found = accuracy.summarise([record | never], {}, {"machine": {"gpu": "GPU Y"}}) | {"command": "c"}
+    (_, _, alone, *_), (_, _, shared, *_) = (tables.accuracy_table([found | more]) for more in ({}, {"shared": True}))
+    assert alone.endswith("| 9.0 s | 10.0 s | not reached |")
+    assert shared.endswith("| 93.00 (1) | 93.20 (1) |  |  |  | not reached |")
+    assert alone.count("|") == shared.count("|")
+
+
 def test_a_document_without_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="no <!-- results"):
         tables.replaced("nothing here", "block")
