@@ -29,7 +29,7 @@ Metrics = Sequence[dict[str, Any]]
 # of the measures after the first
 COLOURS = {"plain": ORANGE, "tta": GREEN, "shift": PURPLE}  # by the views
 LINES = {"": ":", "ema": "-."}  # by the weights
-POINTS = {"": "D", "ema": "s"}  # likewise, where only the last epochs have the measure
+POINTS = {"": "D", "ema": "s"}  # likewise, where some epochs lack the measure
 TRAINING = "training, augmented"
 
 
@@ -52,7 +52,7 @@ def draw_curves(
     epoch of best.pt is marked. `metrics`: the lines of metrics.jsonl; `training_loss`: what `loss_label` says of it."""
     if not metrics:
         raise ValueError("no epoch to draw")
-    leading, *others = recorded(metrics[-1])
+    leading, *others = recorded({key for line in metrics for key in line})
     measured = f"{leading.key}_accuracy"
     epochs = [int(m["epoch"]) for m in metrics]
     figure = new_figure(9.6, 4.2, title, caption)
@@ -71,7 +71,7 @@ def draw_curves(
     for measure in others:
         values = [m.get(f"{measure.key}_accuracy", math.nan) for m in metrics]
         colour, line = COLOURS[measure.views], LINES[measure.weights]
-        once = {"marker": POINTS[measure.weights], "markersize": 5} if math.isnan(values[0]) else {}
+        once = {"marker": POINTS[measure.weights], "markersize": 5} if any(map(math.isnan, values)) else {}
         right.plot(epochs, values, color=colour, linestyle=line, label=measure.label, **once)
     left.set_ylabel("cross-entropy")
     left.set_yscale("log")

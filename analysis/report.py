@@ -48,7 +48,8 @@ PICTURES = {
     "curves.png": (
         "Loss and accuracy",
         "Training (dashed) is measured on augmented images while the weights still move, the others on plain ones after each "
-        "epoch. A loss that rises while the training loss falls is overfitting; the star marks the epoch of best.pt.",
+        "epoch, and with the views of test-time augmentation, if there are any, after the last. A loss that rises while the "
+        "training loss falls is overfitting; the star marks the epoch of best.pt.",
     ),
     "learning_rate.png": (
         "Learning rate",

@@ -46,7 +46,7 @@ TIMES_COVER = {
     "lr_search": "the range test, where the recipe asks for one",
     "training": "the epochs: input, augmentation, steps, and whatever the host did meanwhile",
     "evaluation": "the test set (or validation split) after each epoch, without TTA",
-    "tta": "flip TTA and 6-view TTA, which share two views, once, at the end, whatever train.tta says",
+    "tta": "flip TTA and 6-view TTA, which share two views, once, at the end; of the average of the weights too, if there is one",
     "once": "loading the data, building, compiling: once for all runs, in no run's time",
 }
 
@@ -116,32 +116,35 @@ def measure(config: Config, runs: int, finished: Path, log: Callable[[str], None
 
 def finished_report(config: Config, runs: int, finished: Path, on: str = "test") -> dict[str, Any] | None:
     """As `measure`, over those of the runs that are in the file, without training; None where it has none of them. They may be of
-    another machine or arithmetic: of the recipe only what changes more than rounding has to be the same."""
+    another machine or arithmetic: of the recipe only what changes more than rounding has to be the same. The report has that of
+    the file."""
     from train.config import to_dict
 
     recipe = comparable(to_dict(config), on)
     first, last = config.train.seed, config.train.seed + runs
     done = [entry for entry in read_finished(finished, recipe, exactly=False) if first <= entry["seed"] < last]
-    return summarise(done, recipe, read_environment(finished)) if done else None
+    return summarise(done, read_first(finished)["recipe"], read_environment(finished)) if done else None
 
 
 def _must_agree(name: str, exactly: bool = True) -> bool:
-    """Whether runs of one file must have the same value of the key `section.key`: not of those that change nothing, not of
-    train.tta, as every run measures all views, and not of the seed. Without `exactly` it may change speed or rounding."""
+    """Whether runs of one file must have the same value of the key `section.key`: not of those that change nothing, and not of
+    the seed. Without `exactly` it may change speed or rounding."""
     from train.config import KEYS, changes
 
     if name not in KEYS:  # of another version
         return True
-    return name not in ("train.seed", "train.tta") and changes(name) in (
-        ("result", "rounding", "speed") if exactly else ("result",)
-    )
+    return name != "train.seed" and changes(name) in (("result", "rounding", "speed") if exactly else ("result",))
 
 
 def comparable(recipe: dict[str, Any], on: str = "test") -> dict[str, Any]:
-    """The part of a recipe that must be the same for all runs of a file. It includes the split that is measured where that is
-    not the test set."""
+    """The part of a recipe that must be the same for all runs of a file, train.tta left out, as every run measures all views. It
+    includes the split that is measured where that is not the test set."""
+
+    def matters(name: str) -> bool:
+        return name != "train.tta" and _must_agree(name)
+
     kept = {
-        section: {key: value for key, value in keys.items() if _must_agree(f"{section}.{key}")}
+        section: {key: value for key, value in keys.items() if matters(f"{section}.{key}")}
         for section, keys in recipe.items()
     }
     return kept if on == "test" else kept | {"measured": {"on": on}}
@@ -190,9 +193,15 @@ def flat(recipe: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, keys in recipe.items() for key, value in keys.items()}
 
 
+def read_first(path: Path) -> dict[str, Any]:
+    """The first line of a file of finished runs: their recipe, and the environment of the first."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8").partition("\n")[0])
+    return found
+
+
 def read_environment(path: Path) -> dict[str, Any]:
     """The environment in which the file's first run was done."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8").partition("\n")[0])["environment"]
+    found: dict[str, Any] = read_first(path)["environment"]
     return found
 
 

@@ -186,7 +186,6 @@ def summarise(stage: str, reports: dict[Candidate, dict[str, Any]]) -> dict[str,
     runs or with most, or to all options where there is no base: means with 95% intervals, in points. A seed that only one of two
     has is in no difference."""
     from benchmarks.measure import statistic
-    from benchmarks.tables import machine_of
 
     rows = []
     name_of_base = "base" if any(candidate.name == "base" for candidate in reports) else "all"
@@ -207,7 +206,7 @@ def summarise(stage: str, reports: dict[Candidate, dict[str, Any]]) -> dict[str,
                 "name": candidate.name,
                 "options": list(candidate.words),
                 "epochs": report["recipe"]["train"]["epochs"],
-                "machine": machine_of(report),
+                "on": _on(report),
                 "accuracies": {name: report[name] for name in ACCURACIES},
                 "differences": {name: statistic([a[name] - b[name] for a, b in pairs]) for name in ACCURACIES if pairs},
                 **({"against_all": against_all(candidate, report)} if candidate.name.startswith("without ") else {}),
@@ -215,10 +214,6 @@ def summarise(stage: str, reports: dict[Candidate, dict[str, Any]]) -> dict[str,
             }
         )
     first = next(iter(reports.values()))
-    machines = dict.fromkeys(
-        f"{machine_of(report)}, torch {report['versions']['torch']}" for report in reports.values()
-    )
-    precisions = dict.fromkeys(r["precision"] or r["recipe"]["train"]["precision"] for r in reports.values())
     return {
         "kind": KIND,
         "command": "",
@@ -226,11 +221,19 @@ def summarise(stage: str, reports: dict[Candidate, dict[str, Any]]) -> dict[str,
         "base": name_of_base,
         "base_epochs": longest.epochs,
         **{key: first[key] for key in ("recipe", "machine", "versions", "commit")},
-        "precision": " and ".join(precisions),
-        "machines": list(machines),
+        "precision": " and ".join(dict.fromkeys(row["on"][-1] for row in rows)),
+        "machines": list(dict.fromkeys(", ".join(row["on"][:-1]) for row in rows)),
         "runs": max(report["runs"] for report in reports.values()),
         "rows": rows,
     }
+
+
+def _on(report: dict[str, Any]) -> list[str]:
+    """The machine, the version of torch and the precision of runs."""
+    from benchmarks.tables import machine_of
+
+    precision = report["precision"] or report["recipe"]["train"]["precision"]
+    return [machine_of(report), f"torch {report['versions']['torch']}", precision]
 
 
 def _points(found: dict[str, Any], sign: str = "") -> str:
@@ -250,9 +253,10 @@ def table(report: dict[str, Any]) -> list[str]:
     left_out = any(row.get("against_all") for row in report["rows"])
     if left_out:
         rows = [rows[0] + " against all, plain |", rows[1] + "---:|"]
-    several_machines = len({row.get("machine") for row in report["rows"]}) > 1
-    if several_machines:
-        rows = [rows[0] + " machine |", rows[1] + "---|"]
+    places = {tuple(row.get("on", ())) for row in report["rows"]}
+    differing = [place for place, values in enumerate(zip(*places, strict=True)) if len(set(values)) > 1]
+    if differing:
+        rows = [rows[0] + " on |", rows[1] + "---|"]
     for row in report["rows"]:
         cells = [_points(row["accuracies"][name]) for name in ACCURACIES]
         is_base = row["name"] == base and row["epochs"] == report["base_epochs"]
@@ -260,8 +264,8 @@ def table(report: dict[str, Any]) -> list[str]:
         cells += [_points(differences[name], "+") if name in differences else "" for name in ACCURACIES]
         if left_out:
             cells.append(_points(row["against_all"], "+") if row.get("against_all") else "")
-        if several_machines:
-            cells.append(row["machine"])
+        if differing:
+            cells.append(", ".join(row["on"][place] for place in differing))
         rows.append(f"| {row['name']} | {row['epochs']} | {row['accuracies']['accuracy']['n']} | {' | '.join(cells)} |")
     return [
         *rows,

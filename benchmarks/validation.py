@@ -76,6 +76,7 @@ def by_epoch(session: Session, seed: int) -> list[dict[str, float]]:
     from train.loop import Run
     from train.run import find_rates
     from train.screen.notice import LongRunNotice
+    from train.step.measures import Measure
     from train.step.schedule import Rates, make_schedule
 
     trainer, config = session.trainer, session.config
@@ -87,7 +88,7 @@ def by_epoch(session: Session, seed: int) -> list[dict[str, float]]:
 
     def both(*rest: Any) -> Any:
         scores = evaluate(*rest)
-        tested = next(iter(trainer.evaluate_test(loader).values()))
+        (tested,) = trainer.evaluate_on(loader, [Measure("test")]).values()
         found.append({"validation": next(iter(scores.values())).accuracy, "test": tested.accuracy})
         print(f"seed {seed}, epoch {len(found)}: {found[-1]}", file=sys.stderr, flush=True)
         return scores

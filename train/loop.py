@@ -95,6 +95,7 @@ class Run:
                 )  # a kill may have left this file an epoch behind last.pt
             while self.position.epoch < self.config.train.epochs:
                 self._epoch()
+            self._add_views()
 
     def close(self) -> None:
         """Finish what is written beside the run's own files."""
@@ -192,6 +193,22 @@ class Run:
             self._save_inside(steps, losses, correct, seconds())
             raise self._interrupted() from None
         self._finish_epoch(losses, correct, seconds(), time.perf_counter() - eval_begun, scores)
+
+    def _add_views(self) -> None:
+        """Of a finished run that was resumed with more views than its last epoch was measured by: measure those."""
+        last = self.position.metrics[-1]
+        missing = [measure for measure in self.trainer.measures if f"{measure.key}_accuracy" not in last]
+        if not missing:
+            return
+        with self.times.on("evaluation", self.trainer.runtime.device):
+            scores = self.trainer.evaluate(self._stay_together, missing)
+        added: dict[str, float] = {}
+        for measure, score in scores.items():
+            added |= _recorded(measure, score)
+            self.log(f"{measure.label}: {score}")
+        last |= added
+        self._show(added)
+        self.save()
 
     @contextmanager
     def _noting_failure(self) -> Iterator[None]:
@@ -299,14 +316,17 @@ class Run:
         better = score.accuracy > position.best_accuracy
         if better:
             position.best_accuracy, position.best_epoch = score.accuracy, position.epoch
-        if self.writer is not None:
-            for name, value in entry.items():
-                if name != "epoch":
-                    self.writer.add_scalar(name, value, position.epoch)
-            self.writer.flush()
+        self._show({name: value for name, value in entry.items() if name != "epoch"})
         self.save(best=better)
         if self.trainer.group.any(self.signals.received is not None):
             raise self._interrupted()
+
+    def _show(self, values: dict[str, float]) -> None:
+        """Give TensorBoard, where it is asked for, these values of the last epoch."""
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, self.position.epoch)
+            self.writer.flush()
 
     @contextmanager
     def _saving_together(self) -> Iterator[None]:

@@ -49,6 +49,8 @@ def test_a_later_run_of_a_campaign_is_a_fresh_one_bit_for_bit(recipe_file: Path,
     assert_same(state["optimizer"], fresh["optimizer"])
     last = fresh["metrics"][-1]
     assert record["accuracy"] == last["test_accuracy"] and record["tta_accuracy"] == last["test_tta_accuracy"]
+    assert record["ema_accuracy"] == last["ema_test_accuracy"]
+    assert record["ema_tta_accuracy"] == last["ema_test_tta_accuracy"]
     assert record["ema_accuracy"] == last["ema_test_accuracy"] and record["test_loss"] == last["test_loss"]
 
 

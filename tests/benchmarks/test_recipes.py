@@ -88,10 +88,15 @@ def test_rows_name_their_machine_where_there_are_several() -> None:
     there |= {"machine": {"gpu": "NVIDIA G1"}, "versions": {"torch": "2"}}
     report = recipes.summarise("epochs", {Candidate("base", (), 8): here, Candidate("all", (), 8): there})
     header, _, base, everything, _, caption = recipes.table(report | {"command": "the command"})
-    assert header.endswith("| machine |") and base.endswith("| 2 cores, X |") and everything.endswith("| NVIDIA G1 |")
+    assert header.endswith("| on |")
+    assert base.endswith("| 2 cores, X, torch 1 |") and everything.endswith("| NVIDIA G1, torch 2 |")
     assert header.count("|") == base.count("|") == everything.count("|")
     assert "2 cores, X, torch 1; NVIDIA G1, torch 2" in caption
-    assert "machine |" not in recipes.table(made_up())[0]
+    assert "| on |" not in recipes.table(made_up())[0]
+    there = report_of([83.0, 83.1]) | {"precision": "fp32"}
+    report = recipes.summarise("epochs", {Candidate("base", (), 8): here, Candidate("all", (), 8): there})
+    _, _, base, everything, _, caption = recipes.table(report | {"command": "the command"})
+    assert base.endswith("| bf16 |") and everything.endswith("| fp32 |") and ", bf16 and fp32," in caption
 
 
 def test_what_is_left_out_is_compared_to_all_over_the_seeds_that_both_have() -> None:

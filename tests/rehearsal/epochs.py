@@ -77,6 +77,7 @@ def main() -> None:
         "mode": runtime.compile_mode,
         "not_captured": trainer.not_captured,
         "steps": steps,
+        "batches": len(trainer.eval_loader),
         "parts": parts,
         "convolutions": convolutions,
     }

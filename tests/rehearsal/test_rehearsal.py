@@ -129,7 +129,8 @@ def test_cuda_graphs_are_captured_in_the_warm_up_alone(gpu: Zygote) -> None:
     # one graph forward, one backward; an evaluation lies between the second epoch and the third
     for name in ("first_epoch", "second_epoch", "third_epoch"):
         assert parts[name]["graph_launches"] == 2 * report["steps"]
-    assert parts["evaluation"]["graph_launches"] > 0
+    # the image and its mirror, by the weights and by their average, in each batch: all by one graph for each of those two
+    assert parts["evaluation"]["graph_launches"] == 2 * 2 * report["batches"]
 
 
 @pytest.mark.parametrize(

@@ -321,6 +321,40 @@ def test_ema_and_tta_are_reported_beside_the_plain_figure(quick_config: Config, 
     assert {key for key in last if "tta" not in key} == first.keys()
 
 
+@pytest.mark.parametrize("validation", [None, 200])
+def test_a_finished_run_is_measured_by_the_views_that_it_is_resumed_with(
+    quick_config: Config, trained: Trained, tmp_path: Path, validation: int | None
+) -> None:
+    config = changed(quick_config, {"data.validation": validation})
+    with_views = changed(config, {"train.tta": "shift"})
+    run, whole = tmp_path / "run", trained(with_views)
+    shutil.copytree(trained(config), run)
+    log = Lines()
+    summary = fit(with_views, run, log=log, resume=True)
+    assert {key for key in summary if "tta" in key or "shift" in key} == {
+        "last_test_tta_accuracy",
+        "last_test_shift_accuracy",
+    }
+    at_once = read_metrics(whole / "metrics.jsonl")
+    for metrics in (read_metrics(run / "metrics.jsonl"), load_checkpoint(run / "last.pt")["metrics"]):
+        for line, expected in zip(metrics, at_once, strict=True):
+            assert line.keys() == expected.keys()
+            assert all(line[key] == expected[key] for key in line if key.endswith(("accuracy", "loss")))
+    assert (
+        json.loads((whole / "summary.json").read_text())["last_test_shift_accuracy"]
+        == summary["last_test_shift_accuracy"]
+    )
+    # they are measured once
+    before = (run / "last.pt").read_bytes()
+    fit(with_views, run, log=log, resume=True)
+    assert (run / "last.pt").read_bytes() == before
+    # a run that is trained on keeps those of the epoch that was its last
+    fit(changed(with_views, {"train.epochs": 3}), run, log=log, resume=True, extend=True)
+    split = "test" if validation is None else "validation"
+    had = [f"{split}_shift_accuracy" in line for line in read_metrics(run / "metrics.jsonl")]
+    assert had == [False, True, True]
+
+
 def test_ema_is_the_running_average_of_the_weights(quick_config: Config) -> None:
     trainer = make_trainer(changed(quick_config, {"train.ema_decay": 0.8, "train.ema_every": 2}), TORCH)
     names = ("classifier.weight", "prep.1.running_var", "prep.1.num_batches_tracked")

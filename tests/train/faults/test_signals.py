@@ -79,10 +79,12 @@ def test_a_signal_in_a_save_lets_it_finish(runs: Zygote, recipe: Path, tmp_path:
     load_checkpoint(tmp_path / "run" / "previous.pt")
 
 
+@pytest.mark.parametrize("last", [(), ("train.epochs=1", "schedule.peak_epoch=0.5", "train.tta=shift")])
 def test_a_signal_in_the_evaluation_does_not_wait_for_its_end(
-    runs: Zygote, recipe: Path, trained: Trained, tmp_path: Path
+    runs: Zygote, recipe: Path, trained: Trained, tmp_path: Path, last: tuple[str, ...]
 ) -> None:
-    more = ["train.eval_batch_size=10", "run.checkpoint_every=epoch"]
+    """That of an epoch, and that of the last one, which has the views."""
+    more = ["train.eval_batch_size=10", "run.checkpoint_every=epoch", *last]
     words = ["--config", recipe, *more]
     go_on = tmp_path / "go on"
     before = held("evaluate", 2, go_on, then="os._exit(98)")  # of 36 batches; there is no third
