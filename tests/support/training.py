@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from dali_pipeline import sources
 from dali_pipeline.backend import BackendChoice, choose_backend
 from train.config import Config
 from train.disk.checkpoint import load_checkpoint
+from train.machine.compiler import find_compiler
 from train.machine.runtime import prepare, seed_everything
 from train.screen.log import Log
 from train.step.trainer import Trainer
@@ -40,6 +42,13 @@ COMPILE = torch.nn.Module.compile
 def traced_only(module: torch.nn.Module, **how: Any) -> None:
     """In the place of `torch.nn.Module.compile`: graphs are found as ever, and not made into machine code."""
     COMPILE(module, backend="eager", dynamic=how.get("dynamic"))
+
+
+def needs_compiler() -> None:
+    """Skip the test where torch.compile has no C++ compiler that works."""
+    found, what = find_compiler(torch.device("cpu"))
+    if not found:
+        pytest.skip(what)
 
 
 class Lines(Log):

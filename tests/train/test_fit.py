@@ -16,7 +16,7 @@ import torch
 import yaml
 from places import ROOT
 from torch import Tensor
-from training import Lines, assert_equal_weights, make_trainer, traced_only, weights
+from training import Lines, assert_equal_weights, make_trainer, needs_compiler, traced_only, weights
 from whole_runs import Arm, Stop, Trained, equal, one_line, stop_before
 from zygote import Zygote
 
@@ -468,8 +468,7 @@ def test_a_checkpoint_of_another_device_keeps_this_ones_kernels_and_scaler(quick
 
 
 def compiling(config: Config) -> Config:
-    if not prepare(device="cpu", compile="auto").compile_mode:
-        pytest.skip("no C++ compiler here")
+    needs_compiler()
     torch._dynamo.reset()
     return changed(config, {"train.compile": "default"})
 
@@ -520,8 +519,7 @@ def test_a_compiled_step_equals_the_eager_one(quick_config: Config) -> None:
 @pytest.mark.long
 @pytest.mark.slow
 def test_deterministic_mode_gives_the_same_bits_twice_compiled(runs: Zygote, recipe: Path, tmp_path: Path) -> None:
-    if not prepare(device="cpu", compile="auto").compile_mode:
-        pytest.skip("no C++ compiler here")
+    needs_compiler()
     words = ["--config", recipe, "train.deterministic=true", "train.compile=default", "run.checkpoint_every=epoch"]
     words += ["train.epochs=1", "schedule.peak_epoch=0.5"]
     for name in "ab":

@@ -10,14 +10,13 @@ import pytest
 import torch
 from options import EVERYTHING, OPTIONS
 from torch import Tensor
-from training import assert_same, make_trainer
+from training import assert_same, make_trainer, needs_compiler
 
 import net as networks
 from dali_pipeline import sources
 from dali_pipeline.backend import BackendChoice
 from net.resnet import CustomResNet
 from train.config import Config, changed
-from train.machine.runtime import prepare
 from train.step.borrow import borrowed_state
 from train.step.meter import StepMeter
 from train.step.schedule import Rates, make_schedule
@@ -135,8 +134,7 @@ def test_in_bf16_the_options_together_follow_fp32(quick_config: Config) -> None:
 @pytest.mark.slow
 @pytest.mark.long
 def test_compiled_the_options_together_follow_the_eager_ones(quick_config: Config) -> None:
-    if not prepare(device="cpu", compile="auto").compile_mode:
-        pytest.skip("no compiler")
+    needs_compiler()
     eager, compiled = noise(quick_config), noise(quick_config, **{"train.compile": "default"})
     compiled.warm_up()
     expected, found = first_losses(eager), first_losses(compiled)

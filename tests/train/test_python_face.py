@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from places import ROOT
-from training import assert_equal_weights, weights
+from training import assert_equal_weights, needs_compiler, weights
 
 import train
 from dali_pipeline.options import DataOptions
@@ -315,10 +315,7 @@ def test_a_reader_that_went_away_costs_the_lines_and_not_the_callers_standard_ou
 
 @pytest.mark.slow
 def test_many_shapes_in_one_process_are_all_compiled(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    from train.machine.compiler import find_compiler
-
-    if not find_compiler(torch.device("cpu"))[0]:
-        pytest.skip("needs a C++ compiler")
+    needs_compiler()
     compile = torch.compile
     # traced as ever, and not made into machine code, which would take a minute each: the steps, and the torch pipeline
     monkeypatch.setattr(torch, "compile", lambda function, **how: compile(function, backend="eager", dynamic=False))
