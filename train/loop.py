@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from typing import Any
@@ -19,10 +19,10 @@ from train.disk.snapshot import DataFacts, Position, Snapshot, load_snapshot
 from train.failpoints import failpoint
 from train.machine.signals import Interrupted
 from train.screen.notice import LongRunNotice
-from train.screen.progress import EpochDisplay
+from train.screen.progress import EpochDisplay, EvaluationDisplay
 from train.session import Session
 from train.step.evaluation import Score
-from train.step.measures import Measure
+from train.step.measures import Measure, measures_of
 from train.step.meter import NonFiniteLoss, StepMeter
 from train.step.schedule import OneCycle, Rates
 
@@ -121,7 +121,13 @@ class Run:
 
     def _measure_checkpoints(self, loader: EvalLoader) -> dict[str, dict[Measure, Score]]:
         trainer, position = self.trainer, self.position
-        found = {"last.pt": trainer.evaluate_test(loader, self._stay_together)}
+        measures = measures_of(self.config.train, "test")
+
+        def measured(checkpoint: str) -> dict[Measure, Score]:
+            with self._displayed(f"test set, {checkpoint}", loader, measures, self._stay_together) as after_batch:
+                return trainer.evaluate_on(loader, measures, after_batch)
+
+        found = {"last.pt": measured("last.pt")}
         if not self.session.group.any(self.folder is not None):
             return found
         if position.best_epoch == position.epoch:
@@ -132,7 +138,7 @@ class Run:
         own = on_host({"model": trainer.net.state_dict(), "ema": trainer.ema and trainer.ema.state_dict()})
         trainer.load_weights(best)
         try:
-            return found | {"best.pt": trainer.evaluate_test(loader, self._stay_together)}
+            return found | {"best.pt": measured("best.pt")}
         finally:
             trainer.load_weights(own)
 
@@ -184,11 +190,15 @@ class Run:
             display.close()
         eval_begun = time.perf_counter()
         try:
-            with self.times.on("evaluation", device):
-                last = position.epoch + 1 == config.train.epochs
-                scores = trainer.evaluate(
-                    self._stop_in_evaluation, trainer.measures if last else trainer.plain_measures
-                )
+            last = position.epoch + 1 == config.train.epochs
+            measures = trainer.measures if last else trainer.plain_measures
+            with (
+                self.times.on("evaluation", device),
+                self._displayed(
+                    f"{title}, {measures[0].split}", trainer.eval_loader, measures, self._stop_in_evaluation
+                ) as after_batch,
+            ):
+                scores = trainer.evaluate(after_batch, measures)
         except _EvaluationInterrupted:
             self._save_inside(steps, losses, correct, seconds())
             raise self._interrupted() from None
@@ -200,8 +210,14 @@ class Run:
         missing = [measure for measure in self.trainer.measures if f"{measure.key}_accuracy" not in last]
         if not missing:
             return
-        with self.times.on("evaluation", self.trainer.runtime.device):
-            scores = self.trainer.evaluate(self._stay_together, missing)
+        loader = self.trainer.eval_loader
+        with (
+            self.times.on("evaluation", self.trainer.runtime.device),
+            self._displayed(
+                f"{missing[0].split} set, further views", loader, missing, self._stay_together
+            ) as after_batch,
+        ):
+            scores = self.trainer.evaluate(after_batch, missing)
         added: dict[str, float] = {}
         for measure, score in scores.items():
             added |= _recorded(measure, score)
@@ -250,6 +266,23 @@ class Run:
         """Whether the processes ask each other after this step: on GPUs, whose steps are short, only every few steps."""
         alone = self.trainer.group.world_size == 1
         return alone or self.trainer.runtime.device.type == "cpu" or done % STEPS_BETWEEN_QUESTIONS == 0
+
+    @contextmanager
+    def _displayed(
+        self, title: str, loader: EvalLoader, measures: Sequence[Measure], then: Callable[[int], None]
+    ) -> Iterator[Callable[[int], None]]:
+        """Gives what an evaluation by these measures is to call after each batch: it shows how far that is, and calls `then`."""
+        passes = len({measure.weights for measure in measures})
+        display = EvaluationDisplay(self.log, title, passes * len(loader))
+
+        def after_batch(done: int) -> None:
+            display.advance()
+            then(done)
+
+        try:
+            yield after_batch
+        finally:
+            display.close()
 
     def _stop_in_evaluation(self, done: int) -> None:
         if self._asking(done) and self.trainer.group.any(self.signals.received is not None):

@@ -55,7 +55,7 @@ def test_best_follows_validation_and_the_test_set_is_measured_once_by_both_check
 ) -> None:
     """With the order of the epochs' validation accuracies turned round, so that best.pt is not the last epoch."""
     asked: list[int] = []
-    original, original_test = Trainer.evaluate, Trainer.evaluate_test
+    original, original_on = Trainer.evaluate, Trainer.evaluate_on
 
     def falling(self: Trainer, *rest: Any) -> Any:
         asked.append(1)
@@ -64,12 +64,13 @@ def test_best_follows_validation_and_the_test_set_is_measured_once_by_both_check
 
     tested: list[int] = []
 
-    def testing(self: Trainer, *rest: Any) -> Any:
-        tested.append(len(asked))
-        return original_test(self, *rest)
+    def testing(self: Trainer, loader: Any, measures: Any, *rest: Any) -> Any:
+        if any(measure.split == "test" for measure in measures):
+            tested.append(len(asked))
+        return original_on(self, loader, measures, *rest)
 
     monkeypatch.setattr(Trainer, "evaluate", falling)
-    monkeypatch.setattr(Trainer, "evaluate_test", testing)
+    monkeypatch.setattr(Trainer, "evaluate_on", testing)
     log = Lines()
     summary = fit(config, tmp_path / "run", log=log)
     assert (summary["chosen_on"], summary["best_epoch"], summary["epochs"]) == ("validation", 1, 2)

@@ -1,9 +1,10 @@
-"""Shows how far an epoch has come, on a terminal and in a log file."""
+"""Shows how far an epoch or an evaluation has come, on a terminal and in a log file."""
 
 from __future__ import annotations
 
 import math
 import time
+from typing import Any
 
 from tqdm import tqdm
 
@@ -49,6 +50,38 @@ class EpochDisplay:
                 f"{self.title}: batch {done}/{self.steps}, loss {loss:.4f}, accuracy {accuracy:.2f}%, "
                 f"{rate:,.0f} images/s, {duration(left)} to go"
             )
+            self.next_line = now + self.line_seconds
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class EvaluationDisplay:
+    """A progress bar on a terminal, for what takes more than a second; elsewhere a plain line every `line_seconds`."""
+
+    def __init__(self, log: Log, title: str, batches: int, line_seconds: float = 30.0) -> None:
+        self.log, self.title, self.batches, self.done = log, title, batches, 0
+        self.begun, self.line_seconds = time.perf_counter(), line_seconds
+        self.next_line = self.begun + line_seconds
+        self.bar = None
+        if log.terminal and not log.quiet:
+            how: dict[str, Any] = {"desc": title, "unit": "batch", "dynamic_ncols": True, "leave": False, "delay": 1.0}
+            self.bar = tqdm(total=batches, **how)
+
+    def advance(self) -> None:
+        """To be called after each batch."""
+        self.done += 1
+        if self.bar is not None:
+            try:
+                self.bar.update()
+            except (OSError, ValueError):  # the terminal is gone, the run goes on
+                self.bar, self.next_line = None, math.inf
+            return
+        now = time.perf_counter()
+        if now >= self.next_line and self.done < self.batches:
+            left = (now - self.begun) / self.done * (self.batches - self.done)
+            self.log(f"{self.title}: batch {self.done}/{self.batches}, {duration(left)} to go")
             self.next_line = now + self.line_seconds
 
     def close(self) -> None:

@@ -346,12 +346,6 @@ class Trainer:
         """The scores of `measures`, by default of the recipe's. An exception from `after_batch` ends the evaluation."""
         return self.evaluate_on(self.eval_loader, self.measures if measures is None else measures, after_batch)
 
-    def evaluate_test(
-        self, loader: EvalLoader, after_batch: Callable[[int], None] | None = None
-    ) -> dict[Measure, Score]:
-        """The same measures on the test set, which `loader` gives, for the end of a training with a validation split."""
-        return self.evaluate_on(loader, measures_of(self.config.train, "test"), after_batch)
-
     def evaluate_on(
         self, loader: EvalLoader, measures: Sequence[Measure], after_batch: Callable[[int], None] | None = None
     ) -> dict[Measure, Score]:

@@ -14,7 +14,7 @@ from zygote import Zygote
 
 from train.disk.checkpoint import load_checkpoint
 from train.screen.log import Log
-from train.screen.progress import EpochDisplay
+from train.screen.progress import EpochDisplay, EvaluationDisplay
 from train.step.meter import StepMeter
 
 
@@ -102,7 +102,7 @@ def test_a_terminal_that_goes_away_stops_the_bar_and_not_the_run() -> None:
 
         def set_postfix_str(self, *_: Any, **__: Any) -> None: ...
 
-        def update(self, _: int) -> None:
+        def update(self, _: int = 1) -> None:
             raise OSError(5, "Input/output error")
 
     display = EpochDisplay(Log(quiet=True), "epoch", 3, 0, 10)
@@ -111,3 +111,8 @@ def test_a_terminal_that_goes_away_stops_the_bar_and_not_the_run() -> None:
     display.update(1, meter)
     display.update(2, meter)
     display.close()
+    evaluation = EvaluationDisplay(Log(quiet=True), "test", 3)
+    evaluation.bar = Gone()
+    evaluation.advance()
+    evaluation.advance()
+    evaluation.close()
