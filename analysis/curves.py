@@ -30,6 +30,7 @@ Metrics = Sequence[dict[str, Any]]
 COLOURS = {"plain": ORANGE, "tta": GREEN, "shift": PURPLE}  # by the views
 LINES = {"": ":", "ema": "-."}  # by the weights
 POINTS = {"": "D", "ema": "s"}  # likewise, where some epochs lack the measure
+POINT: dict[str, Any] = {"markersize": 6, "markeredgecolor": "white", "zorder": 4}  # above the star
 TRAINING = "training, augmented"
 
 
@@ -71,7 +72,7 @@ def draw_curves(
     for measure in others:
         values = [m.get(f"{measure.key}_accuracy", math.nan) for m in metrics]
         colour, line = COLOURS[measure.views], LINES[measure.weights]
-        once = {"marker": POINTS[measure.weights], "markersize": 5} if any(map(math.isnan, values)) else {}
+        once = POINT | {"marker": POINTS[measure.weights]} if any(map(math.isnan, values)) else {}
         right.plot(epochs, values, color=colour, linestyle=line, label=measure.label, **once)
     left.set_ylabel("cross-entropy")
     left.set_yscale("log")

@@ -12,8 +12,37 @@ from train.screen.log import Log
 from train.step.meter import StepMeter
 
 
-class EpochDisplay:
+class _Display:
     """A progress bar on a terminal; elsewhere a plain line every `line_seconds`, so that a log file stays readable."""
+
+    def __init__(self, log: Log, title: str, batches: int, line_seconds: float, **of_bar: Any) -> None:
+        self.log, self.title, self.batches = log, title, batches
+        self.begun, self.line_seconds = time.perf_counter(), line_seconds
+        self.next_line = self.begun + line_seconds
+        self.bar = None
+        if log.terminal and not log.quiet:
+            self.bar = tqdm(total=batches, desc=title, unit="batch", dynamic_ncols=True, leave=False, **of_bar)
+
+    def _move(self, done: int) -> None:
+        """Have the bar show that so many batches are done."""
+        assert self.bar is not None
+        try:
+            self.bar.update(done - self.bar.n)
+        except (OSError, ValueError):  # the terminal is gone, the run goes on
+            self.bar, self.next_line = None, math.inf
+
+    def _say(self, done: int, left: float, *facts: str) -> None:
+        """A line: so many batches are done, and the rest takes `left` seconds."""
+        self.log(f"{self.title}: {', '.join([f'batch {done}/{self.batches}', *facts, f'{duration(left)} to go'])}")
+        self.next_line = time.perf_counter() + self.line_seconds
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class EpochDisplay(_Display):
+    """How far an epoch is, with loss, accuracy and images a second; `start` of its steps were done before."""
 
     def __init__(
         self,
@@ -25,12 +54,8 @@ class EpochDisplay:
         processes: int = 1,
         line_seconds: float = 30.0,
     ) -> None:
-        self.log, self.title, self.steps, self.batch_size, self.processes = log, title, steps, batch_size, processes
-        self.start, self.begun, self.line_seconds = start, time.perf_counter(), line_seconds
-        self.next_line = self.begun + line_seconds
-        self.bar = None
-        if log.terminal and not log.quiet:
-            self.bar = tqdm(total=steps, initial=start, desc=title, unit="batch", dynamic_ncols=True, leave=False)
+        super().__init__(log, title, steps, line_seconds, initial=start)
+        self.start, self.batch_size, self.processes = start, batch_size, processes
 
     def update(self, done: int, meter: StepMeter) -> None:
         now = time.perf_counter()
@@ -38,55 +63,29 @@ class EpochDisplay:
             return
         loss, accuracy = meter.means(self.batch_size // self.processes)  # over the images of this process
         rate = (done - self.start) * self.batch_size / max(now - self.begun, 1e-9)
+        facts = (f"loss {loss:.4f}", f"accuracy {accuracy:.2f}%", f"{rate:,.0f} images/s")
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2f}%, {rate:,.0f} images/s", refresh=False)
-            try:
-                self.bar.update(done - self.bar.n)
-            except (OSError, ValueError):  # the terminal is gone, the run goes on
-                self.bar, self.next_line = None, math.inf
+            self.bar.set_postfix_str(", ".join(facts), refresh=False)
+            self._move(done)
         else:
-            left = (self.steps - done) * self.batch_size / max(rate, 1e-9)
-            self.log(
-                f"{self.title}: batch {done}/{self.steps}, loss {loss:.4f}, accuracy {accuracy:.2f}%, "
-                f"{rate:,.0f} images/s, {duration(left)} to go"
-            )
-            self.next_line = now + self.line_seconds
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+            self._say(done, (self.batches - done) * self.batch_size / max(rate, 1e-9), *facts)
 
 
-class EvaluationDisplay:
-    """A progress bar on a terminal, for what takes more than a second; elsewhere a plain line every `line_seconds`."""
+class EvaluationDisplay(_Display):
+    """How far an evaluation is; the bar comes only where that takes more than a second."""
 
     def __init__(self, log: Log, title: str, batches: int, line_seconds: float = 30.0) -> None:
-        self.log, self.title, self.batches, self.done = log, title, batches, 0
-        self.begun, self.line_seconds = time.perf_counter(), line_seconds
-        self.next_line = self.begun + line_seconds
-        self.bar = None
-        if log.terminal and not log.quiet:
-            how: dict[str, Any] = {"desc": title, "unit": "batch", "dynamic_ncols": True, "leave": False, "delay": 1.0}
-            self.bar = tqdm(total=batches, **how)
+        super().__init__(log, title, batches, line_seconds, delay=1.0)
+        self.done = 0
 
     def advance(self) -> None:
         """To be called after each batch."""
         self.done += 1
-        if self.bar is not None:
-            try:
-                self.bar.update()
-            except (OSError, ValueError):  # the terminal is gone, the run goes on
-                self.bar, self.next_line = None, math.inf
-            return
         now = time.perf_counter()
-        if now >= self.next_line and self.done < self.batches:
-            left = (now - self.begun) / self.done * (self.batches - self.done)
-            self.log(f"{self.title}: batch {self.done}/{self.batches}, {duration(left)} to go")
-            self.next_line = now + self.line_seconds
-
-    def close(self) -> None:
         if self.bar is not None:
-            self.bar.close()
+            self._move(self.done)
+        elif now >= self.next_line and self.done < self.batches:
+            self._say(self.done, (now - self.begun) / self.done * (self.batches - self.done))
 
 
 def duration(seconds: float) -> str:

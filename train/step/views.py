@@ -52,8 +52,6 @@ def answers_to(sets: Sequence[Views], images: Tensor, ask: Callable[[Tensor], Te
     """The mean logits (sets, N, C) for each set of views of the images (N, 3, H, W). `ask` gives the logits (N, C) for images,
     and may use their memory again at its next call; it is called once for each look that any set has."""
     looks = {(view.mirror, view.shift): view for views in sets for view in views}
-    if len(looks) == 1:
-        return torch.stack([ask(view.of(images)) for view in looks.values()]).expand(len(sets), -1, -1)
     answers = {look: ask(view.of(images)).clone() for look, view in looks.items()}
     return torch.stack([_mean_over(views, answers) for views in sets])
 
