@@ -30,7 +30,6 @@ Metrics = Sequence[dict[str, Any]]
 COLOURS = {"plain": ORANGE, "tta": GREEN, "shift": PURPLE}  # by the views
 LINES = {"": ":", "ema": "-."}  # by the weights
 POINTS = {"": "D", "ema": "s"}  # likewise, where some epochs lack the measure
-POINT: dict[str, Any] = {"markersize": 6, "markeredgecolor": "white", "zorder": 4}  # above the star
 TRAINING = "training, augmented"
 
 
@@ -72,8 +71,11 @@ def draw_curves(
     for measure in others:
         values = [m.get(f"{measure.key}_accuracy", math.nan) for m in metrics]
         colour, line = COLOURS[measure.views], LINES[measure.weights]
-        once = POINT | {"marker": POINTS[measure.weights]} if any(map(math.isnan, values)) else {}
-        right.plot(epochs, values, color=colour, linestyle=line, label=measure.label, **once)
+        once, label = {}, measure.label
+        if any(map(math.isnan, values)):  # points that may lie on each other: their numbers tell them apart
+            once = {"marker": POINTS[measure.weights], "markersize": 5}
+            label += f" {next(value for value in reversed(values) if not math.isnan(value)):.2f}%"
+        right.plot(epochs, values, color=colour, linestyle=line, label=label, **once)
     left.set_ylabel("cross-entropy")
     left.set_yscale("log")
     _plain_log_ticks(left)

@@ -379,3 +379,4 @@ def test_a_view_of_the_last_epoch_alone_is_a_point(tmp_path: Path, monkeypatch: 
     assert len(points) == len(keys) - len(PLAIN) == 4
     assert all(line.get_marker() != "None" for line in points)
     assert len({(line.get_color(), line.get_marker()) for line in points}) == 4
+    assert {str(line.get_label()).rpartition(" ")[2] for line in points} == {"50.00%"}
