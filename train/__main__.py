@@ -42,7 +42,8 @@ examples:
   torchrun --nproc-per-node=4 -m train --config configs/onecycle.yaml
 
 exit codes: 0 done; 2 the configuration, the data or the machine does not allow the run; 3 the loss became NaN or infinite;
-130, 143 and 138 interrupted (SIGINT, SIGTERM, SIGUSR1) with the state saved; 1 anything else.
+129, 130, 138 and 143 ended by SIGHUP, SIGINT, SIGUSR1 and SIGTERM, with the state saved where training had begun; 1 the run could
+not go on: disk full, out of memory, another process lost, or a bug.
 """
 
 

@@ -1,10 +1,10 @@
 """python -m train.export runs/NAME [--torch-export] [--onnx]: the network of a run for use elsewhere.
 
-Writes runs/NAME/export/model.safetensors: the network's own tensors, under their names in net/resnet.py, contiguous; what is
-needed to use them (class names, mean, std, keys of `net:`) is JSON text in the file's metadata under "about". The normalisation
-(pixels - mean) / std, per channel in units of 0..255, is NOT part of these weights. model.pt2 (torch.export) and model.onnx
-are whole programs from uint8 images (N, 3, H, W) of any N to logits (N, C), normalisation included. Each file is read back
-and must give the logits of the run's network on real test images before it gets its name.
+Writes runs/NAME/export/model.safetensors: the network's own tensors, under their names in net/resnet.py, contiguous. The
+normalisation (pixels - mean) / std, per channel in units of 0..255, is NOT part of these weights. model.pt2 (torch.export) and
+model.onnx are whole programs from uint8 images (N, 3, H, W) in RGB, of any N, to logits (N, C), normalisation included. What is
+needed to use them (class names, size of the images, mean, std, keys of `net:`) is JSON text in each file, as "about". Each file
+is read back and must give the logits of the run's network on real test images before it gets its name.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 
 import net as networks
 from dali_pipeline import sources
+from dali_pipeline.dataset import DataError
 from dali_pipeline.errors import UserError, at_home
 from net.interface import Network
 from net.options import NetOptions
@@ -49,6 +50,8 @@ REQUIRED_PACKAGES = {
     "model.pt2": (),
     "model.onnx": ("onnx", "onnxscript", "onnxruntime"),
 }
+
+OF_PROGRAMS = "images (N, 3, H, W), uint8, RGB"  # what they take
 
 
 class ExportError(UserError):
@@ -83,17 +86,20 @@ def program(snapshot: Snapshot, net: Network) -> EvalStep:
 
 def first_test_images(snapshot: Snapshot, root: Path | None) -> Tensor:
     """(IMAGES, 3, H, W) uint8: the first test images of the data set that the run was trained on. Raises DataError."""
-    dataset = sources.load(from_record(snapshot.config).data, root=root, download=False)
+    try:
+        dataset = sources.load(from_record(snapshot.config).data, root=root, download=False)
+    except DataError as error:
+        why = "  exports are verified on the run's test images; --data-root DIR names the folder here that holds them"
+        raise DataError(*error.args, why) from None
     return torch.from_numpy(dataset.test.take(slice(IMAGES)).images).permute(0, 3, 1, 2).contiguous()
 
 
-def _safetensors(path: Path, snapshot: Snapshot, net: Network, images: Tensor) -> Callable[[Tensor], Tensor]:
-    from safetensors.torch import load, save
-
+def about(snapshot: Snapshot, net: Network, images: str) -> dict[str, Any]:
+    """What a user of an export must know, `images` of its input; JSON can hold it."""
     data, options = snapshot.data, from_record(snapshot.config).net
-    about = {
+    return {
         "architecture": "CustomResNet",
-        "input": "(N, 3, H, W): pixels of 0..255 in RGB, minus mean, divided by std, per channel",
+        "input": images,
         **asdict(options),
         "logit_scale": net.logit_scale,
         "height_and_width": [data.height, data.width],
@@ -104,13 +110,20 @@ def _safetensors(path: Path, snapshot: Snapshot, net: Network, images: Tensor) -
         "epoch": snapshot.position.epoch,
         "test_accuracy": snapshot.test_accuracy,
     }
+
+
+def _safetensors(path: Path, snapshot: Snapshot, net: Network, images: Tensor) -> Callable[[Tensor], Tensor]:
+    from safetensors.torch import load, save
+
+    known = about(snapshot, net, "(N, 3, H, W): pixels of 0..255 in RGB, minus mean, divided by std, per channel")
     # safetensors refuses channels-last weights: it stores contiguous tensors only
     tensors = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
-    path.write_bytes(save(tensors, {"about": json.dumps(about)}))
+    path.write_bytes(save(tensors, {"about": json.dumps(known)}))
     content = path.read_bytes()  # by its content, as safetensors opens no name that is not UTF-8
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     read = json.loads(header["__metadata__"]["about"])
-    again = networks.build(NetOptions(**{name: read[name] for name in asdict(options)}), len(read["class_names"]))
+    options = {name: read[name] for name in asdict(from_record(snapshot.config).net)}
+    again = networks.build(NetOptions(**options), len(read["class_names"]))
     again.load_state_dict(load(content))
     return EvalStep(again, read["mean"], read["std"], channels_last=False).eval()
 
@@ -119,7 +132,7 @@ def _torch_export(path: Path, snapshot: Snapshot, net: Network, images: Tensor) 
     batch = {0: torch.export.Dim("batch", min=1)}
     exported = torch.export.export(program(snapshot, net), (images[:4],), dynamic_shapes=(batch,))
     with path.open("wb") as file:
-        torch.export.save(exported, file)
+        torch.export.save(exported, file, extra_files={"about": json.dumps(about(snapshot, net, OF_PROGRAMS))})
     with path.open("rb") as file:
         return torch.export.load(file).module()
 
@@ -137,6 +150,7 @@ def _onnx(path: Path, snapshot: Snapshot, net: Network, images: Tensor) -> Calla
         verbose=False,
     )
     assert made is not None
+    made.model.metadata_props["about"] = json.dumps(about(snapshot, net, OF_PROGRAMS))
     made.save(str(path), external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda batch: torch.from_numpy(session.run(["logits"], {"images": batch.numpy()})[0])

@@ -101,6 +101,20 @@ def test_programs_take_uint8_images_of_any_number(run: Path, name: str) -> None:
     assert accuracy(logits) == load_checkpoint(run / "best.pt")["test_accuracy"]
     with torch.no_grad():
         torch.testing.assert_close(run_program(run / name, images[:1]), program(snapshot, net)(images[:1]))
+    about = about_program(run / name)
+    assert about["class_names"] == [str(digit) for digit in range(10)]
+    assert about["height_and_width"] == [32, 32] and "uint8" in about["input"]
+
+
+def about_program(path: Path) -> Any:
+    if path.suffix == ".pt2":
+        files = {"about": ""}
+        torch.export.load(path, extra_files=files)
+        return json.loads(files["about"])
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return json.loads(session.get_modelmeta().custom_metadata_map["about"])
 
 
 def run_program(path: Path, images: torch.Tensor) -> torch.Tensor:
@@ -163,7 +177,8 @@ def test_what_cannot_be_exported_is_one_line(
     state["config"]["data"]["name"] = "cifar10"
     save_checkpoint(run / "other.pt", state)
     assert main([str(run), "--checkpoint", "other.pt", "--data-root", str(tmp_path)]) == 2
-    assert "data.root" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "could not be fetched" in error and "--data-root DIR names the folder" in error
     monkeypatch.setattr(train.export.importlib.util, "find_spec", lambda name: None)
     assert main([str(run), "--onnx"]) == 2
     error = capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,15 @@ import torch
 from options import EVERYTHING
 from torch import Tensor
 from training import Lines, assert_equal_weights, make_trainer, weights
+from whole_runs import Arm, equal
 
 import analysis
 from train.config import Config, changed
 from train.disk.checkpoint import load_checkpoint
 from train.disk.folder import read_metrics
+from train.failpoints import disarm
 from train.machine.process import process_as_found
+from train.machine.signals import Interrupted
 from train.run import fit
 from train.step.meter import NonFiniteLoss, StepMeter
 from train.step.schedule import OneCycle
@@ -199,6 +203,26 @@ def test_deterministic_mode_gives_the_same_bits_twice(cuda_config: Config, tmp_p
     finally:
         torch.use_deterministic_algorithms(False)
     assert_equal_weights(weights(tmp_path / "a" / "last.pt"), weights(tmp_path / "b" / "last.pt"))
+
+
+@pytest.mark.parametrize("mode", ["off", "default"])
+def test_a_deterministic_run_that_is_interrupted_ends_with_the_bits_of_the_whole_one(
+    cuda_config: Config, tmp_path: Path, arm: Arm, mode: str
+) -> None:
+    config = changed(cuda_config, {"train.deterministic": True, "train.compile": mode, "train.ema_decay": 0.9})
+    try:
+        fit(config, tmp_path / "whole", log=Lines())
+        arm("step", lambda count: signal.raise_signal(signal.SIGINT) if count == 15 else None)
+        with pytest.raises(Interrupted):
+            fit(config, tmp_path / "parts", log=Lines())
+        disarm()
+        assert load_checkpoint(tmp_path / "parts" / "last.pt")["step"] > 0  # in the middle of an epoch
+        fit(config, tmp_path / "parts", log=Lines(), resume=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    whole, parts = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts"))
+    for part in ("model", "ema", "optimizer"):
+        assert equal(whole[part], parts[part])
 
 
 def test_a_run_made_on_the_gpu_loads_on_the_cpu(cuda_config: Config, tmp_path: Path) -> None:
