@@ -104,7 +104,7 @@ class TrainOptions:
     )
     compile: Literal["auto", "off", "default", "reduce-overhead", "max-autotune"] = key(
         "auto",
-        "torch.compile mode; auto is default where a compiler is found, on a CPU in fp32 alone, where it also pays for the steps left",
+        "torch.compile mode; auto is default where a compiler is found, on a CPU in fp32 alone, if it pays for the steps left",
         changes="rounding",
     )
     step_graph: Literal["auto", "on", "off"] = key(
