@@ -100,7 +100,9 @@ def decoded_images(wanted: Wanted, say: Say | None = None) -> DecodedImages:
     write."""
     folders = [wanted.beside / FOLDER]
     if (caches := cache_folder()) is not None:
-        folders.append(caches / "decoded")
+        # one for each folder of images: names, sizes and times in two of them can be equal
+        whose = hashlib.sha256(os.fsencode(wanted.beside.resolve())).hexdigest()[:16]
+        folders.append(caches / "decoded" / whose)
     for folder in folders:
         if (found := _open(folder / wanted.name, wanted)) is not None:
             if not _mended(found, wanted):

@@ -3,6 +3,7 @@
     DIR/train/CLASS/...  DIR/test/CLASS/...  and perhaps  DIR/val/CLASS/...   (or valid, validation)
     DIR/train/CLASS/...  DIR/val/CLASS/...       without a test set val is the test set
     DIR/CLASS/...                                data.test of the images are held out as the test set
+    (Train, TRAIN and training are train too, and so on)
     data.table=FILE.csv                          columns path, label and perhaps split (train, val, test)
 
 Images are the files below CLASS, at any depth, of the kinds in SUFFIXES. Names that begin with a dot are passed over.
@@ -36,7 +37,12 @@ if TYPE_CHECKING:
     from dali_pipeline.image_files import Decoded
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
-SPLIT_NAMES = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
+# by the name of a folder, or in a table, in lower case
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 LISTED = 200  # broken files that are left out: so many are named, a line each
 MAX_DEPTH = 32  # folders below a class
 LARGEST_TABLE = 1 << 30  # bytes
@@ -192,19 +198,22 @@ def _by_folder(root: Path) -> Found:
     where, inside = printable_path(root), _folders(root)
     parts: dict[str, str] = {}  # by split, the folder
     notes, remarks = [], []
-    if "train" in inside:
+    named = {name: SPLIT_NAMES[name.lower()] for name in inside if name.lower() in SPLIT_NAMES}
+    trains = [name for name, split in named.items() if split == "train"]
+    # a class may be called train too, as beside car and bus: it then holds images and no folders
+    if trains and (len(named) == len(inside) or any(_folders(root / name) for name in trains)):
         for name in inside:
-            if name not in SPLIT_NAMES:
-                remarks.append(f"{printable_path(name)}/ beside train/ is passed over")
-            elif parts.setdefault(SPLIT_NAMES[name], name) != name:
-                raise DataError(f"{where}: holds both {parts[SPLIT_NAMES[name]]}/ and {name}/; keep one of them")
+            if name not in named:
+                remarks.append(f"{printable_path(name)}/ beside {trains[0]}/ is passed over")
+            elif parts.setdefault(named[name], name) != name:
+                raise DataError(f"{where}: holds both {parts[named[name]]}/ and {name}/; keep one of them")
         if "test" not in parts and "validation" in parts:
             parts["test"] = parts.pop("validation")
             notes.append(
                 f"{where}: there is no test/, so {parts['test']}/ is the test set; best.pt is chosen on it, unless "
                 "data.validation holds out other images for that"
             )
-    elif inside and set(inside) <= SPLIT_NAMES.keys():
+    elif inside and len(named) == len(inside):
         raise DataError(f"{where}: holds {'/ and '.join(inside)}/ but no train/")
     else:
         parts["train"] = ""
@@ -359,4 +368,4 @@ def _entries(rows: Any, header: Sequence[str], where: str) -> dict[str, tuple[st
 
 def _natural(label: str) -> tuple[int, str]:
     """Numbers by size, before words."""
-    return (int(label), "") if label.isascii() and label.isdigit() and len(label) < 19 else (1 << 62, label)
+    return (int(label), label) if label.isascii() and label.isdigit() and len(label) < 19 else (1 << 62, label)

@@ -55,6 +55,8 @@ class Npz(OwnImages):
             with zipfile.ZipFile(path) as archive:
                 parts = _parts(archive, where)
                 labels = [_labels(archive, part, where) for part in parts]
+                # sizes and times of two files can be equal, as of the folds of a cross-validation that one archive held
+                sums = [archive.getinfo(f"{part.images}.npy").CRC for part in parts]
             status = path.stat()
         except BROKEN as error:
             raise DataError(f"{where}: no NumPy file that can be read: {error}") from None
@@ -66,8 +68,11 @@ class Npz(OwnImages):
                 raise DataError(f"{where}: damaged: {error}") from None
 
         count = sum(part.shape[0] for part in parts)
+        if not count:
+            raise DataError(f"{where}: holds no image: {parts[0].images} is {parts[0].shape}")
+        facts = f"{status.st_size} {status.st_mtime_ns} {sums} {parts}"
         wanted = Wanted(
-            key=f"npz Pillow {pillow_version} {self.resize} {status.st_size} {status.st_mtime_ns} {parts}".encode(),
+            key=f"npz Pillow {pillow_version} {self.resize} {facts}".encode(),
             count=count,
             height=self.image_size,
             width=self.image_size,

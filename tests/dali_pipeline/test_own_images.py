@@ -118,6 +118,23 @@ def test_a_train_folder_alone_is_such_a_tree(tmp_path: Path) -> None:
     assert "notes/ beside train/ is passed over" in found.remarks
 
 
+@pytest.mark.parametrize(
+    ("train", "val", "test"), [("Train", "Val", "Test"), ("TRAIN", "Validation", "TEST"), ("training", "", "testing")]
+)
+def test_folders_of_splits_may_be_written_otherwise(tmp_path: Path, train: str, val: str, test: str) -> None:
+    tree(tmp_path, {f"{train}/a": 4, f"{train}/b": 3, f"{test}/a": 2, f"{test}/b": 1})
+    if val:
+        tree(tmp_path, {f"{val}/a": 2, f"{val}/b": 2}, seed=50)
+    found = load(tmp_path)
+    assert found.class_names == ("a", "b") and (len(found.train), len(found.test)) == (7, 3)
+    assert (found.validation is not None) == bool(val)
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    tree(tmp_path, {"bus": 20, "car": 20, "train": 20})
+    assert load(tmp_path, test=6).class_names == ("bus", "car", "train")
+
+
 def test_the_size_and_the_rule_are_those_of_the_keys(tmp_path: Path) -> None:
     for place, name in enumerate(("a", "b")):
         (tmp_path / "train" / name).mkdir(parents=True)
@@ -242,6 +259,9 @@ def test_a_table_names_files_labels_and_splits(tmp_path: Path) -> None:
     lines = [line.rpartition(";")[0].replace(";", ",") for line in lines]
     (tmp_path / "plain.csv").write_text("\n".join(lines), encoding="utf-8")
     assert len(load(tmp_path, table="plain.csv", test=3).test) == 3
+    zeros = ["path,label", *(f"pictures/{f.name},{('2', '01', '1', '02')[n % 4]}" for n, f in enumerate(files))]
+    (tmp_path / "zeros.csv").write_text("\n".join(zeros), encoding="utf-8")
+    assert load(tmp_path, table="zeros.csv", test=2).class_names == ("01", "1", "02", "2")
 
 
 def test_paths_in_a_table_may_hold_whatever_a_file_system_takes(tmp_path: Path) -> None:
@@ -320,6 +340,7 @@ def test_images_of_a_numpy_file_are_resized_as_files_are(tmp_path: Path) -> None
     [
         ({"pictures": np.zeros((2, 8, 8), np.uint8)}, "holds pictures; expected train_images"),
         ({"images": np.zeros((2, 8, 8)), "labels": np.arange(2)}, "float64"),
+        ({"images": np.zeros((0, 8, 8), np.uint8), "labels": np.zeros(0, int)}, "holds no image"),
         ({"images": np.zeros((2, 8, 8, 8, 3), np.uint8), "labels": np.arange(2)}, "three-dimensional"),
         ({"images": np.zeros((2, 8, 8, 8), np.uint8), "labels": np.arange(2)}, "three-dimensional"),
         ({"images": np.zeros((2, 8, 8), np.uint8), "labels": np.zeros((2, 5), int)}, "several labels an image"),
@@ -416,10 +437,37 @@ def test_where_nothing_can_be_written_it_lies_in_the_users_folder(
     )  # a folder cannot be made: for root too, who may write anywhere
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     found = load(tmp_path / "data")
-    assert len([*(tmp_path / "caches/cifar-throughput/decoded").iterdir()]) == 1 and "caches" in found.source
+    assert len([*(tmp_path / "caches/cifar-throughput/decoded").rglob("*.pixels")]) == 1 and "caches" in found.source
     (tmp_path / "other").write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     refused(tmp_path / "data", "no place to keep", "XDG_CACHE_HOME")
+
+
+def test_of_two_files_alike_in_name_size_and_time_each_keeps_its_own_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    for seed, name in enumerate(("a", "b")):
+        folder = tmp_path / name
+        (folder / "train").mkdir(parents=True)
+        (folder / decoded.FOLDER).write_bytes(b"")  # nothing can be kept here
+        for label in "xy":
+            (folder / "train" / label).mkdir()
+            for number in range(5):
+                file = folder / "train" / label / f"{number}.bmp"
+                Image.fromarray(picture(100 * seed + number)).save(file)
+                os.utime(file, ns=(0, 10**18))
+        np.savez(
+            tmp_path / f"{name}.npz",
+            images=np.stack([picture(100 * seed + n) for n in range(6)]),
+            labels=np.arange(6) % 2,
+        )
+        os.utime(tmp_path / f"{name}.npz", ns=(0, 10**18))
+    for kind, ending in (("folder", ""), ("npz", ".npz")):
+        first, second = (load(tmp_path / f"{name}{ending}", name=kind, test=2) for name in ("a", "b"))
+        for seed, found in enumerate((first, second)):
+            expected = contents(picture(100 * seed + n) for n in range(6))
+            assert contents([*found.train.images, *found.test.images]) <= expected
 
 
 def test_too_little_room_is_told_before_anything_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
