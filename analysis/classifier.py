@@ -36,7 +36,7 @@ from train.step.measures import measures_of
 from train.step.steps import EvalStep
 from train.step.views import VIEWS, Views
 
-BATCH = 512  # images that are predicted at once
+BATCH = 512  # images that are read at once; the network has train.eval_batch_size of them
 DEVICES = ("auto", "cpu", "cuda", "mps")
 # one image, or several of any kind: a path, a Pillow image, or uint8 (H, W, 3), and (N, H, W, 3) for several
 Images: TypeAlias = (
@@ -124,11 +124,15 @@ class Classifier:
         fit = fit or self._run.resize
         if fit not in ("crop", "squash"):
             raise AnalysisError(f"fit={fit!r}: expected crop or squash")
-        step, device = eval_step(self._run), self._run.runtime.device
+        step, device, batch_size = (
+            eval_step(self._run),
+            self._run.runtime.device,
+            self._run.config.train.eval_batch_size,
+        )
         reader, one_by_one = ImageFiles(*self.image_size, fit), _one_by_one(images)
         logits = [torch.empty(0, len(self.class_names))]
         while some := list(islice(one_by_one, BATCH)):
-            logits.append(logits_of(step, self._fitted(some, fit, reader), device))
+            logits.append(logits_of(step, self._fitted(some, fit, reader), device, batch_size))
         together = torch.cat(logits)
         labels = together.argmax(1).numpy()
         return Answers(

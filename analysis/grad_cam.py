@@ -45,6 +45,9 @@ from train.screen.log import Log
 #     a disc in the centre                               0.653               0.440
 DEFAULT_LAYER = "layer3"
 DEFAULT_LAYERS = {"layercam": "layer2", "hirescam": "layer2", "elementwise": "layer2"}
+PIXELS_AT_ONCE = (
+    64 * 32 * 32
+)  # of the images whose maps are made at once; at width 64 their forward and backward take some 250 MB
 # the classes of pytorch_grad_cam that take a network and a layer, and give a map for a class
 METHODS = {
     "gradcam": "GradCAM",
@@ -132,10 +135,15 @@ def heat_maps(
         with contextlib.redirect_stderr(io.StringIO()):
             cam = cam_class(plain, [chosen])
             try:
-                maps = cam(input_tensor=inputs, targets=[ClassifierOutputTarget(int(target)) for target in targets])
+                wanted = [ClassifierOutputTarget(int(target)) for target in targets]
+                size = max(1, PIXELS_AT_ONCE // (inputs.shape[2] * inputs.shape[3]))
+                maps = [
+                    cam(input_tensor=inputs[first : first + size], targets=wanted[first : first + size])
+                    for first in range(0, len(inputs), size)
+                ]
             finally:
                 cam.activations_and_grads.release()
-    return np.nan_to_num(np.asarray(maps, np.float32))
+    return np.nan_to_num(np.concatenate(maps).astype(np.float32))
 
 
 def _plain_copy(net: nn.Module) -> nn.Module:

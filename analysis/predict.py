@@ -98,7 +98,8 @@ def answers_for(run: LoadedRun, paths: Sequence[str], reader: ImageFiles) -> Ite
     the network has those before."""
     step, done = eval_step(run), 0
     for batch in _ahead(reader.read(paths)):
-        found = torch.softmax(logits_of(step, batch.pixels, run.runtime.device).double(), 1).numpy()
+        logits = logits_of(step, batch.pixels, run.runtime.device, run.config.train.eval_batch_size)
+        found = torch.softmax(logits.double(), 1).numpy()
         for place, (image, probabilities) in enumerate(zip(batch.pixels, found, strict=True)):
             yield batch.problems.get(place) or Answer(Path(paths[done + place]), image, probabilities)
         done += len(batch.pixels)

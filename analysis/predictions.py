@@ -98,11 +98,12 @@ def eval_step(run: LoadedRun, net: nn.Module | None = None) -> EvalStep:
     return step.to(runtime.device).eval()
 
 
-def logits_of(step: EvalStep, images: Pixels, device: torch.device) -> Tensor:
-    """(N, C) float32, on the CPU, for images (N, H, W, 3) uint8."""
+def logits_of(step: EvalStep, images: Pixels, device: torch.device, batch_size: int) -> Tensor:
+    """(N, C) float32, on the CPU, for images (N, H, W, 3) uint8, at most `batch_size` of them at once."""
     with torch.inference_mode(False), torch.no_grad():
-        logits: Tensor = step(torch.from_numpy(images).permute(0, 3, 1, 2).to(device))
-    return logits.float().cpu()
+        parts = torch.from_numpy(images).permute(0, 3, 1, 2).split(batch_size)
+        logits: list[Tensor] = [step(part.to(device)).float().cpu() for part in parts]
+    return torch.cat(logits)
 
 
 def predict_test(run: LoadedRun, say: Say = print) -> Predictions:

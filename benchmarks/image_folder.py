@@ -27,6 +27,7 @@ from dali_pipeline.backend import choose_backend
 from dali_pipeline.dataset import Dataset
 from dali_pipeline.errors import UserError, at_home
 from dali_pipeline.image_files import ImageFiles
+from dali_pipeline.sources.folder import training_folder
 from train.config import Config, changed
 from train.machine.environment import git_commit, versions
 from train.step.trainer import make_train_loader
@@ -92,7 +93,7 @@ def measure_folder(options: argparse.Namespace, config: Config, say: Callable[[s
     given = at_home(options.folder, "--folder", UserError)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         stack.enter_context(_without_cache(folder))
-        root = _linked(given, Path(folder) / "images")
+        root, theirs = (_linked(given, Path(folder) / name) for name in ("images", "theirs"))
         config = changed(config, {"data.root": str(root), "train.device": "cpu"})
         kept = root / decoded.FOLDER
 
@@ -102,7 +103,7 @@ def measure_folder(options: argparse.Namespace, config: Config, say: Callable[[s
 
         machine = machine_facts(device)
         dataset = sources.load(config.data, say)
-        files = TorchvisionFiles.of(root, dataset, config)
+        files = TorchvisionFiles.of(theirs, dataset, config)
         epochs = {name: _epochs(config, dataset, device, name, stack) for name in ("always", "never")}
         plain, whole = (files.loader(config.train.batch_size, augment) for augment in (False, True))
         stages: list[Sampled] = [
@@ -212,8 +213,7 @@ class TorchvisionFiles:
     def of(cls, root: Path, dataset: Dataset, config: Config) -> TorchvisionFiles:
         import torchvision
 
-        folder = root / "train" if (root / "train").is_dir() else root
-        return cls(folder, dataset.height, dataset.width, dataset.fill, torchvision.__version__)
+        return cls(training_folder(root), dataset.height, dataset.width, dataset.fill, torchvision.__version__)
 
     def images(self, augment: bool) -> Any:
         """The files as ImageFolder decodes, resizes, crops and augments them: uint8 (3, H, W)."""

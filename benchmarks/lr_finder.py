@@ -10,6 +10,7 @@ import hashlib
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +25,32 @@ GRID = (0.4, 0.8, 1.6)  # the fixed peak rates
 RECIPE = ["net.width=16", "train.epochs=4", "schedule.peak_epoch=1.5", "train.compile=off", "run.analyse=false"]
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=f"on top of {' '.join(RECIPE)}")
     parser.add_argument("--config", default=str(ROOT / "configs" / "onecycle.yaml"), help="the recipe (onecycle.yaml)")
     parser.add_argument("--seeds", type=whole(), default=5, help="range tests, and trainings with what they found")
-    parser.add_argument("--grid-seeds", type=whole(0), default=1, help="trainings for each rate of the grid")
+    parser.add_argument(
+        "--grid-seeds", type=whole(0), default=1, help="trainings for each rate of the grid; 0: no grid"
+    )
     parser.add_argument(
         "--work", type=Path, default=Path("runs/lr_finder"), help="run folders; what is there is not repeated"
     )
     parser.add_argument("--json", type=Path, help="write the result here")
-    options = parsed(parser)
+    options = parsed(parser, arguments)
     from benchmarks.outcome import explained, write_report
 
     with explained() as outcome:
-        result = measure(options)
+        result = measure(options, sys.argv[1:] if arguments is None else arguments)
         if options.json:
             write_report(options.json, result, indent=2)
         print(json.dumps(result))
     return outcome.code
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Do the range tests and trainings that are missing in --work, and return the results of all of them."""
+def measure(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
+    """Do the range tests and trainings that are missing in --work, and return the results of all of them; `arguments` are those
+    of the command."""
     from benchmarks.machine import command, shareable
     from train.config import load_config, to_dict
     from train.machine.environment import cpu_name, git_commit
@@ -84,15 +88,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         )
 
     grid: list[dict[str, Any]] = []
-    for lr_max in GRID:
+    for lr_max in GRID if options.grid_seeds else ():
         lr_min = lr_max / 200
         accuracies = [accuracy(f"grid-{lr_max}-{seed}", seed, lr_max, lr_min) for seed in range(options.grid_seeds)]
         grid.append({"lr_max": lr_max, "lr_min": lr_min, "accuracies": accuracies})
         print(f"grid {lr_max:g} / {lr_min:g}: {', '.join(f'{a:.2f}%' for a in accuracies)}", flush=True)
 
-    best = max(grid, key=lambda row: statistics.mean(row["accuracies"]))
+    best = max(grid, key=lambda row: statistics.mean(row["accuracies"]), default=None)
     return {
-        "command": command("lr_finder", sys.argv[1:]),
+        "command": command("lr_finder", arguments),
         "seeds": options.seeds,
         "grid_seeds": options.grid_seeds,
         "recipe": shareable(words),
@@ -103,7 +107,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "ratio_of_found_lr_max": max(f["lr_max"] for f in found) / min(f["lr_max"] for f in found),
         "ratio_of_found_lr_min": max(f["lr_min"] for f in found) / min(f["lr_min"] for f in found),
         "mean_accuracy_found": statistics.mean(f["accuracy"] for f in found),
-        "best_of_grid": {"lr_max": best["lr_max"], "accuracy": statistics.mean(best["accuracies"])},
+        "best_of_grid": best and {"lr_max": best["lr_max"], "accuracy": statistics.mean(best["accuracies"])},
     }
 
 

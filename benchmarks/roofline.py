@@ -230,6 +230,16 @@ def measured_steps(path: Path) -> tuple[str, float]:
         return report["machine"].get("gpu") or report["machine"]["cpu"], float(report["stages"]["step"]["median"])
 
 
+def gpu_of(device: str) -> str | None:
+    """The GPU of the table that torch calls `device`; None for one that is not in it, as cards for PCI Express are not."""
+    words = set(device.replace("-", " ").split())
+    if {"PCIe", "PCIE", "NVL"} & words:
+        return None
+    if {"A100", "40GB"} <= words:
+        return "A100-40"
+    return next((gpu.name for gpu in GPUS if gpu.name in words), None)
+
+
 def lines_of(report: dict[str, Any]) -> list[str]:
     """The report in words."""
     lines: list[str] = []
@@ -345,8 +355,7 @@ def make_report(plans: list[dict[str, Any]], epochs: int | None, measured: Path 
     beside = []
     if measured is not None:
         gpu, rate = measured_steps(measured)
-        words = gpu.replace("-", " ").split()
-        names = [p for p in predictions if p["gpu"] in words]
+        names = [p for p in predictions if p["gpu"] == gpu_of(gpu)]
         beside = [
             {"gpu": gpu, "images_per_second": rate, "ratio": rate / names[0]["images_per_second"] if names else None}
         ]

@@ -51,12 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
     from benchmarks.outcome import explained, write_report
     from dali_pipeline import sources
-    from train.config import load_config
+    from train.config import changed, load_config
 
     with explained() as outcome:
         given = {word.partition("=")[0] for word in options.overrides}
         words = [f"{key}={value}" for key, value in RECIPE.items() if key not in given]
         config = load_config(options.config, [*words, *options.overrides])
+        if config.data.name == "synthetic" and "data.synthetic_count" not in given:
+            count = max(config.data.synthetic_count, STEPS * config.train.batch_size)
+            config = changed(config, {"data.synthetic_count": count})
         report: dict[str, Any] = {"kind": "smoke", "checks": []}
         dataset = sources.load(config.data, download=False)
         losses: dict[str, float] = {}
@@ -140,7 +143,9 @@ def ten_steps(config: Config, dataset: Dataset, mode: str, losses: dict[str, flo
         batches = islice(trainer.train_loader.epoch(0), STEPS)
         found = [float(trainer.train_one(images, labels, RATE)[0]) for images, labels in batches]
         seconds = time.perf_counter() - begun
-    if len(found) < STEPS or not all(map(math.isfinite, found)):
+    if len(found) < STEPS:
+        raise ValueError(f"{len(found)} batches of {config.train.batch_size}, for {STEPS} steps the data are too few")
+    if not all(map(math.isfinite, found)):
         raise ValueError(f"losses {found}")
     for other, loss in losses.items():
         if abs(found[0] - loss) > AGREEMENT * abs(loss):

@@ -355,7 +355,13 @@ def _read_archive(
 def _check_archive(stream: FileIO, archive: Archive, path: Path) -> None:
     size = os.fstat(stream.fileno()).st_size
     begins = stream.read(40)
-    remedy = f"remove it or replace it by {archive.name} of {archive.size:,} bytes, sha256 {archive.sha256}"
+    right = f"{archive.name} of {archive.size:,} bytes, sha256 {archive.sha256}"
+    if path.name == archive.name:
+        remedy = f"remove it or replace it by {right}"
+    else:  # a file of the user's, named by data.root
+        remedy = (
+            f"data.root names {right}, or its folder; for data of your own give data.name=npz or data.name=folder too"
+        )
     if not begins.startswith(GZIP_MAGIC):
         raise DataError(f"{path}: not a gzip archive, {size:,} bytes that begin with {begins!r}; {remedy}")
     if size != archive.size:

@@ -200,8 +200,7 @@ def _by_folder(root: Path) -> Found:
     notes, remarks = [], []
     named = {name: SPLIT_NAMES[name.lower()] for name in inside if name.lower() in SPLIT_NAMES}
     trains = [name for name, split in named.items() if split == "train"]
-    # a class may be called train too, as beside car and bus: it then holds images and no folders
-    if trains and (len(named) == len(inside) or any(_folders(root / name) for name in trains)):
+    if trains and (len(named) == len(inside) or training_folder(root) != root):
         for name in inside:
             if name not in named:
                 remarks.append(f"{printable_path(name)}/ beside {trains[0]}/ is passed over")
@@ -242,6 +241,13 @@ def _by_folder(root: Path) -> Found:
     notes += not_followed(loops)
     remarks += passed_over(others)
     return made
+
+
+def training_folder(root: Path) -> Path:
+    """The folder of the training images' classes: train, however it is written, or else the root. A class may be called train
+    too, as beside car and bus: it then holds images and no folders."""
+    trains = [name for name in _folders(root) if SPLIT_NAMES.get(name.lower()) == "train"]
+    return next((root / name for name in trains if _folders(root / name)), root)
 
 
 def not_followed(loops: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from places import ROOT
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from analysis import calibration, compare, confusion, curves, grad_cam, style
+from analysis import calibration, compare, confusion, curves, grad_cam, predictions, style
 from analysis.plotting import Figure
 from analysis.predictions import Predictions
 from net.network import build
@@ -27,6 +27,7 @@ from train.options import OptimOptions, TrainOptions
 from train.step.measures import measures_of
 from train.step.range_test import RangeTest, suggest
 from train.step.schedule import OneCycle
+from train.step.steps import EvalStep
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,29 @@ def test_maps_of_images_in_one_batch_are_those_of_each_alone(net: CustomResNet, 
     for place in range(5):
         alone = grad_cam.heat_maps(net, inputs[place : place + 1], [place])
         np.testing.assert_allclose(alone[0], together[place], atol=1e-4)
+
+
+def test_the_network_never_sees_more_at_once_than_memory_has_room_for(
+    net: CustomResNet, inputs: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = grad_cam.heat_maps(net, inputs, [0, 1, 2, 3, 4])
+    sizes: list[int] = []
+    forward = CustomResNet.forward
+
+    def counted(self: CustomResNet, images: Tensor) -> Tensor:
+        sizes.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(CustomResNet, "forward", counted)
+    monkeypatch.setattr(grad_cam, "PIXELS_AT_ONCE", 2 * 32 * 32)
+    np.testing.assert_allclose(grad_cam.heat_maps(net, inputs, [0, 1, 2, 3, 4]), together, atol=1e-4)
+    assert max(sizes) == 2
+    sizes.clear()
+    step = EvalStep(net, (0.0,) * 3, (1.0,) * 3, channels_last=False).eval()
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
+    found = [predictions.logits_of(step, images, torch.device("cpu"), size) for size in (5, 2)]
+    assert sizes == [5, 2, 2, 1]
+    torch.testing.assert_close(found[0], found[1])
 
 
 # calibration

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from places import CONFIGS, ROOT
 from benchmarks import accuracy, footprint, lr_finder, machine, precision, smoke, throughput
 from benchmarks.outcome import write_report
 from dali_pipeline.errors import UserError
-from train.config import load_config
+from train.config import Config, load_config
+from train.step.range_test import Suggestion
 
 
 def test_a_recorded_command_names_no_folder_of_this_machine(tmp_path: Path) -> None:
@@ -214,6 +216,40 @@ def test_smoke_ends_with_a_line_for_every_part(tmp_path: Path, capsys: pytest.Ca
     dali = checks["DALI's probe"]["ok"]
     assert checks["DALI's pixels"]["ok"] == dali and code == (not dali)
     assert capsys.readouterr().out.count("ok ") == sum(check["ok"] for check in checks.values())
+
+
+def test_smoke_makes_images_enough_for_a_large_batch_and_says_where_they_are_too_few(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("probe", "pixels"):
+        monkeypatch.setattr(smoke, name, lambda *arguments: "fine")
+    words = ["--modes", "off", "--config", str(CONFIGS / "onecycle.yaml")]
+    words += ["train.device=cpu", "net.width=1", "train.batch_size=1100"]
+    assert smoke.main(words) == 0
+    assert "ok      compile off: 10 steps" in capsys.readouterr().out
+    assert smoke.main([*words, "data.synthetic_count=2200"]) == 1
+    assert "2 batches of 1100, for 10 steps the data are too few" in capsys.readouterr().out
+
+
+def test_the_grid_of_rates_may_be_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import train.run
+    import train.step.range_test
+
+    def trained(config: Config, folder: Path, **_: Any) -> None:
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text('{"last_accuracy": 80.0}')
+
+    monkeypatch.setattr(train.run, "find_rates_only", lambda *_, **__: None)
+    monkeypatch.setattr(train.run, "fit", trained)
+    monkeypatch.setattr(train.step.range_test.RangeTest, "read_csv", lambda path: None)
+    monkeypatch.setattr(train.step.range_test, "suggest", lambda _: Suggestion(lr_max=0.4, lr_min=0.002, lowest=1.2))
+    out = tmp_path / "found.json"
+    words = ["--seeds", "2", "--grid-seeds", "0", "--work", str(tmp_path / "work"), "--json", str(out)]
+    assert lr_finder.main(words) == 0
+    report = json.loads(out.read_text())
+    assert report["mean_accuracy_found"] == 80 and report["grid"] == [] and report["best_of_grid"] is None
 
 
 def test_smoke_goes_on_after_a_failure(

@@ -15,11 +15,13 @@ from benchmarks.measure import Rate
 pytest.importorskip("torchvision")
 
 
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+@pytest.fixture(params=["train and test", "classes"])
+def pictures(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """80 images: two splits of 40, or two classes of 40."""
     root = tmp_path / "pictures"
     generator = np.random.default_rng(0)
-    for name in ("train/ash", "train/birch", "test/ash", "test/birch"):
+    splits = ("train/ash", "train/birch", "test/ash", "test/birch")
+    for name in splits if request.param != "classes" else ("ash", "birch", "ash/more", "birch/more"):
         (root / name).mkdir(parents=True)
         for number in range(20):
             image = generator.integers(0, 256, (32, 32, 3), np.uint8)
@@ -42,6 +44,7 @@ def test_every_way_of_the_same_files_is_measured_and_the_users_folder_stays_as_i
         str(out),
         "train.batch_size=16",
         "data.backend=torch",
+        *(["data.test=40"] if (pictures / "ash").exists() else []),
     ]
     assert throughput.main(words) == 0
     assert sorted(pictures.rglob("*")) == before

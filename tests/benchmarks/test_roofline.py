@@ -162,6 +162,24 @@ def test_report_is_written_with_the_measurement_beside_it(tmp_path: Path, capsys
     assert "predicted" in printed and "measured on NVIDIA H200" in printed and "error" in printed
 
 
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "A100-40"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A100 80GB PCIe", None),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H200", "H200"),
+        ("Tesla V100-SXM2-16GB", "V100"),
+        ("Tesla T4", "T4"),
+        ("NVIDIA L40S", None),
+    ],
+)
+def test_a_measured_gpu_is_held_against_its_own_prediction(device: str, name: str | None) -> None:
+    assert roofline.gpu_of(device) == name
+
+
 def test_a_file_that_is_no_plan_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "other.json"
     path.write_text("{}")

@@ -235,8 +235,10 @@ def test_root_may_be_the_archive_itself(tmp_path: Path) -> None:
     dataset = load_cifar(cifar, path, mirrors=[])
     assert records_of(dataset.test).tobytes() == content["test_batch.bin"] and str(path) in dataset.source
     path.write_bytes(data[:-1])
-    refused(cifar, path, f"{path}: ")
+    assert "remove" not in refused(cifar, path, f"{path}: ")
     assert path.read_bytes() == data[:-1]
+    np.savez(tmp_path / "mine.npz", images=np.zeros((2, 8, 8), np.uint8))
+    assert "remove" not in refused(cifar, tmp_path / "mine.npz", "data.name=npz")
 
 
 def test_root_may_be_the_folder_itself_whatever_its_name(tmp_path: Path) -> None:
