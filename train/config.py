@@ -199,6 +199,10 @@ def _check_value(name: str, value: Any) -> None:
         wanted = f"one of {wanted}" if "|" in wanted else f"of type {wanted}"
         found = _TYPE_NAMES.get(type(value), type(value).__name__)
         raise ConfigError(f"{name}: {_shown(value)} ({found}) is not {wanted}")
+    if value == "":
+        raise ConfigError(
+            f"{name}: is empty, as where a variable of the shell is not set; give a value or leave the key out"
+        )
     if isinstance(value, str) and (problem := path_problem(value)):
         raise ConfigError(f"{name}: {_shown(value)}: {problem}")
     if isinstance(value, bool) or not isinstance(value, (int, float)):

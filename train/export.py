@@ -17,7 +17,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,29 @@ def require(name: str) -> None:
         raise ExportError(f"{name} needs {', '.join(missing)}: pip install -e '.[export]'")
 
 
-def network(snapshot: Snapshot, ema: bool = False) -> Network:
-    """The network of a checkpoint, in eval mode; with `ema` the average of its weights."""
+@dataclass(frozen=True)
+class Subject:
+    """What is exported: the network of a checkpoint, in eval mode; with `ema` with the average of its weights."""
+
+    snapshot: Snapshot
+    net: Network
+    ema: bool
+
+    def program(self) -> EvalStep:
+        """The network as a module from uint8 images to logits, normalisation included."""
+        data = self.snapshot.data
+        return EvalStep(self.net, data.mean, data.std, channels_last=False).eval()
+
+    @property
+    def test_accuracy(self) -> float | None:
+        """As measured after the checkpoint's last finished epoch, in percent; None where it was not."""
+        metrics = self.snapshot.position.metrics
+        found = metrics[-1].get("ema_test_accuracy" if self.ema else "test_accuracy") if metrics else None
+        return None if found is None else float(found)
+
+
+def subject(snapshot: Snapshot, ema: bool = False) -> Subject:
+    """The network of a checkpoint. Raises ExportError where its tensors are not those of its recipe, or there is no average."""
     weights = snapshot.model
     if ema:
         if snapshot.ema is None:
@@ -76,12 +97,7 @@ def network(snapshot: Snapshot, ema: bool = False) -> Network:
     if problem := misfit(weights, net.state_dict(), "ema" if ema else "model"):
         raise ExportError(f"the checkpoint is not that of the network of its recipe: {problem}")
     net.load_state_dict(weights)
-    return net.eval()
-
-
-def program(snapshot: Snapshot, net: Network) -> EvalStep:
-    """The network as a module from uint8 images to logits, normalisation included."""
-    return EvalStep(net, snapshot.data.mean, snapshot.data.std, channels_last=False).eval()
+    return Subject(snapshot, net.eval(), ema)
 
 
 def first_test_images(snapshot: Snapshot, root: Path | None) -> Tensor:
@@ -94,54 +110,55 @@ def first_test_images(snapshot: Snapshot, root: Path | None) -> Tensor:
     return torch.from_numpy(dataset.test.take(slice(IMAGES)).images).permute(0, 3, 1, 2).contiguous()
 
 
-def about(snapshot: Snapshot, net: Network, images: str) -> dict[str, Any]:
+def about(subject: Subject, images: str) -> dict[str, Any]:
     """What a user of an export must know, `images` of its input; JSON can hold it."""
-    data, options = snapshot.data, from_record(snapshot.config).net
+    data, options = subject.snapshot.data, from_record(subject.snapshot.config).net
     return {
         "architecture": "CustomResNet",
         "input": images,
         **asdict(options),
-        "logit_scale": net.logit_scale,
+        "logit_scale": subject.net.logit_scale,
         "height_and_width": [data.height, data.width],
         "data_name": data.data_name,
         "class_names": list(data.class_names),
         "mean": list(data.mean),
         "std": list(data.std),
-        "epoch": snapshot.position.epoch,
-        "test_accuracy": snapshot.test_accuracy,
+        "epoch": subject.snapshot.position.epoch,
+        "weights": "average" if subject.ema else "trained",
+        "test_accuracy": subject.test_accuracy,
     }
 
 
-def _safetensors(path: Path, snapshot: Snapshot, net: Network, images: Tensor) -> Callable[[Tensor], Tensor]:
+def _safetensors(path: Path, subject: Subject, images: Tensor) -> Callable[[Tensor], Tensor]:
     from safetensors.torch import load, save
 
-    known = about(snapshot, net, "(N, 3, H, W): pixels of 0..255 in RGB, minus mean, divided by std, per channel")
+    known = about(subject, "(N, 3, H, W): pixels of 0..255 in RGB, minus mean, divided by std, per channel")
     # safetensors refuses channels-last weights: it stores contiguous tensors only
-    tensors = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+    tensors = {name: tensor.contiguous() for name, tensor in subject.net.state_dict().items()}
     path.write_bytes(save(tensors, {"about": json.dumps(known)}))
     content = path.read_bytes()  # by its content, as safetensors opens no name that is not UTF-8
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     read = json.loads(header["__metadata__"]["about"])
-    options = {name: read[name] for name in asdict(from_record(snapshot.config).net)}
+    options = {name: read[name] for name in asdict(from_record(subject.snapshot.config).net)}
     again = networks.build(NetOptions(**options), len(read["class_names"]))
     again.load_state_dict(load(content))
     return EvalStep(again, read["mean"], read["std"], channels_last=False).eval()
 
 
-def _torch_export(path: Path, snapshot: Snapshot, net: Network, images: Tensor) -> Callable[[Tensor], Tensor]:
+def _torch_export(path: Path, subject: Subject, images: Tensor) -> Callable[[Tensor], Tensor]:
     batch = {0: torch.export.Dim("batch", min=1)}
-    exported = torch.export.export(program(snapshot, net), (images[:4],), dynamic_shapes=(batch,))
+    exported = torch.export.export(subject.program(), (images[:4],), dynamic_shapes=(batch,))
     with path.open("wb") as file:
-        torch.export.save(exported, file, extra_files={"about": json.dumps(about(snapshot, net, OF_PROGRAMS))})
+        torch.export.save(exported, file, extra_files={"about": json.dumps(about(subject, OF_PROGRAMS))})
     with path.open("rb") as file:
         return torch.export.load(file).module()
 
 
-def _onnx(path: Path, snapshot: Snapshot, net: Network, images: Tensor) -> Callable[[Tensor], Tensor]:
+def _onnx(path: Path, subject: Subject, images: Tensor) -> Callable[[Tensor], Tensor]:
     import onnxruntime
 
     made = torch.onnx.export(
-        program(snapshot, net),
+        subject.program(),
         (images[:4],),
         dynamo=True,
         input_names=["images"],
@@ -150,13 +167,13 @@ def _onnx(path: Path, snapshot: Snapshot, net: Network, images: Tensor) -> Calla
         verbose=False,
     )
     assert made is not None
-    made.model.metadata_props["about"] = json.dumps(about(snapshot, net, OF_PROGRAMS))
+    made.model.metadata_props["about"] = json.dumps(about(subject, OF_PROGRAMS))
     made.save(str(path), external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda batch: torch.from_numpy(session.run(["logits"], {"images": batch.numpy()})[0])
 
 
-MAKERS: dict[str, Callable[[Path, Snapshot, Network, Tensor], Callable[[Tensor], Tensor]]] = {
+MAKERS: dict[str, Callable[[Path, Subject, Tensor], Callable[[Tensor], Tensor]]] = {
     "model.safetensors": _safetensors,
     "model.pt2": _torch_export,
     "model.onnx": _onnx,
@@ -176,9 +193,7 @@ def _quiet() -> Any:
         logging.disable(previous)
 
 
-def export(
-    folder: Path, name: str, snapshot: Snapshot, net: Network, images: Tensor, limit: float | None = None
-) -> float:
+def export(folder: Path, name: str, subject: Subject, images: Tensor, limit: float | None = None) -> float:
     """Write folder/name and return the largest difference between its logits and the network's, relative to the largest logit.
 
     Raises ExportError where that exceeds `limit` (TOLERANCES[name]); the file is then discarded, and an older one stays.
@@ -188,8 +203,8 @@ def export(
     try:
         open_new(temporary).close()  # creates a regular file; the exporter then opens it by name
         with _quiet(), torch.no_grad():
-            logits_of = MAKERS[name](temporary, snapshot, net, images)
-            expected = program(snapshot, net)(images)
+            logits_of = MAKERS[name](temporary, subject, images)
+            expected = subject.program()(images)
             # in two batches, of other sizes than the one that the export was traced with
             found = torch.cat([logits_of(images[:3]), logits_of(images[3:])])
             if limit == 0:
@@ -236,12 +251,12 @@ def _export(options: argparse.Namespace, log: Log) -> None:
         require(name)
     run = at_home(options.run, "run folder", ExportError)
     snapshot = load_snapshot(run / options.checkpoint)
-    net = network(snapshot, options.ema)
+    exported = subject(snapshot, options.ema)
     images = first_test_images(snapshot, options.data_root)
     folder = own_folder(run, "export")
     folder.mkdir(exist_ok=True)
     for name in names:
-        difference = export(folder, name, snapshot, net, images)
+        difference = export(folder, name, exported, images)
         log(
             f"{folder / name}: equals the network's logits on {len(images)} test images to {difference:.1e} of the largest"
         )

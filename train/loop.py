@@ -218,6 +218,7 @@ class Run:
             ) as after_batch,
         ):
             scores = self.trainer.evaluate(after_batch, missing)
+        self._check_finite(scores, self.position.epoch)
         added: dict[str, float] = {}
         for measure, score in scores.items():
             added |= _recorded(measure, score)
@@ -225,6 +226,14 @@ class Run:
         last |= added
         self._show(added)
         self.save()
+
+    def _check_finite(self, scores: dict[Measure, Score], epoch: int) -> None:
+        """Raise NonFiniteLoss where the loss of a measure is no finite number, which no checkpoint may hold."""
+        for measure, score in scores.items():
+            if not math.isfinite(score.loss):
+                error = NonFiniteLoss(epoch - 1, self.trainer.steps_per_epoch - 1, score.loss)
+                error.args = (f"{measure.label} loss {score.loss} after epoch {epoch}; {_AFTER_NON_FINITE}",)
+                raise error
 
     @contextmanager
     def _noting_failure(self) -> Iterator[None]:
@@ -321,10 +330,7 @@ class Run:
         images = trainer.steps_per_epoch * config.train.batch_size
         train_loss, train_accuracy = math.fsum(losses) / len(losses), 100 * sum(correct) / images
         (leading, score), *others = scores.items()
-        if not math.isfinite(score.loss):
-            error = NonFiniteLoss(position.epoch, trainer.steps_per_epoch - 1, score.loss)
-            error.args = (f"{leading.label} loss {score.loss} after epoch {position.epoch + 1}; {_AFTER_NON_FINITE}",)
-            raise error
+        self._check_finite(scores, position.epoch + 1)
         position.epoch += 1
         position.step, position.step_losses, position.step_correct, position.seconds = 0, [], [], 0.0
         entry: dict[str, Any] = {

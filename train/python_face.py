@@ -37,14 +37,14 @@ class FinishedRun:
     folder: the run folder, absolute; `analysis.load(folder)` predicts, evaluates and draws from it.
     accuracy: of the test set after the last epoch (`last_accuracy` of summary.json), chosen by nothing.
     best_accuracy, best_epoch: of best.pt. Without a validation split the test set itself has chosen it, which flatters;
-        with one the accuracy is None where best.pt could not be read at the end.
+        with one the accuracy is None where best.pt could not be read at the end. Both are None where best.pt was lost.
     metrics: metrics.jsonl, a dict an epoch; summary: summary.json.
     """
 
     folder: Path
     accuracy: float
     best_accuracy: float | None
-    best_epoch: int
+    best_epoch: int | None
     metrics: list[dict[str, Any]] = field(repr=False)
     summary: dict[str, Any] = field(repr=False)
 

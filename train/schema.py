@@ -29,7 +29,7 @@ def _values(hint: Any, about: Mapping[str, Any]) -> dict[str, Any]:
         return (
             {"type": "string", "pattern": f"^{about['pattern']}$"}
             if "pattern" in about
-            else {"type": ["string", "integer"]}
+            else {"type": ["string", "integer"], "minLength": 1}
         )
     bounds = {word: about[bound] for bound, word in _BOUNDS.items() if bound in about and hint in (int, float)}
     return {"type": _TYPES[hint], **bounds}

@@ -90,6 +90,8 @@ BAD_FILES = {
     "a tag on a key": ("train: {!!float epochs: 3}", "tags"),
     "a directive": ("%TAG ! tag:yaml.org,2002:\n---\ntrain: {epochs: !int 3}", "tags"),
     "a character NUL": ('run: {dir: "a\\0b"}', "run.dir: 'a\\x00b': a name cannot hold the character NUL"),
+    "an empty path": ('run: {dir: ""}', "run.dir: is empty"),
+    "another empty path": ("data: {root: ''}", "data.root: is empty"),
     "half a surrogate pair": (
         'data: {root: "a\\ud800"}',
         "data.root: 'a\\ud800': no file can bear this name, its character 2",

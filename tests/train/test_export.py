@@ -15,12 +15,11 @@ from dali_pipeline import sources
 from dali_pipeline.dataset import Split
 from dali_pipeline.options import DataOptions
 from net import build
-from net.interface import Network
 from net.options import NetOptions
 from train.config import Config, changed
 from train.disk.checkpoint import load_checkpoint, save_checkpoint
-from train.disk.snapshot import Snapshot, load_snapshot
-from train.export import ExportError, export, main, network, program
+from train.disk.snapshot import load_snapshot
+from train.export import ExportError, Subject, export, main, subject
 from train.run import fit
 from train.screen.log import Log
 
@@ -54,14 +53,13 @@ def pixels() -> torch.Tensor:
 def test_safetensors_hold_all_that_is_needed_for_the_accuracy_of_the_checkpoint(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    safetensors = pytest.importorskip("safetensors", reason="safetensors is not installed (extra: export)")
+    pytest.importorskip("safetensors", reason="safetensors is not installed (extra: export)")
     from safetensors.torch import load_file
 
     assert main([str(run)]) == 0
     assert "to 0.0e+00" in capsys.readouterr().out
     path = run / "export" / "model.safetensors"
-    with safetensors.safe_open(path, framework="pt") as file:
-        about = json.loads(file.metadata()["about"])
+    about = about_tensors(path)
     net = build(NetOptions(width=about["width"], logit_scale=about["logit_scale"]), len(about["class_names"]))
     net.load_state_dict(load_file(path))
     mean, std = (torch.tensor(about[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
@@ -82,6 +80,11 @@ def test_ema_exports_the_average_and_is_refused_without_one(run: Path, capsys: p
     exported = load_file(run / "export" / "model.safetensors")
     assert torch.equal(exported["prep.0.weight"], state["ema"]["module.prep.0.weight"])
     assert not torch.equal(exported["prep.0.weight"], state["model"]["prep.0.weight"])
+    about = about_tensors(run / "export" / "model.safetensors")
+    assert about["weights"] == "average" and about["test_accuracy"] == state["metrics"][-1]["ema_test_accuracy"]
+    averaged = subject(load_snapshot(run / "best.pt"), ema=True).program()
+    with torch.no_grad():
+        assert accuracy(averaged(pixels())) == about["test_accuracy"]
     state["ema"] = None
     save_checkpoint(run / "best.pt", state)
     assert main([str(run), "--ema"]) == 2
@@ -94,16 +97,23 @@ def test_programs_take_uint8_images_of_any_number(run: Path, name: str) -> None:
     for package in train.export.REQUIRED_PACKAGES[name]:
         pytest.importorskip(package, reason=f"{package} is not installed (extra: export)")
     snapshot = load_snapshot(run / "best.pt")
-    net, images = network(snapshot), pixels()
-    difference = export(run, name, snapshot, net, images[:64])
+    exported, images = subject(snapshot), pixels()
+    difference = export(run, name, exported, images[:64])
     assert difference <= train.export.TOLERANCES[name]
     logits = run_program(run / name, images)
     assert accuracy(logits) == load_checkpoint(run / "best.pt")["test_accuracy"]
     with torch.no_grad():
-        torch.testing.assert_close(run_program(run / name, images[:1]), program(snapshot, net)(images[:1]))
+        torch.testing.assert_close(run_program(run / name, images[:1]), exported.program()(images[:1]))
     about = about_program(run / name)
     assert about["class_names"] == [str(digit) for digit in range(10)]
     assert about["height_and_width"] == [32, 32] and "uint8" in about["input"]
+
+
+def about_tensors(path: Path) -> Any:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["about"])
 
 
 def about_program(path: Path) -> Any:
@@ -128,15 +138,15 @@ def run_program(path: Path, images: torch.Tensor) -> torch.Tensor:
 
 
 def test_an_export_that_differs_is_not_kept_and_the_older_one_stays(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(path: Path, snapshot: Snapshot, net: Network, images: torch.Tensor) -> Any:
+    def wrong(path: Path, subject: Subject, images: torch.Tensor) -> Any:
         path.write_bytes(b"new")
-        return lambda batch: program(snapshot, net)(batch) + 0.01
+        return lambda batch: subject.program()(batch) + 0.01
 
     monkeypatch.setitem(train.export.MAKERS, "model.onnx", wrong)
     (run / "model.onnx").write_bytes(b"old")
     snapshot = load_snapshot(run / "best.pt")
     with pytest.raises(ExportError, match="differs from the network by"):
-        export(run, "model.onnx", snapshot, network(snapshot), pixels()[:32])
+        export(run, "model.onnx", subject(snapshot), pixels()[:32])
     assert (run / "model.onnx").read_bytes() == b"old"
     assert not list(run.glob(".*tmp*"))
 
@@ -144,9 +154,9 @@ def test_an_export_that_differs_is_not_kept_and_the_older_one_stays(run: Path, m
 def test_an_export_is_never_written_through_a_link(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def made(path: Path, snapshot: Snapshot, net: Network, images: torch.Tensor) -> Any:
+    def made(path: Path, subject: Subject, images: torch.Tensor) -> Any:
         path.write_bytes(b"new")
-        return program(snapshot, net)
+        return subject.program()
 
     monkeypatch.setitem(train.export.MAKERS, "model.safetensors", made)
     monkeypatch.setattr(train.export, "require", lambda name: None)
@@ -207,9 +217,9 @@ def test_every_export_holds_the_whitening_and_the_activation(
     values = {"train.epochs": 1, "schedule.peak_epoch": 0.5, "data.backend": "torch", "net.whitening": True}
     fit(changed(quick_config, {**values, "net.activation": activation}), tmp_path / "run", log=Log(quiet=True))
     snapshot = load_snapshot(tmp_path / "run" / "best.pt")
-    net = network(snapshot)
-    assert torch.isfinite(net.state_dict()["whitening.weight"]).all()
+    exported = subject(snapshot)
+    assert torch.isfinite(exported.net.state_dict()["whitening.weight"]).all()
     for name in ("model.safetensors", "model.pt2", "model.onnx"):
         for package in train.export.REQUIRED_PACKAGES[name]:
             pytest.importorskip(package, reason=f"{package} is not installed (extra: export)")
-        assert export(tmp_path, name, snapshot, net, pixels()[:64]) <= train.export.TOLERANCES[name]
+        assert export(tmp_path, name, exported, pixels()[:64]) <= train.export.TOLERANCES[name]

@@ -103,6 +103,12 @@ def test_for_another_number_of_classes_the_classifier_is_the_one_drawn_without_i
             {"net.width": 4},
             r"prep\.0\.weight is \(1, 3, 3, 3\) there, \(4, 3, 3, 3\) here; .* and \d+ more; it was trained with net\.width=1$",
         ),
+        ({"net.activation": "gelu"}, r"would compute something else .* it was trained with net\.activation=relu$"),
+        ({"net.logit_scale": 0.5}, r"would compute something else .* it was trained with net\.logit_scale=null$"),
+        (
+            {"net.norm_eps": 1e-3, "net.norm_momentum": 0.2},
+            r"trained with net\.norm_momentum=0\.1, net\.norm_eps=1e-05$",
+        ),
         ({"net.whitening": True}, r"whitening\.weight is missing there.*; it was trained with net\.whitening=False$"),
         ({"net.init": "{source}/config.yaml"}, r"config\.yaml: not usable, it carries no sha256"),
         ({"net.init": "/dev/zero"}, r"net\.init: /dev/zero: is neither a run folder nor a checkpoint's file"),

@@ -15,6 +15,11 @@ from train.config import ConfigError
 from train.disk.snapshot import Snapshot, load_snapshot
 
 CLASSIFIER = "classifier."  # its weights' names begin with it
+OF_THE_FUNCTION = (
+    "activation",
+    "logit_scale",
+    "norm_eps",
+)  # keys of `net:` that change what weights of one shape compute
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,8 @@ def load_initial_weights(given: str, options: NetOptions) -> InitialWeights:
     """The weights of a run folder's best.pt, or of a checkpoint's file, for a network of these options.
 
     Raises CheckpointError for a file that cannot be used, and ConfigError, with the names, where its tensors are not those of
-    the network; those of the classifier may be for another number of classes.
+    the network (those of the classifier may be for another number of classes), or the network would compute something else with
+    them.
     """
     path = at_home(given, "net.init", ConfigError)
     if path.is_dir():
@@ -75,12 +81,18 @@ def _check_tensors(path: Path, snapshot: Snapshot, options: NetOptions) -> None:
         for name in dict.fromkeys((*expected, *snapshot.model))
         if _shape(snapshot.model.get(name)) != _shape(expected.get(name))
     ]
-    if not wrong:
-        return
-    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     theirs = snapshot.config.get("net", {})
     ours = {name: value for name, value in vars(options).items() if name not in ("init", "freeze")}
-    keys = [f"net.{name}={theirs[name]}" for name, value in ours.items() if name in theirs and theirs[name] != value]
+    others = {name: theirs[name] for name, value in ours.items() if name in theirs and theirs[name] != value}
+    keys = [f"net.{name}={'null' if value is None else value}" for name, value in others.items()]
+    if not wrong:
+        if any(name in others for name in OF_THE_FUNCTION):
+            raise ConfigError(
+                f"net.init: {path}: its weights would compute something else in this network; it was trained with "
+                f"{', '.join(keys)}"
+            )
+        return
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     remedy = f"; it was trained with {', '.join(keys)}" if keys else ""
     raise ConfigError(f"net.init: {path}: its weights are of another network: {'; '.join(wrong[:3])}{more}{remedy}")
 

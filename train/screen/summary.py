@@ -30,16 +30,18 @@ def summary_lines(run: Run, path: Path | None, final: Final | None = None) -> tu
     seconds = sum(m["seconds"] for m in position.metrics)
     leading = trainer.measures[0]
     chosen_on_test = leading.split == "test"
+    # None where best.pt was lost, and no epoch came after that
+    best = position.best_accuracy if position.best_epoch else None
     if final is None:
         measured = {measure: last[f"{measure.key}_accuracy"] for measure in trainer.measures}
-        reached = {"best.pt": position.best_accuracy, "last.pt": last[f"{leading.key}_accuracy"]}
+        reached = {"best.pt": best, "last.pt": last[f"{leading.key}_accuracy"]}
     else:
         measured = {measure: score.accuracy for measure, score in final["last.pt"].items()}
         reached = {name: next(iter(scores.values())).accuracy for name, scores in final.items()}
     summary: dict[str, Any] = {
         "epochs": position.epoch,
         "best_accuracy": reached.get("best.pt"),
-        "best_epoch": position.best_epoch,
+        "best_epoch": position.best_epoch or None,
         "last_accuracy": reached["last.pt"],
         "chosen_on": leading.split,
         "lr_max": run.schedule.lr_max,
@@ -49,7 +51,7 @@ def summary_lines(run: Run, path: Path | None, final: Final | None = None) -> tu
         "peak_memory": peak_memory(trainer.runtime.device),
     }
     if final is not None:
-        summary["best_validation_accuracy"] = position.best_accuracy
+        summary["best_validation_accuracy"] = best
         summary["last_validation_accuracy"] = last[f"{leading.key}_accuracy"]
         epochs = {"best.pt": position.best_epoch, "last.pt": position.epoch}
         summary["test"] = {name: {"epoch": epochs[name], "accuracy": value} for name, value in reached.items()}
@@ -59,13 +61,7 @@ def summary_lines(run: Run, path: Path | None, final: Final | None = None) -> tu
     lines = [
         "",
         f"test accuracy  {reached['last.pt']:.2f}% after the last epoch ({position.epoch})",
-        f"best.pt        epoch {position.best_epoch}, chosen on the "
-        + (
-            f"test set itself: {position.best_accuracy:.2f}%, which flatters"
-            if chosen_on_test
-            else f"validation split ({position.best_accuracy:.2f}%)"
-            + (f": test accuracy {reached['best.pt']:.2f}%" if "best.pt" in reached else "")
-        ),
+        f"best.pt        {_best(best, position.best_epoch, chosen_on_test, reached.get('best.pt'))}",
         f"time           {duration(sum(parts.values()))}: "
         + ", ".join(f"{name} {duration(spent)}" for name, spent in parts.items()),
         f"throughput     {summary['images_per_second']:,.0f} images/s in training",
@@ -80,3 +76,13 @@ def summary_lines(run: Run, path: Path | None, final: Final | None = None) -> tu
         if not run.config.run.analyse:
             lines.append(f"next           python -m analysis {path}")
     return summary, lines
+
+
+def _best(best: float | None, epoch: int, chosen_on_test: bool, on_test: float | None) -> str:
+    """What there is to say of best.pt."""
+    if best is None:
+        return "lost, and no epoch came after that"
+    if chosen_on_test:
+        return f"epoch {epoch}, chosen on the test set itself: {best:.2f}%, which flatters"
+    reached = "" if on_test is None else f": test accuracy {on_test:.2f}%"
+    return f"epoch {epoch}, chosen on the validation split ({best:.2f}%){reached}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from train.disk.checkpoint import CheckpointError, load_checkpoint, save_checkpo
 from train.failpoints import disarm
 from train.run import fit
 from train.screen.log import Log
+from train.step.trainer import Trainer
 
 
 def test_a_damaged_checkpoint_is_refused_by_name_and_falls_back_when_asked(
@@ -113,6 +115,27 @@ def test_a_lost_best_is_said_and_the_best_of_the_epochs_to_come_takes_its_place(
     summary = fit(config, tmp_path / "run", log=log, resume=True)
     assert "the weights of epoch 1 (" in log.text and "are lost, and best.pt will be the best of" in log.text
     assert load_checkpoint(tmp_path / "run" / "best.pt")["epoch"] == summary["best_epoch"] == 2
+
+
+@pytest.mark.parametrize("validation", [None, 200])
+def test_a_best_that_a_finished_run_has_lost_has_no_accuracy(
+    quick_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, validation: int | None
+) -> None:
+    original, right = Trainer.evaluate, iter((150, 100))
+
+    def falling(self: Trainer, *rest: Any) -> Any:
+        return {measure: replace(score, correct=next(right)) for measure, score in original(self, *rest).items()}
+
+    config = changed(quick_config, {"data.backend": "torch", "data.validation": validation})
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "evaluate", falling)
+        assert fit(config, tmp_path / "run", log=Log(quiet=True))["best_epoch"] == 1
+    (tmp_path / "run" / "best.pt").unlink()
+    log = Lines()
+    summary = fit(config, tmp_path / "run", log=log, resume=True)
+    assert summary["best_epoch"] is summary["best_accuracy"] is summary.get("best_validation_accuracy") is None
+    assert "best.pt        lost, and no epoch came after that" in log.text and "-1" not in log.text
+    assert summary["last_accuracy"] > 0
 
 
 def test_a_kill_between_best_and_last_is_noticed_and_the_run_ends_with_the_same_bits(

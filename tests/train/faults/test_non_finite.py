@@ -64,3 +64,32 @@ def test_a_test_loss_that_is_no_number_is_not_saved(
     with pytest.raises(NonFiniteLoss, match="test loss nan after epoch 1"):
         fit(quick_config, tmp_path / "run", log=Log(quiet=True))
     assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 0
+
+
+@pytest.mark.parametrize("bad", [Measure(weights="ema"), Measure(views="tta"), Measure(weights="ema", views="shift")])
+def test_no_measure_that_is_no_number_is_saved(
+    quick_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: Measure
+) -> None:
+    original = Trainer.evaluate
+
+    def spoiled(self: Trainer, *arguments: Any) -> Any:
+        found = original(self, *arguments)
+        return found | ({bad: Score(math.inf, 0, 355)} if bad in found else {})
+
+    monkeypatch.setattr(Trainer, "evaluate", spoiled)
+    config = changed(quick_config, {"train.ema_decay": 0.9, "train.tta": "shift"})
+    with pytest.raises(NonFiniteLoss, match=f"^{bad.label} loss inf after epoch"):
+        fit(config, tmp_path / "run", log=Log(quiet=True))
+    state = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert state["epoch"] == (0 if bad.views == "plain" else config.train.epochs - 1)
+
+
+def test_views_that_are_no_number_are_not_added_to_a_finished_run(
+    quick_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(quick_config, tmp_path / "run", log=Log(quiet=True))
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    monkeypatch.setattr(Trainer, "evaluate", lambda *_: {Measure(views="tta"): Score(math.nan, 0, 355)})
+    with pytest.raises(NonFiniteLoss, match="flip TTA loss nan"):
+        fit(changed(quick_config, {"train.tta": True}), tmp_path / "run", log=Log(quiet=True), resume=True)
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
