@@ -169,7 +169,7 @@ def checkpoints(folder: Path) -> Case:
             note_changes(snapshot.machine, {"device": "cpu", "processes": 1}, Log(quiet=True))
             done += 1
         with contextlib.suppress(UserError):
-            export.network(load_snapshot(path / "last.pt"), ema=True)
+            export.subject(load_snapshot(path / "last.pt"), ema=True)
             load_run(path, checkpoint="last", device="cpu", need_data=False, say=lambda line: None).caption()
             done += 1
         return ("refused", "partly refused", "taken")[done]

@@ -102,7 +102,7 @@ def use(state: dict[str, Any], folder: Path, config: Config, trainer: Trainer) -
         assert len(str(error).splitlines()) == 1 and len(str(error)) < 2500
     for ema in (False, True):
         try:
-            export.network(load_snapshot(folder / "last.pt"), ema)
+            export.subject(load_snapshot(folder / "last.pt"), ema)
             load_run(folder, checkpoint="last", device="cpu", need_data=False, say=lambda line: None).caption()
             taken += 1
         except UserError as error:
