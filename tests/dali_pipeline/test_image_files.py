@@ -439,6 +439,25 @@ def test_images_are_turned_upright_and_cut_to_the_middle(tmp_path: Path) -> None
     assert squashed[8].min() > 200 and squashed[14:].max() < 50
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        entry(0x0131, 11, 1, 0x3F800000),  # the name of a program, as a number
+        entry(0x8769, 9, 1, 0xFFFFFFFF),  # a directory that lies before the beginning
+    ],
+)
+def test_exif_that_pillow_cannot_write_turns_an_image_all_the_same(tmp_path: Path, odd: bytes) -> None:
+    (tmp_path / "odd.jpg").write_bytes(jpeg_with(exif(TURN, odd)))
+    (tmp_path / "plain.jpg").write_bytes(jpeg_with(exif(TURN)))
+    assert np.array_equal(read_image(tmp_path / "odd.jpg", 32, 32), read_image(tmp_path / "plain.jpg", 32, 32))
+
+
+def test_exif_that_cannot_be_read_turns_nothing(tmp_path: Path) -> None:
+    (tmp_path / "plain.jpg").write_bytes(encoded(photo(), "JPEG", dpi=(72, 72)))
+    (tmp_path / "odd.jpg").write_bytes(encoded(photo(), "JPEG", dpi=(72, 72), exif=b"Exif\0\0no directory"))
+    assert np.array_equal(read_image(tmp_path / "odd.jpg", 32, 32), read_image(tmp_path / "plain.jpg", 32, 32))
+
+
 def test_deep_transparent_and_indexed_images_keep_their_look(tmp_path: Path) -> None:
     deep = np.full((40, 40), 32896, np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
