@@ -34,6 +34,7 @@ Decoder = Literal["cpu", "mixed"]
 
 # A batch ends where it reaches one of these: a photograph may decode to 40 MB.
 BATCH_FILES, BATCH_BYTES, BATCH_PIXELS = 256, 64 << 20, 40_000_000
+RULE = 2  # raised where the pixels of some file change while the libraries stay: images that are kept are then decoded anew
 WORTH_DALI = 64  # files from which on importing DALI and building its pipeline pays
 _DISTRIBUTIONS = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-dali-cuda110")
 

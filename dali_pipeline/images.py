@@ -1,6 +1,6 @@
 """Image files as RGB pixels of one size: the rule by which a folder of images is trained on and analysis.predict reads files.
 
-- What EXIF says of the orientation is carried out.
+- What Exif says of the orientation is carried out, or XMP where Exif says nothing.
 - Greyscale, palettes, CMYK and other colours become RGB. Transparent parts become white.
 - 16 bits a channel: the upper eight are kept. Of floating-point files, values lie between 0 and 1 where none is above 1, else
   between 0 and 255 where none is above 255, else between 0 and 65535, and are scaled to 0 to 255. A file with values outside,
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from dali_pipeline.dataset import Pixels
 from dali_pipeline.errors import UserError
@@ -120,7 +121,7 @@ def _reason(error: Exception) -> str:
 
 def fit_image(image: Image.Image, height: int, width: int, resize: Resize = "crop") -> Pixels:
     """An image by the rule above, (height, width, 3) uint8. Raises Pillow's errors."""
-    return fit_rgb(_to_rgb(ImageOps.exif_transpose(image)), height, width, resize)
+    return fit_rgb(_to_rgb(_upright(image)), height, width, resize)
 
 
 def fit_rgb(image: Image.Image, height: int, width: int, resize: Resize = "crop") -> Pixels:
@@ -130,6 +131,28 @@ def fit_rgb(image: Image.Image, height: int, width: int, resize: Resize = "crop"
     else:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image, np.uint8)
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its orientation says; Exif that cannot be read says nothing. ImageOps.exif_transpose turns it the same,
+    but refuses such a file, and where it turns writes Exif anew, which raises for values that Pillow reads and cannot write."""
+    image.load()
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except (SyntaxError, ValueError, TypeError, LookupError, struct.error):
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def _transparent(image: Image.Image) -> bool:

@@ -79,7 +79,7 @@ class Folder(OwnImages):
         """The files' images, in their order, and what decoded them. Raises DataError."""
         # here, as what decodes images is slow to import
         from dali_pipeline.decoded import Wanted, decoded_images
-        from dali_pipeline.image_files import ImageFiles
+        from dali_pipeline.image_files import RULE, ImageFiles
 
         reader = ImageFiles(self.image_size, self.image_size, self.resize, self.decoder)
 
@@ -91,7 +91,7 @@ class Folder(OwnImages):
                 yield batch
 
         wanted = Wanted(
-            key=f"{reader.version} {self.resize} ".encode() + found.digest.digest(),
+            key=f"{reader.version} {RULE} {self.resize} ".encode() + found.digest.digest(),
             count=len(found.paths),
             height=self.image_size,
             width=self.image_size,

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import re
+import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -52,17 +53,20 @@ PLAIN: dict[str, Callable[[], bytes]] = {
     "420.jpg": lambda: encoded(photo(), "JPEG", subsampling=2, quality=75),
     "progressive.jpg": lambda: encoded(photo(), "JPEG", progressive=True),
     "grey.jpg": lambda: encoded(photo().convert("L"), "JPEG"),
-    "cmyk.jpg": lambda: encoded(photo().convert("CMYK"), "JPEG"),
     "one.jpg": lambda: encoded(photo(1, 1), "JPEG"),
     **{f"turned{i}.jpg": lambda i=i: encoded(photo(), "JPEG", exif=turned(i)) for i in range(1, 9)},  # type: ignore[misc]
     "rgb.png": lambda: encoded(photo(), "PNG"),
     "grey.png": lambda: encoded(photo().convert("L"), "PNG"),
     "bits.png": lambda: encoded(photo().convert("1"), "PNG"),
     "palette.png": lambda: encoded(photo().quantize(200), "PNG"),
+    "short.png": lambda: re.sub(
+        rb"....PLTE.{52}", chunk(b"PLTE", bytes(range(24))), encoded(photo().quantize(16), "PNG"), flags=re.DOTALL
+    ),
     "two.png": lambda: encoded(photo().quantize(4), "PNG", bits=2),
     "exact.png": lambda: encoded(photo(32, 32), "PNG"),
 }
 ODD: dict[str, Callable[[], bytes]] = {
+    "cmyk.jpg": lambda: encoded(photo().convert("CMYK"), "JPEG"),
     "lossy.webp": lambda: encoded(photo(), "WEBP", quality=70),
     "lossless.webp": lambda: encoded(photo(), "WEBP", lossless=True),
     "rgb.bmp": lambda: encoded(photo(), "BMP"),
@@ -188,6 +192,159 @@ def test_a_file_whose_parts_do_not_hold_together_is_left_to_pillow() -> None:
     assert plain_size(PLAIN["rgb.png"]()[:-12] + b"\0\0\0\1IEND\xaeB`\x82") is None  # an end that is not empty
 
 
+def jpeg_with(*segments: bytes, marker: int = 0xE1, at: bytes = b"\xff\xdb", image: Image.Image | None = None) -> bytes:
+    """A JPEG with notes of applications before the first marker `at`; its colours and its size tell how it was turned."""
+    content = encoded(image or photo(), "JPEG")
+    place = content.index(at)
+    notes = b"".join(bytes([0xFF, marker]) + struct.pack(">H", len(note) + 2) + note for note in segments)
+    return content[:place] + notes + content[place:]
+
+
+def exif(*entries: bytes, order: str = "<", count: int | None = None, further: bytes = b"") -> bytes:
+    """Exif with one directory of those entries; `further` follows it, from the place 14 + 12 * len(entries) on."""
+    head = b"Exif\0\0" + (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", 8)
+    number = len(entries) if count is None else count
+    return head + struct.pack(order + "H", number) + b"".join(entries) + bytes(4) + further
+
+
+def entry(tag: int, kind: int, count: int, value: int, order: str = "<") -> bytes:
+    """An entry of Exif, whose value lies at the beginning of its four bytes."""
+    letter = {1: "B3x", 3: "H2x", 4: "I"}.get(kind, "I")
+    return struct.pack(f"{order}HHI{letter}", tag, kind, count, value)
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png_with(*chunks: bytes, at: bytes = b"IDAT", image: Image.Image | None = None) -> bytes:
+    """A PNG with further chunks before the first one of the name `at`."""
+    content = encoded(image or photo(), "PNG")
+    place = content.index(at) - 4
+    return content[:place] + b"".join(chunks) + content[place:]
+
+
+TURN = entry(0x0112, 3, 1, 6)
+XMP = b"http://ns.adobe.com/xap/1.0/\0"
+LONGER_XMP = b"http://ns.adobe.com/xmp/extension/\0" + bytes(40)
+TURNING = b'<rdf:Description tiff:Orientation="6"/>'
+MPF = b"MPF\0" + exif(
+    entry(0xB001, 4, 1, 2), entry(0xB002, 7, 32, 38), further=struct.pack("<LLLHHLLLHH", 0x030000, *(0,) * 9)
+).removeprefix(b"Exif\0\0")
+RAW_EXIF = b"Raw profile type exif\0"
+HEXED = b"\nexif\n%8d\n%s\n" % (len(exif(TURN)), exif(TURN).hex().encode())
+LATE = encoded(photo(), "JPEG", progressive=True)
+DIFFERENT: dict[
+    str, Callable[[], bytes]
+] = {  # where DALI and Pillow do not read the same, or one of them nothing at all
+    "xmp.jpg": lambda: jpeg_with(XMP + TURNING),
+    "xmp element.jpg": lambda: jpeg_with(XMP + b"<tiff:Orientation>8</tiff:Orientation>"),
+    "xmp and exif without.jpg": lambda: jpeg_with(exif(entry(0x0128, 3, 1, 2)), XMP + TURNING),
+    "long big endian.jpg": lambda: jpeg_with(exif(entry(0x0112, 4, 1, 6, ">"), order=">")),
+    "byte.jpg": lambda: jpeg_with(exif(entry(0x0112, 1, 1, 6))),
+    "second exif.jpg": lambda: jpeg_with(exif(entry(0x0128, 3, 1, 2)), exif(TURN)),
+    "count beyond the end.jpg": lambda: jpeg_with(exif(TURN, count=50)),
+    "value beyond the end.jpg": lambda: jpeg_with(exif(entry(0x013B, 2, 9, 5000), TURN)),
+    "resolution too short.jpg": lambda: jpeg_with(exif(TURN, entry(0x011B, 3, 1, 72))),
+    "white point too short.jpg": lambda: jpeg_with(exif(TURN, entry(0x013E, 3, 1, 72))),
+    "chromaticities too short.jpg": lambda: jpeg_with(exif(TURN, entry(0x013F, 3, 1, 72))),
+    "coefficients too short.jpg": lambda: jpeg_with(exif(TURN, entry(0x0211, 3, 1, 72))),
+    "reference too short.jpg": lambda: jpeg_with(exif(TURN, entry(0x0214, 3, 1, 72))),
+    "no adobe.jpg": lambda: re.sub(
+        rb"\xff\xee\0\x0eAdobe.{7}", b"", encoded(photo().convert("CMYK"), "JPEG"), flags=re.DOTALL
+    ),
+    "turned cmyk.jpg": lambda: encoded(photo().convert("CMYK"), "JPEG", exif=turned(8)),
+    "two pictures.jpg": lambda: jpeg_with(MPF, marker=0xE2),
+    "xmp.png": lambda: png_with(chunk(b"iTXt", b"XML:com.adobe.xmp" + bytes(5) + TURNING)),
+    "xmp packed.png": lambda: png_with(chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(TURNING))),
+    "xmp text.png": lambda: png_with(chunk(b"tEXt", b"XML:com.adobe.xmp\0" + TURNING)),
+    "xmp after the picture.png": lambda: png_with(
+        chunk(b"iTXt", b"XML:com.adobe.xmp" + bytes(5) + TURNING), at=b"IEND"
+    ),
+    "raw text.png": lambda: png_with(chunk(b"tEXt", RAW_EXIF + HEXED)),
+    "raw packed.png": lambda: png_with(chunk(b"zTXt", RAW_EXIF + b"\0" + zlib.compress(HEXED))),
+    "raw international.png": lambda: png_with(chunk(b"iTXt", RAW_EXIF + bytes(4) + HEXED)),
+    "exif text.png": lambda: png_with(chunk(b"tEXt", b"exif\0" + exif(TURN))),
+}
+REFUSED: dict[str, Callable[[], bytes]] = {  # what Pillow does not take, and DALI would
+    "jfif.jpg": lambda: jpeg_with(b"JFIF", marker=0xE0),
+    "profile.jpg": lambda: jpeg_with(b"ICC_PROFILE\0", marker=0xE2),
+    "adobe.jpg": lambda: jpeg_with(b"Adobe", marker=0xEE),
+    "photoshop.jpg": lambda: jpeg_with(b"Photoshop 3.0\x008BIM\4\4", marker=0xED),
+    "resolution.jpg": lambda: jpeg_with(exif(entry(0x011A, 1, 1, 72), entry(0x0128, 3, 1, 2), TURN)),
+    "transparency.png": lambda: png_with(chunk(b"tEXt", b"transparency\0words")),
+    "profile.png": lambda: png_with(chunk(b"iCCP", b"ICC\0\0" + zlib.compress(bytes(2 << 20)))),
+    "packed text.png": lambda: png_with(chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2 << 20)))),
+    "gamma.png": lambda: png_with(chunk(b"gAMA", b"\0\0")),
+}
+AGREED: dict[str, Callable[[], bytes]] = {  # ordinary notes
+    **{
+        f"exif {order}{way}.jpg": lambda order=order, way=way: jpeg_with(  # type: ignore[misc]
+            exif(
+                entry(0x010F, 2, 6, 62, order),
+                entry(0x0112, 3, 1, way, order),
+                entry(0x011A, 5, 1, 68, order),
+                entry(0x0128, 3, 1, 2, order),
+                order=order,
+                further=b"Canon\0" + struct.pack(order + "II", 72, 1),
+            )
+        )
+        for order in "<>"
+        for way in range(1, 9)
+    },
+    "no orientation.jpg": lambda: jpeg_with(exif(entry(0x0128, 3, 1, 2))),
+    "xmp.jpg": lambda: jpeg_with(XMP + b"<rdf:Description tiff:Make='Canon'/>" + bytes(60_000), exif()),
+    "long xmp.jpg": lambda: jpeg_with(XMP + b"<rdf:Description/>", LONGER_XMP + b"<rdf:Description/>"),
+    "xmp beside exif.jpg": lambda: jpeg_with(XMP + TURNING, exif(entry(0x0112, 3, 1, 3))),
+    "photoshop.jpg": lambda: jpeg_with(b"Photoshop 3.0\x008BIM\4\4\0\0\0\0\0\3abc\0", marker=0xED),
+    "profile.jpg": lambda: encoded(photo(), "JPEG", icc_profile=bytes(100_000)),
+    "comment.jpg": lambda: encoded(photo(), "JPEG", comment=TURNING),
+    "xmp.png": lambda: png_with(chunk(b"iTXt", b"XML:com.adobe.xmp" + bytes(5) + b"<rdf:Description/>")),
+    "texts.png": lambda: png_with(
+        chunk(b"tEXt", b"Software\0a program"), chunk(b"tIME", b"\7\xd0\1\1\1\1\1"), at=b"IEND"
+    ),
+    "profile.png": lambda: encoded(photo(), "PNG", icc_profile=bytes(5000), dpi=(72, 72)),
+    "colours.png": lambda: png_with(chunk(b"gAMA", struct.pack(">I", 45455)), chunk(b"sRGB", b"\0")),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_a_file_that_dali_and_pillow_would_read_differently_has_the_same_pixels_in_any_company(
+    tmp_path: Path, name: str
+) -> None:
+    """Fewer than 64 files come to Pillow. How one of them is turned, or its colours, must not change with their number."""
+    assert plain_size(DIFFERENT[name]()) is None
+    dali()
+    paths = write(tmp_path, {name: DIFFERENT[name]}, times=image_files.WORTH_DALI)
+    alone, together = read_all(paths[:1]), read_all(paths)
+    assert not alone.problems and not together.problems
+    assert (together.pixels == alone.pixels).all() and (together.made == alone.made).all()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_file_that_pillow_refuses_is_refused_in_any_company(tmp_path: Path, name: str) -> None:
+    assert plain_size(REFUSED[name]()) is None
+    dali()
+    paths = write(tmp_path, {name: REFUSED[name]}, times=image_files.WORTH_DALI)
+    assert len(read_all(paths[:1]).problems) == 1 and len(read_all(paths).problems) == len(paths)
+
+
+def test_ordinary_notes_leave_a_file_to_dali_which_reads_them_as_pillow_does(tmp_path: Path) -> None:
+    for name, make in AGREED.items():
+        assert plain_size(make()) == (45, 67), name
+    dali()
+    paths = write(tmp_path, AGREED, times=3)
+    assert len(paths) >= image_files.WORTH_DALI
+    for path, pixels in zip(paths, read_all(paths).pixels, strict=True):
+        assert np.array_equal(pixels, read_image(path, 32, 32)), path
+
+
+def test_notes_between_the_scans_of_a_picture_leave_it_to_pillow() -> None:
+    last = LATE.rindex(b"\xff\xda")
+    assert plain_size(LATE) == (45, 67)
+    assert plain_size(LATE[:last] + b"\xff\xe1\0\4ab" + LATE[last:]) is None
+
+
 @pytest.mark.parametrize("resize", ["crop", "squash"])
 def test_dali_gives_the_pixels_of_pillow_to_the_bit(tmp_path: Path, resize: Any) -> None:
     dali()
@@ -280,6 +437,25 @@ def test_images_are_turned_upright_and_cut_to_the_middle(tmp_path: Path) -> None
     assert found[0].min() > 200 and found[10:].max() < 50  # rows 32..96 of 128 remain: 8 of 64 are white
     squashed = read_image(tmp_path / "turned.png", 32, 32, resize="squash")
     assert squashed[8].min() > 200 and squashed[14:].max() < 50
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        entry(0x0131, 11, 1, 0x3F800000),  # the name of a program, as a number
+        entry(0x8769, 9, 1, 0xFFFFFFFF),  # a directory that lies before the beginning
+    ],
+)
+def test_exif_that_pillow_cannot_write_turns_an_image_all_the_same(tmp_path: Path, odd: bytes) -> None:
+    (tmp_path / "odd.jpg").write_bytes(jpeg_with(exif(TURN, odd)))
+    (tmp_path / "plain.jpg").write_bytes(jpeg_with(exif(TURN)))
+    assert np.array_equal(read_image(tmp_path / "odd.jpg", 32, 32), read_image(tmp_path / "plain.jpg", 32, 32))
+
+
+def test_exif_that_cannot_be_read_turns_nothing(tmp_path: Path) -> None:
+    (tmp_path / "plain.jpg").write_bytes(encoded(photo(), "JPEG", dpi=(72, 72)))
+    (tmp_path / "odd.jpg").write_bytes(encoded(photo(), "JPEG", dpi=(72, 72), exif=b"Exif\0\0no directory"))
+    assert np.array_equal(read_image(tmp_path / "odd.jpg", 32, 32), read_image(tmp_path / "plain.jpg", 32, 32))
 
 
 def test_deep_transparent_and_indexed_images_keep_their_look(tmp_path: Path) -> None:

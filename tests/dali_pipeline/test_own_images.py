@@ -388,6 +388,10 @@ def test_the_second_start_reads_no_image_and_a_change_is_noticed(
     load(tmp_path, said, image_size=40)
     load(tmp_path, said, resize="squash")
     assert len(kept(tmp_path)) == 4
+    with monkeypatch.context() as newer:
+        newer.setattr("dali_pipeline.image_files.RULE", -1)
+        load(tmp_path, said)
+    assert len(kept(tmp_path)) == 5
     for path in kept(tmp_path):
         path.unlink()
     assert load(tmp_path).train.fingerprint == third.train.fingerprint
