@@ -275,6 +275,22 @@ def test_the_time_limit_is_read_or_refused(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setenv(STEP_VARIABLE, text)
         with pytest.raises(GroupError, match=f"{STEP_VARIABLE}={text}"):
             time_limit(STEP_VARIABLE, STEP_SECONDS)
+    monkeypatch.setenv(STEP_VARIABLE, "4")
+    assert time_limit(STEP_VARIABLE, STEP_SECONDS, least=4).total_seconds() == 4
+    monkeypatch.setenv(STEP_VARIABLE, "3.9")
+    with pytest.raises(GroupError, match=f"{STEP_VARIABLE}=3.9: expected a number of seconds of at least 4"):
+        time_limit(STEP_VARIABLE, STEP_SECONDS, least=4)
+
+
+def test_a_time_limit_of_steps_within_which_beats_may_be_missed_is_refused(
+    runs: Zygote, noise: Config, tmp_path: Path
+) -> None:
+    """A beat a second, read once a second, may be two seconds old, and a process is lost after half the limit."""
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    limits = {STEP_VARIABLE: "1", "TRAIN_PHASE_TIMEOUT": "1"}
+    code, out, err = runs.run("--config", written(noise, tmp_path), env=variables | limits)
+    assert (code, out) == (2, "")
+    assert one_line(err) == f"error: {STEP_VARIABLE}=1: expected a number of seconds of at least 4"
 
 
 def test_a_lost_connection_is_told_from_other_errors() -> None:
@@ -772,7 +788,7 @@ FAULTS = {
         for rank in (0, 1)
     },
     "late in load": Fault(0, at("load", LATE), variables={"TRAIN_PHASE_TIMEOUT": "3"}),
-    "late in step": Fault(0, at("step", LATE), variables={"TRAIN_DISTRIBUTED_TIMEOUT": "3"}),
+    "late in step": Fault(0, at("step", LATE), variables={"TRAIN_DISTRIBUTED_TIMEOUT": "4"}),
     **{f"killed, {rank}": Fault(rank, at("step", KILLED, 8)) for rank in (0, 1)},
     **{
         " ".join(["killed under torchrun", *words]): Fault(
