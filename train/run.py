@@ -63,10 +63,10 @@ def fit(
             check=None if snapshot is None else lambda dataset: check_same_data(snapshot, dataset),
             resuming=snapshot is not None,
         )
-        session.warm_up(_steps_left(session, snapshot), None if snapshot is None else snapshot.machine)
-        trainer = session.trainer
+        trainer, steps_left = session.trainer, _steps_left(session, snapshot)
+        session.warm_up(steps_left, None if snapshot is None else snapshot.machine)
 
-        notice = LongRunNotice(trainer.total_steps, config, session.runtime, log)
+        notice = LongRunNotice(steps_left, config, session.runtime, log)
         position, rates = Position(), Rates.given(config.schedule)
         if snapshot is not None:
             position, rates = snapshot.position, snapshot.rates
