@@ -609,6 +609,44 @@ def test_what_one_process_cannot_do_is_one_error_and_no_wait(runs: Zygote, noise
         assert text in errors[codes.index(max(codes))]
 
 
+WILD = ("schedule.find_start=1e3", "schedule.find_end=1e6")
+FOUND = """
+import train.run
+from train.step.range_test import Suggestion
+train.run.suggest = lambda test: Suggestion(0.01, 0.001, 0.005)
+"""
+FULL = """
+import errno
+from train.disk.folder import RunFolder
+write = RunFolder.write_json
+
+def full(self, name, content):
+    if name == "summary.json":
+        raise OSError(errno.ENOSPC, "No space left on device", name)
+    write(self, name, content)
+
+RunFolder.write_json = full
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "before", "codes", "text"),
+    [
+        (WILD, "", [2, 1], "the range test diverged after"),
+        (("schedule.lr_min=0.5",), FOUND, [2, 1], "schedule.lr_min: 0.5 is above the lr_max found, 0.01"),
+        (("schedule.lr_max=0.002",), FULL, [1, 1], "summary.json: No space left on device"),
+    ],
+)
+def test_what_a_range_test_or_the_end_of_a_run_meets_is_told_once(
+    runs: Zygote, noise: Config, tmp_path: Path, words: tuple[str, ...], before: str, codes: list[int], text: str
+) -> None:
+    searching = written(changed(noise, {"schedule.lr_max": "find", "schedule.find_steps": 20}), tmp_path)
+    run = f"run.dir={tmp_path / 'run'}"
+    jobs = together(runs, "--config", searching, run, *words, before=dict.fromkeys(range(2), before))
+    assert ended(jobs) == codes, [job.stderr for job in jobs]
+    assert text in one_line(jobs[0].stderr) and jobs[1].stderr == ""
+
+
 def test_a_bad_recipe_is_told_by_one_process_of_a_machine(runs: Zygote, noise: Config, tmp_path: Path) -> None:
     jobs = together(runs, "--config", written(noise, tmp_path), "train.epochs=none")
     assert ended(jobs) == [2, 2]
