@@ -82,6 +82,8 @@ class Session:
                 self._agree(lambda: asked_of(self.config, self._options), "were started differently")
                 with self.group.together():
                     self._look_at_machine()
+                device = {f"train.device={self.config.train.device}": self.runtime.device.type}
+                self._agree(lambda: device, "compute on different devices")
                 self._agree_on_precision()
             self._stack = stack.pop_all()
         return self
@@ -148,11 +150,13 @@ class Session:
             self.runtime = self.runtime.compiling(None, "weighed once the trainer is built")
 
     def _agree_on_precision(self) -> None:
-        """Where train.precision=auto finds bf16 on the CPUs of some processes only, all of them take fp32."""
-        if self.config.train.precision == "auto" and self.runtime.device.type == "cpu":
-            found = self.group.gather(self.runtime.precision)
-            if "fp32" in found:
-                self._take_precision("fp32", "another process's CPU does not compute bf16")
+        """Where train.precision=auto finds bf16 for some processes only, all of them take what the others have: fp32 on CPUs,
+        fp16, with its scaler, on GPUs."""
+        if self.config.train.precision == "auto":
+            without = [found for found in self.group.gather(self.runtime.precision) if found != "bf16"]
+            if without:
+                unit = {"cpu": "CPU", "cuda": "GPU"}.get(self.runtime.device.type, "device")
+                self._take_precision(without[0], f"another process's {unit} does not compute bf16")
 
     def go_on_as(self, began: Mapping[str, Any]) -> None:
         """To be called before `build` by a run that is resumed: where train.precision=auto leaves it open and the run began on a

@@ -696,6 +696,85 @@ sources.load = other
         assert not (tmp_path / "run" / "last.pt").exists()
 
 
+# The session's look at a machine alone, on which `found` says what there is; what it says and has chosen goes to standard output.
+LOOK = """
+import sys
+from train.config import load_config
+from train.errors import explained
+from train.screen.log import Log
+from train.session import Session
+
+with explained(Log(), out_of_memory="") as outcome:
+    with Session(load_config(sys.argv[1], sys.argv[2:])) as session:
+        print("chosen:", session.runtime.precision, session.runtime.compile_mode)
+if outcome.code:
+    sys.exit(outcome.code)
+"""
+
+
+def machine(device: str, precision: str) -> str:
+    """Code for a process on such a device, whose own precision is that one. Nothing is computed on it."""
+    return f"""
+import torch, train.session as session
+from dataclasses import replace
+prepare = session.prepare
+
+def found(*, precision, **asked):
+    chosen = {precision!r} if precision == "auto" else precision
+    runtime = replace(prepare(precision="fp32", **asked), device=torch.device({device!r}), precision=chosen)
+    return runtime.saying(f"precision: {{chosen}} (found)")
+
+session.prepare = found
+"""
+
+
+def looked(runs: Zygote, config: Config, folder: Path, *before: str) -> list[Job]:
+    """Processes on such machines, which look at them and end."""
+    (folder / "look.py").write_text(LOOK)
+    env = {"WORLD_SIZE": str(len(before)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        runs.start(
+            written(config, folder),
+            script=folder / "look.py",
+            before=code,
+            env={"RANK": str(rank), "LOCAL_RANK": str(rank), **env},
+        )
+        for rank, code in enumerate(before)
+    ]
+
+
+def chosen(jobs: list[Job]) -> list[str]:
+    assert ended(jobs) == [0] * len(jobs), [job.stderr for job in jobs]
+    return [job.stdout.strip().splitlines()[-1].removeprefix("chosen: ") for job in jobs]
+
+
+@pytest.mark.parametrize(
+    ("device", "precisions", "common", "unit"),
+    [
+        ("cuda", ("bf16", "fp16"), "fp16", "GPU"),
+        ("cuda", ("bf16", "bf16"), "bf16", None),
+        ("cpu", ("bf16", "fp32"), "fp32", "CPU"),
+    ],
+)
+def test_all_processes_take_the_precision_that_each_of_them_can(
+    runs: Zygote, noise: Config, tmp_path: Path, device: str, precisions: tuple[str, ...], common: str, unit: str | None
+) -> None:
+    config = changed(noise, {"train.precision": "auto", "train.device": "auto"})
+    jobs = looked(runs, config, tmp_path, *(machine(device, precision) for precision in precisions))
+    assert chosen(jobs) == [f"{common} None"] * 2
+    said = f"precision: {common} (another process's {unit} does not compute bf16)"
+    assert (said in jobs[0].stdout) == (unit is not None)
+
+
+def test_processes_on_different_devices_are_refused(runs: Zygote, noise: Config, tmp_path: Path) -> None:
+    config = changed(noise, {"train.device": "auto"})
+    jobs = looked(runs, config, tmp_path, machine("cuda", "fp32"), machine("cpu", "fp32"))
+    assert ended(jobs) == [2, 2], [job.stderr for job in jobs]
+    line = one_line(jobs[0].stderr)
+    assert f"train.device=auto: cuda for process 0 on {HOST}, cpu for process 1 on {HOST}" in line
+    assert jobs[1].stderr == ""
+
+
 def test_processes_may_differ_in_where_their_data_lie_and_what_the_first_one_alone_writes(
     runs: Zygote, noise: Config, tmp_path: Path
 ) -> None:
