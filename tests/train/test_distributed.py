@@ -766,6 +766,25 @@ def test_all_processes_take_the_precision_that_each_of_them_can(
     assert (said in jobs[0].stdout) == (unit is not None)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("without", [0, 1])
+def test_where_one_process_has_no_compiler_none_compiles_and_the_cause_is_named(
+    runs: Zygote, noise: Config, tmp_path: Path, device: str, without: int
+) -> None:
+    def compiling(rank: int) -> str:
+        answer = (False, "no g++ here") if rank == without else (True, "g++ found")
+        return f"import train.machine.runtime as r; r.find_compiler = lambda device: {answer}\n" + machine(
+            device, "fp32"
+        )
+
+    config = changed(noise, {"train.compile": "auto", "train.device": "auto"})
+    jobs = looked(runs, config, tmp_path, compiling(0), compiling(1))
+    assert chosen(jobs) == ["fp32 None"] * 2
+    who = f"process 1 on {HOST}: " if without else ""
+    *_, last = (line for line in jobs[0].stdout.splitlines() if "compile: " in line)
+    assert last == f"WARNING: compile: off ({who}no g++ here; training runs uncompiled, slower)"
+
+
 def test_processes_on_different_devices_are_refused(runs: Zygote, noise: Config, tmp_path: Path) -> None:
     config = changed(noise, {"train.device": "auto"})
     jobs = looked(runs, config, tmp_path, machine("cuda", "fp32"), machine("cpu", "fp32"))
