@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -818,14 +818,20 @@ def test_a_name_that_does_not_resolve_is_told_at_once(runs: Zygote, noise: Confi
 
 
 @pytest.mark.slow
-def test_a_compiler_that_fails_on_one_process_is_off_on_all(runs: Zygote, noise: Config, tmp_path: Path) -> None:
-    one = "import torch, train.machine.runtime as r, torch._dynamo.exc as e\n"
+@pytest.mark.parametrize("sync_bn", ["false", "true"])
+def test_a_compiler_that_fails_on_one_process_is_off_on_all(
+    runs: Zygote, noise: Config, tmp_path: Path, sync_bn: str
+) -> None:
+    """Also where that takes longer than the limit of steps, and a layer in the step adds up over the processes."""
+    one = "import time, torch, train.machine.runtime as r, torch._dynamo.exc as e\n"
     one += "r.find_compiler = lambda device: (True, 'g++ found')\n"
     one += "import train.machine.weighing as w; w.COLD_SECONDS = 0.0\n"  # it pays, for so few steps too
     one += "torch.compile = lambda function, **_: function\n"  # the pipeline's
     fail = """
 def compile(self, **_):
-    def call(*_, **__): raise e.BackendCompilerFailed(lambda: None, RuntimeError("g++ crashed"), None)
+    def call(*_, **__):
+        time.sleep(5)
+        raise e.BackendCompilerFailed(lambda: None, RuntimeError("g++ crashed"), None)
     self._compiled_call_impl = call
 torch.nn.Module.compile = compile
 """
@@ -833,11 +839,72 @@ torch.nn.Module.compile = compile
     jobs = together(
         runs,
         *("--config", written(noise, tmp_path), f"run.dir={tmp_path / 'run'}", "train.compile=auto"),
+        f"train.sync_bn={sync_bn}",
         before={0: one + fine, 1: one + fail},
         XDG_CACHE_HOME=str(tmp_path),
+        **{STEP_VARIABLE: "4"},
     )
     assert ended(jobs) == [0, 0], jobs[0].stderr
     assert "WARNING: compile: off (torch.compile failed" in jobs[0].stdout
+
+
+def test_with_sync_bn_processes_whose_clocks_ask_for_other_numbers_of_steps_weigh_without_waiting(
+    runs: Zygote, noise: Config, tmp_path: Path
+) -> None:
+    """A first step that takes a second is enough for one of them; the other one takes five."""
+    found = "import train.machine.runtime as r; r.find_compiler = lambda device: (True, 'g++ found')\n"
+    slow = at("step", "end = time.thread_time() + 1.1\n        while time.thread_time() < end: pass")
+    jobs = together(
+        runs,
+        *("--config", written(noise, tmp_path), f"run.dir={tmp_path / 'run'}", "train.compile=auto"),
+        "train.sync_bn=true",
+        before={0: found, 1: found + slow},
+        XDG_CACHE_HOME=str(tmp_path),
+        **{STEP_VARIABLE: "4"},
+    )
+    assert ended(jobs) == [0, 0], jobs[0].stderr + jobs[1].stderr
+    assert "compile: off (weighed: " in jobs[0].stdout
+
+
+@pytest.mark.slow
+def test_what_processes_have_compiled_each_by_itself_exchanges_afterwards_and_is_compiled_once(
+    runs: Zygote, noise: Config, tmp_path: Path
+) -> None:
+    config = changed(noise, {"train.sync_bn": True, "train.ema_decay": 0.0})
+
+    def graphs() -> int:
+        from torch._dynamo.utils import counters
+
+        return int(counters["stats"]["unique_graphs"])
+
+    def work(group: Group) -> tuple[int, int, dict[str, list[Any]]]:
+        compile = torch.compile
+        torch.compile = lambda function, **_: compile(function, backend="eager", dynamic=False)
+        found: dict[str, list[Any]] = {}
+        for mode in (None, "default"):
+            runtime = replace(prepare(device="cpu", precision="fp32", compile="off"), compile_mode=mode)
+            seed_everything(0)
+            data = random_dataset(classes=4, count=640)
+            trainer = Trainer(config, data, runtime, BackendChoice("torch", "test"), group)
+            if mode is not None:
+                if group.rank == 0:  # the first one compiles alone: an exchange would wait for the other
+                    trainer.warm_up()
+                group.gather(None)
+                if group.rank == 1:
+                    trainer.warm_up()
+            compiled = graphs()
+            trainer.step.train()
+            batches = trainer.train_loader.epoch(0)
+            losses = [trainer.train_one(*next(batches), 0.01)[0].item() for _ in range(2)]
+            found[str(mode)] = [losses, {name: b.clone() for name, b in trainer.net.named_buffers()}]
+            trainer.close()
+        return compiled, graphs(), found
+
+    one, other = on_processes(runs, work, tmp_path)
+    for before, after, found in (one, other):
+        assert 0 < before == after
+        assert_same(found["default"], found["None"])
+    assert_same(one[2]["default"][1], other[2]["default"][1])
 
 
 @pytest.mark.parametrize("deterministic", ["false", "true"])
