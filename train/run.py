@@ -17,7 +17,7 @@ from train.screen.log import Log
 from train.screen.notice import LongRunNotice
 from train.screen.summary import summary_lines
 from train.session import Session
-from train.step.range_test import RangeTestError, range_test, suggest
+from train.step.range_test import RangeTest, RangeTestError, range_test, suggest
 from train.step.schedule import Rates, make_schedule
 
 MAX_NAMES_SHOWN = 10  # file names in one line of the log
@@ -63,10 +63,10 @@ def fit(
             check=None if snapshot is None else lambda dataset: check_same_data(snapshot, dataset),
             resuming=snapshot is not None,
         )
-        session.warm_up(_steps_left(session, snapshot), None if snapshot is None else snapshot.machine)
-        trainer = session.trainer
+        trainer, steps_left = session.trainer, _steps_left(session, snapshot)
+        session.warm_up(steps_left, None if snapshot is None else snapshot.machine)
 
-        notice = LongRunNotice(trainer.total_steps, config, session.runtime, log)
+        notice = LongRunNotice(steps_left, config, session.runtime, log)
         position, rates = Position(), Rates.given(config.schedule)
         if snapshot is not None:
             position, rates = snapshot.position, snapshot.rates
@@ -74,16 +74,18 @@ def fit(
                 check_fits(snapshot, trainer.state(), trainer.steps_per_epoch, Path(run_dir or "."))
                 trainer.load_state(snapshot.trainer_state)
                 session.times.add(snapshot.times)
+                if folder is not None and fallback:
+                    restore_last(folder.path)
             note_changes(snapshot.machine, session.machine(), log)
-            if folder is not None and fallback:
-                restore_last(folder.path)
             log(f"resumed from {run_dir} at epoch {position.epoch}, step {position.step}")
         elif rates is None:
             rates = find_rates(session, folder, notice, overwrite=overwrite)
             if folder is not None and on_range_test is not None:
                 on_range_test(folder.path)
-        elif folder is not None and overwrite:
-            _start_over(folder, log)
+        elif overwrite:
+            with group.phase("preparing the run"), group.together():
+                if folder is not None:
+                    _start_over(folder, log)
         assert rates is not None
         # from here on the rates that were found are part of the recipe
         session.config = changed(config, {"schedule.lr_max": rates.lr_max, "schedule.lr_min": rates.lr_min})
@@ -93,7 +95,8 @@ def fit(
                 folder.write_json("environment.json", session.environment())
                 folder.write_text("config.yaml", to_yaml(session.config))
         schedule = make_schedule(config.schedule, rates, config.train.epochs, trainer.steps_per_epoch)
-        run = Run(session, schedule, folder, position, notice)
+        with group.phase("preparing the run"), group.together():
+            run = Run(session, schedule, folder, position, notice)
         session.at_end(run.close)
         run.train()
         final = None
@@ -102,8 +105,9 @@ def fit(
             with group.phase("measuring the test set"):
                 final = run.measure_test()
         summary, lines = summary_lines(run, run_dir, final)
-        if folder is not None:
-            folder.write_json("summary.json", summary)
+        with group.phase("saving"), group.together():
+            if folder is not None:
+                folder.write_json("summary.json", summary)
         for line in lines:
             log(line)
         return summary
@@ -155,19 +159,26 @@ def _open_folder(session: Session, run_dir: Path | None, **how: bool) -> RunFold
 def find_rates(session: Session, folder: RunFolder | None, notice: LongRunNotice, *, overwrite: bool = False) -> Rates:
     """Run the range test, write lr_finder.csv, and return the rates. A rate that the recipe gives as a number is kept.
 
-    With `overwrite` the old run in the folder is removed, but only once the test has found rates.
+    With `overwrite` the old run in the folder is removed, but only once the test has found rates. The first process reads the
+    rates off the curve for all, so that what is wrong with it is told once.
     """
     schedule = session.config.schedule
-    with session.group.phase("the range test"), session.times.on("lr_search", session.runtime.device):
-        result = range_test(
-            session.trainer,
-            start=schedule.find_start,
-            end=schedule.find_end,
-            steps=schedule.find_steps,
-            log=session.log,
-            bar=session.log.terminal and not session.log.quiet,
-            after_step=notice.step,
-        )
+    with session.group.phase("the range test"):
+        with session.times.on("lr_search", session.runtime.device):
+            result = range_test(
+                session.trainer,
+                start=schedule.find_start,
+                end=schedule.find_end,
+                steps=schedule.find_steps,
+                log=session.log,
+                bar=session.log.terminal and not session.log.quiet,
+                after_step=notice.step,
+            )
+        return session.group.from_first(lambda: _rates_of(result, session, folder, overwrite=overwrite))
+
+
+def _rates_of(result: RangeTest, session: Session, folder: RunFolder | None, *, overwrite: bool) -> Rates:
+    schedule = session.config.schedule
     try:
         suggestion = suggest(result)
     except RangeTestError:

@@ -82,7 +82,10 @@ class Session:
                 self._agree(lambda: asked_of(self.config, self._options), "were started differently")
                 with self.group.together():
                     self._look_at_machine()
+                device = {f"train.device={self.config.train.device}": self.runtime.device.type}
+                self._agree(lambda: device, "compute on different devices")
                 self._agree_on_precision()
+                self._agree_on_compiler()
             self._stack = stack.pop_all()
         return self
 
@@ -148,11 +151,24 @@ class Session:
             self.runtime = self.runtime.compiling(None, "weighed once the trainer is built")
 
     def _agree_on_precision(self) -> None:
-        """Where train.precision=auto finds bf16 on the CPUs of some processes only, all of them take fp32."""
-        if self.config.train.precision == "auto" and self.runtime.device.type == "cpu":
-            found = self.group.gather(self.runtime.precision)
-            if "fp32" in found:
-                self._take_precision("fp32", "another process's CPU does not compute bf16")
+        """Where train.precision=auto finds bf16 for some processes only, all of them take what the others have: fp32 on CPUs,
+        fp16, with its scaler, on GPUs."""
+        if self.config.train.precision == "auto":
+            without = [found for found in self.group.gather(self.runtime.precision) if found != "bf16"]
+            if without:
+                unit = {"cpu": "CPU", "cuda": "GPU"}.get(self.runtime.device.type, "device")
+                self._take_precision(without[0], f"another process's {unit} does not compute bf16")
+
+    def _agree_on_compiler(self) -> None:
+        """Where train.compile=auto finds a compiler for some processes only, none of them compiles: those that do wait for each
+        other in the warm-up, to which the rest would not come."""
+        if self.config.train.compile == "auto":
+            why = self.runtime.compile_note.partition("(")[2].removesuffix(")")
+            missing = None if self._compiler is not None else f"{name_of_process(self.group.rank)}: {why}"
+            without = [found for found in self.group.gather(missing) if found is not None]
+            if without and self._compiler is not None:
+                self._compiler = None
+                self._settle_compiling(None, without[0], warning=True)
 
     def go_on_as(self, began: Mapping[str, Any]) -> None:
         """To be called before `build` by a run that is resumed: where train.precision=auto leaves it open and the run began on a
@@ -160,12 +176,16 @@ class Session:
         on_cpu = began.get("device") == self.runtime.device.type == "cpu"
         if self.config.train.precision == "auto" and on_cpu and began.get("precision") in ("fp32", "bf16"):
             self._take_precision(began["precision"], "as the run began")
+            self._agree_on_compiler()  # in another precision it may be another one
 
     def _take_precision(self, precision: str, why: str) -> None:
         if precision != self.runtime.precision:
+            before = self.runtime.compile_note
             self._prepare(precision)
             self.runtime = self.runtime.saying(f"precision: {precision} ({why})")
             self.log(self.runtime.note_on("precision"))
+            if self.runtime.compile_note != before and self.runtime.compile_mode == self._compiler:
+                self.log(self.runtime.compile_note)
 
     def note(self, text: str) -> None:
         """Log a warning, and keep it for environment.json."""
@@ -361,13 +381,7 @@ class Session:
 
     def _choose(self, steps_left: int | None, began: Mapping[str, Any] | None) -> Choice | None:
         """Decide for train.compile=auto whether to compile; None where there is nothing to decide."""
-        if self.runtime.device.type != "cpu":
-            return None
-        able = all(self.group.gather(self._compiler is not None))
-        if self._compiler is None:
-            return None
-        if not able:
-            self._settle_compiling(None, "another process finds no compiler")
+        if self.runtime.device.type != "cpu" or self._compiler is None:
             return None
         with self.times.on("compile"):
             choice = Choice(self.trainer, self._compiler)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +275,22 @@ def test_the_time_limit_is_read_or_refused(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setenv(STEP_VARIABLE, text)
         with pytest.raises(GroupError, match=f"{STEP_VARIABLE}={text}"):
             time_limit(STEP_VARIABLE, STEP_SECONDS)
+    monkeypatch.setenv(STEP_VARIABLE, "4")
+    assert time_limit(STEP_VARIABLE, STEP_SECONDS, least=4).total_seconds() == 4
+    monkeypatch.setenv(STEP_VARIABLE, "3.9")
+    with pytest.raises(GroupError, match=f"{STEP_VARIABLE}=3.9: expected a number of seconds of at least 4"):
+        time_limit(STEP_VARIABLE, STEP_SECONDS, least=4)
+
+
+def test_a_time_limit_of_steps_within_which_beats_may_be_missed_is_refused(
+    runs: Zygote, noise: Config, tmp_path: Path
+) -> None:
+    """A beat a second, read once a second, may be two seconds old, and a process is lost after half the limit."""
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    limits = {STEP_VARIABLE: "1", "TRAIN_PHASE_TIMEOUT": "1"}
+    code, out, err = runs.run("--config", written(noise, tmp_path), env=variables | limits)
+    assert (code, out) == (2, "")
+    assert one_line(err) == f"error: {STEP_VARIABLE}=1: expected a number of seconds of at least 4"
 
 
 def test_a_lost_connection_is_told_from_other_errors() -> None:
@@ -593,6 +609,44 @@ def test_what_one_process_cannot_do_is_one_error_and_no_wait(runs: Zygote, noise
         assert text in errors[codes.index(max(codes))]
 
 
+WILD = ("schedule.find_start=1e3", "schedule.find_end=1e6")
+FOUND = """
+import train.run
+from train.step.range_test import Suggestion
+train.run.suggest = lambda test: Suggestion(0.01, 0.001, 0.005)
+"""
+FULL = """
+import errno
+from train.disk.folder import RunFolder
+write = RunFolder.write_json
+
+def full(self, name, content):
+    if name == "summary.json":
+        raise OSError(errno.ENOSPC, "No space left on device", name)
+    write(self, name, content)
+
+RunFolder.write_json = full
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "before", "codes", "text"),
+    [
+        (WILD, "", [2, 1], "the range test diverged after"),
+        (("schedule.lr_min=0.5",), FOUND, [2, 1], "schedule.lr_min: 0.5 is above the lr_max found, 0.01"),
+        (("schedule.lr_max=0.002",), FULL, [1, 1], "summary.json: No space left on device"),
+    ],
+)
+def test_what_a_range_test_or_the_end_of_a_run_meets_is_told_once(
+    runs: Zygote, noise: Config, tmp_path: Path, words: tuple[str, ...], before: str, codes: list[int], text: str
+) -> None:
+    searching = written(changed(noise, {"schedule.lr_max": "find", "schedule.find_steps": 20}), tmp_path)
+    run = f"run.dir={tmp_path / 'run'}"
+    jobs = together(runs, "--config", searching, run, *words, before=dict.fromkeys(range(2), before))
+    assert ended(jobs) == codes, [job.stderr for job in jobs]
+    assert text in one_line(jobs[0].stderr) and jobs[1].stderr == ""
+
+
 def test_a_bad_recipe_is_told_by_one_process_of_a_machine(runs: Zygote, noise: Config, tmp_path: Path) -> None:
     jobs = together(runs, "--config", written(noise, tmp_path), "train.epochs=none")
     assert ended(jobs) == [2, 2]
@@ -642,6 +696,104 @@ sources.load = other
         assert not (tmp_path / "run" / "last.pt").exists()
 
 
+# The session's look at a machine alone, on which `found` says what there is; what it says and has chosen goes to standard output.
+LOOK = """
+import sys
+from train.config import load_config
+from train.errors import explained
+from train.screen.log import Log
+from train.session import Session
+
+with explained(Log(), out_of_memory="") as outcome:
+    with Session(load_config(sys.argv[1], sys.argv[2:])) as session:
+        print("chosen:", session.runtime.precision, session.runtime.compile_mode)
+if outcome.code:
+    sys.exit(outcome.code)
+"""
+
+
+def machine(device: str, precision: str) -> str:
+    """Code for a process on such a device, whose own precision is that one. Nothing is computed on it."""
+    return f"""
+import torch, train.session as session
+from dataclasses import replace
+prepare = session.prepare
+
+def found(*, precision, **asked):
+    chosen = {precision!r} if precision == "auto" else precision
+    runtime = replace(prepare(precision="fp32", **asked), device=torch.device({device!r}), precision=chosen)
+    return runtime.saying(f"precision: {{chosen}} (found)")
+
+session.prepare = found
+"""
+
+
+def looked(runs: Zygote, config: Config, folder: Path, *before: str) -> list[Job]:
+    """Processes on such machines, which look at them and end."""
+    (folder / "look.py").write_text(LOOK)
+    env = {"WORLD_SIZE": str(len(before)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        runs.start(
+            written(config, folder),
+            script=folder / "look.py",
+            before=code,
+            env={"RANK": str(rank), "LOCAL_RANK": str(rank), **env},
+        )
+        for rank, code in enumerate(before)
+    ]
+
+
+def chosen(jobs: list[Job]) -> list[str]:
+    assert ended(jobs) == [0] * len(jobs), [job.stderr for job in jobs]
+    return [job.stdout.strip().splitlines()[-1].removeprefix("chosen: ") for job in jobs]
+
+
+@pytest.mark.parametrize(
+    ("device", "precisions", "common", "unit"),
+    [
+        ("cuda", ("bf16", "fp16"), "fp16", "GPU"),
+        ("cuda", ("bf16", "bf16"), "bf16", None),
+        ("cpu", ("bf16", "fp32"), "fp32", "CPU"),
+    ],
+)
+def test_all_processes_take_the_precision_that_each_of_them_can(
+    runs: Zygote, noise: Config, tmp_path: Path, device: str, precisions: tuple[str, ...], common: str, unit: str | None
+) -> None:
+    config = changed(noise, {"train.precision": "auto", "train.device": "auto"})
+    jobs = looked(runs, config, tmp_path, *(machine(device, precision) for precision in precisions))
+    assert chosen(jobs) == [f"{common} None"] * 2
+    said = f"precision: {common} (another process's {unit} does not compute bf16)"
+    assert (said in jobs[0].stdout) == (unit is not None)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("without", [0, 1])
+def test_where_one_process_has_no_compiler_none_compiles_and_the_cause_is_named(
+    runs: Zygote, noise: Config, tmp_path: Path, device: str, without: int
+) -> None:
+    def compiling(rank: int) -> str:
+        answer = (False, "no g++ here") if rank == without else (True, "g++ found")
+        return f"import train.machine.runtime as r; r.find_compiler = lambda device: {answer}\n" + machine(
+            device, "fp32"
+        )
+
+    config = changed(noise, {"train.compile": "auto", "train.device": "auto"})
+    jobs = looked(runs, config, tmp_path, compiling(0), compiling(1))
+    assert chosen(jobs) == ["fp32 None"] * 2
+    who = f"process 1 on {HOST}: " if without else ""
+    *_, last = (line for line in jobs[0].stdout.splitlines() if "compile: " in line)
+    assert last == f"WARNING: compile: off ({who}no g++ here; training runs uncompiled, slower)"
+
+
+def test_processes_on_different_devices_are_refused(runs: Zygote, noise: Config, tmp_path: Path) -> None:
+    config = changed(noise, {"train.device": "auto"})
+    jobs = looked(runs, config, tmp_path, machine("cuda", "fp32"), machine("cpu", "fp32"))
+    assert ended(jobs) == [2, 2], [job.stderr for job in jobs]
+    line = one_line(jobs[0].stderr)
+    assert f"train.device=auto: cuda for process 0 on {HOST}, cpu for process 1 on {HOST}" in line
+    assert jobs[1].stderr == ""
+
+
 def test_processes_may_differ_in_where_their_data_lie_and_what_the_first_one_alone_writes(
     runs: Zygote, noise: Config, tmp_path: Path
 ) -> None:
@@ -666,14 +818,20 @@ def test_a_name_that_does_not_resolve_is_told_at_once(runs: Zygote, noise: Confi
 
 
 @pytest.mark.slow
-def test_a_compiler_that_fails_on_one_process_is_off_on_all(runs: Zygote, noise: Config, tmp_path: Path) -> None:
-    one = "import torch, train.machine.runtime as r, torch._dynamo.exc as e\n"
+@pytest.mark.parametrize("sync_bn", ["false", "true"])
+def test_a_compiler_that_fails_on_one_process_is_off_on_all(
+    runs: Zygote, noise: Config, tmp_path: Path, sync_bn: str
+) -> None:
+    """Also where that takes longer than the limit of steps, and a layer in the step adds up over the processes."""
+    one = "import time, torch, train.machine.runtime as r, torch._dynamo.exc as e\n"
     one += "r.find_compiler = lambda device: (True, 'g++ found')\n"
     one += "import train.machine.weighing as w; w.COLD_SECONDS = 0.0\n"  # it pays, for so few steps too
     one += "torch.compile = lambda function, **_: function\n"  # the pipeline's
     fail = """
 def compile(self, **_):
-    def call(*_, **__): raise e.BackendCompilerFailed(lambda: None, RuntimeError("g++ crashed"), None)
+    def call(*_, **__):
+        time.sleep(5)
+        raise e.BackendCompilerFailed(lambda: None, RuntimeError("g++ crashed"), None)
     self._compiled_call_impl = call
 torch.nn.Module.compile = compile
 """
@@ -681,11 +839,72 @@ torch.nn.Module.compile = compile
     jobs = together(
         runs,
         *("--config", written(noise, tmp_path), f"run.dir={tmp_path / 'run'}", "train.compile=auto"),
+        f"train.sync_bn={sync_bn}",
         before={0: one + fine, 1: one + fail},
         XDG_CACHE_HOME=str(tmp_path),
+        **{STEP_VARIABLE: "4"},
     )
     assert ended(jobs) == [0, 0], jobs[0].stderr
     assert "WARNING: compile: off (torch.compile failed" in jobs[0].stdout
+
+
+def test_with_sync_bn_processes_whose_clocks_ask_for_other_numbers_of_steps_weigh_without_waiting(
+    runs: Zygote, noise: Config, tmp_path: Path
+) -> None:
+    """A first step that takes a second is enough for one of them; the other one takes five."""
+    found = "import train.machine.runtime as r; r.find_compiler = lambda device: (True, 'g++ found')\n"
+    slow = at("step", "end = time.thread_time() + 1.1\n        while time.thread_time() < end: pass")
+    jobs = together(
+        runs,
+        *("--config", written(noise, tmp_path), f"run.dir={tmp_path / 'run'}", "train.compile=auto"),
+        "train.sync_bn=true",
+        before={0: found, 1: found + slow},
+        XDG_CACHE_HOME=str(tmp_path),
+        **{STEP_VARIABLE: "4"},
+    )
+    assert ended(jobs) == [0, 0], jobs[0].stderr + jobs[1].stderr
+    assert "compile: off (weighed: " in jobs[0].stdout
+
+
+@pytest.mark.slow
+def test_what_processes_have_compiled_each_by_itself_exchanges_afterwards_and_is_compiled_once(
+    runs: Zygote, noise: Config, tmp_path: Path
+) -> None:
+    config = changed(noise, {"train.sync_bn": True, "train.ema_decay": 0.0})
+
+    def graphs() -> int:
+        from torch._dynamo.utils import counters
+
+        return int(counters["stats"]["unique_graphs"])
+
+    def work(group: Group) -> tuple[int, int, dict[str, list[Any]]]:
+        compile = torch.compile
+        torch.compile = lambda function, **_: compile(function, backend="eager", dynamic=False)
+        found: dict[str, list[Any]] = {}
+        for mode in (None, "default"):
+            runtime = replace(prepare(device="cpu", precision="fp32", compile="off"), compile_mode=mode)
+            seed_everything(0)
+            data = random_dataset(classes=4, count=640)
+            trainer = Trainer(config, data, runtime, BackendChoice("torch", "test"), group)
+            if mode is not None:
+                if group.rank == 0:  # the first one compiles alone: an exchange would wait for the other
+                    trainer.warm_up()
+                group.gather(None)
+                if group.rank == 1:
+                    trainer.warm_up()
+            compiled = graphs()
+            trainer.step.train()
+            batches = trainer.train_loader.epoch(0)
+            losses = [trainer.train_one(*next(batches), 0.01)[0].item() for _ in range(2)]
+            found[str(mode)] = [losses, {name: b.clone() for name, b in trainer.net.named_buffers()}]
+            trainer.close()
+        return compiled, graphs(), found
+
+    one, other = on_processes(runs, work, tmp_path)
+    for before, after, found in (one, other):
+        assert 0 < before == after
+        assert_same(found["default"], found["None"])
+    assert_same(one[2]["default"][1], other[2]["default"][1])
 
 
 @pytest.mark.parametrize("deterministic", ["false", "true"])
@@ -772,7 +991,7 @@ FAULTS = {
         for rank in (0, 1)
     },
     "late in load": Fault(0, at("load", LATE), variables={"TRAIN_PHASE_TIMEOUT": "3"}),
-    "late in step": Fault(0, at("step", LATE), variables={"TRAIN_DISTRIBUTED_TIMEOUT": "3"}),
+    "late in step": Fault(0, at("step", LATE), variables={"TRAIN_DISTRIBUTED_TIMEOUT": "4"}),
     **{f"killed, {rank}": Fault(rank, at("step", KILLED, 8)) for rank in (0, 1)},
     **{
         " ".join(["killed under torchrun", *words]): Fault(

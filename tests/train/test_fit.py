@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -533,6 +535,26 @@ def test_a_long_run_is_told_what_shortens_it(quick_config: Config) -> None:
     text = long_run_advice(6 * 3600, 12.0, wide, prepare(device="cpu", compile="off"))
     assert "6 h 0 min" in text and "net.width=16" in text and "train.epochs" in text and "GPU" in text
     assert [duration(s) for s in (3.21, 75, 7260)] == ["3.2 s", "1 min 15 s", "2 h 1 min"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_resumed_run_is_told_the_length_of_what_is_left(
+    quick_config: Config, tmp_path: Path, arm: Arm, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    config = changed(quick_config, {"run.checkpoint_every": 1})
+    if begun:
+        arm("step", stop_before(17 + 1))
+        with pytest.raises(Stop):
+            fit(config, tmp_path / "run", log=Lines())
+        disarm()
+    # a clock on which a step, with what is around it, takes a thousand seconds
+    passed = itertools.count(0, 1000)
+    monkeypatch.setattr("train.screen.notice.time", SimpleNamespace(perf_counter=lambda: next(passed)))
+    log = Lines()
+    fit(config, tmp_path / "run", log=log, resume=begun)
+    (line,) = (line for line in log.lines if line.startswith("note: this run will take about"))
+    steps = 22 - 17 if begun else 22
+    assert line.startswith(f"note: this run will take about {duration(1000 * steps)} at 1000.0 s a step")
 
 
 def test_command_line_trains_and_refuses(runs: Zygote, tmp_path: Path, quick_config: Config) -> None:

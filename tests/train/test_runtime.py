@@ -20,7 +20,7 @@ from train.machine.runtime import RuntimeUnavailable, prepare, seed_everything
 
 
 def notes(**requests: str) -> dict[str, str]:
-    return dict(note.split(": ", 1) for note in prepare(**requests).notes)
+    return dict(note.removeprefix("WARNING: ").split(": ", 1) for note in prepare(**requests).notes)
 
 
 def test_every_choice_is_noted_with_its_reason() -> None:
@@ -85,7 +85,9 @@ def refused_by_auto_and_on_request(reason: str) -> str:
     """What both say: auto goes on uncompiled with that reason, an explicit mode is refused in one line with the same."""
     note = notes(device="cpu", precision="fp32")["compile"]
     assert note.startswith("off (") and reason in note, note
-    assert prepare(device="cpu", precision="fp32").compile_mode is None
+    loud = prepare(device="cpu", precision="fp32")
+    assert loud.compile_mode is None and loud.compile_note.startswith("WARNING: compile: off (")
+    assert not prepare(device="cpu", precision="bf16").compile_note.startswith("WARNING"), "nothing is lost there"
     with pytest.raises(RuntimeUnavailable) as refused:
         prepare(device="cpu", compile="default")
     text = str(refused.value)

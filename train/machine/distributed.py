@@ -18,10 +18,11 @@ import torch.distributed as dist
 
 from dali_pipeline.errors import UserError
 from dali_pipeline.words import to_stderr
-from train.machine.heartbeat import BEAT_SECONDS, MISSED_BEATS, Heartbeat, end_process
+from train.machine.heartbeat import BEAT_SECONDS, LEAST_LIMIT, MISSED_BEATS, Heartbeat, end_process
 from train.machine.place import GroupError, Place, place_from_environment
 
 STEP_VARIABLE, STEP_SECONDS = "TRAIN_DISTRIBUTED_TIMEOUT", 60.0  # for one wait while steps run
+SILENCE_RATIO = 0.5  # a process that is silent for this part of it is lost
 # for one wait in a phase that the code enters by name: the first process's download, the slowest one's compilation
 PHASE_VARIABLE, PHASE_SECONDS = "TRAIN_PHASE_TIMEOUT", 1800.0
 SAY_WAITING_AFTER = 10.0  # seconds
@@ -148,15 +149,16 @@ def from_environment() -> Group:
     return Group(place.rank, place.world_size, place.local_rank)
 
 
-def time_limit(variable: str, default: float) -> timedelta:
-    """The number of seconds that an environment variable holds; raises GroupError where it is none."""
+def time_limit(variable: str, default: float, least: float = 0.0) -> timedelta:
+    """The number of seconds that an environment variable holds; raises GroupError where it is none, or below `least`."""
     text = os.environ.get(variable, "").strip() or str(default)
     try:
         seconds = float(text)
-        if not 0 < seconds < 1e8:
+        if not (0 < seconds < 1e8 and seconds >= least):
             raise ValueError
     except ValueError:
-        raise GroupError(f"{variable}={text[:40]}: expected a number of seconds above 0") from None
+        what = f"of at least {least:g}" if least else "above 0"
+        raise GroupError(f"{variable}={text[:40]}: expected a number of seconds {what}") from None
     return timedelta(seconds=seconds)
 
 
@@ -194,7 +196,8 @@ def process_group(group: Group, device: str, *, owns_process: bool = True) -> It
 
 def _connect(group: Group, backend: str, owns_process: bool) -> _Links:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    steps, phases = time_limit(STEP_VARIABLE, STEP_SECONDS), time_limit(PHASE_VARIABLE, PHASE_SECONDS)
+    steps = time_limit(STEP_VARIABLE, STEP_SECONDS, least=LEAST_LIMIT / SILENCE_RATIO)
+    phases = time_limit(PHASE_VARIABLE, PHASE_SECONDS)
     own = name_of_process(group.rank)
     c10d: Any = dist  # its annotations leave out much of what it exports
     try:
@@ -232,7 +235,7 @@ def _connect(group: Group, backend: str, owns_process: bool) -> _Links:
             group.rank,
             names,
             f"the store at {address}:{port} (torchrun or the first process there)",
-            limit=steps.total_seconds() / 2,
+            limit=SILENCE_RATIO * steps.total_seconds(),
             lost=lost,
         )
         links = _Links(patient, heart)

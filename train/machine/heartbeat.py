@@ -16,6 +16,9 @@ from typing import Any
 BEAT_SECONDS = 1.0
 # after this many beats that did not come, a peer is suspected where something has failed already
 MISSED_BEATS = 4
+# The least limit of silence: a count stands still for up to a beat until its process writes it, and for another one until it is
+# read. Within less, a healthy process, or the store, would be called lost.
+LEAST_LIMIT = 2 * BEAT_SECONDS
 # for the main thread to end by itself, with its own words, once a peer is lost
 GRACE_SECONDS = 5.0
 _LEFT = "left"

@@ -141,18 +141,19 @@ def bf16_units(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
     return next((flag for flag in BF16_FLAGS if listed and all(flag in flags for flags in listed)), None)
 
 
+_SLOWER = "training runs uncompiled, slower"
+
+
 def _compile(requested: str, device: torch.device, precision: str) -> tuple[str | None, str]:
     if requested == "off":
         return None, "as asked"
+    if requested == "auto" and device.type == "mps":
+        return None, "on Apple GPUs compiled channels-last code is slower"
+    if requested == "auto" and device.type == "cpu" and precision == "bf16":
+        return None, "on the CPU compiled bf16 steps are slower"
     able, why = find_compiler(device)
     if requested == "auto":
-        if not able:
-            return None, f"{why}; training runs uncompiled, slower"
-        if device.type == "mps":
-            return None, "on Apple GPUs compiled channels-last code is slower"
-        if device.type == "cpu" and precision == "bf16":
-            return None, "on the CPU compiled bf16 steps are slower"
-        return "default", why
+        return ("default", why) if able else (None, f"{why}; {_SLOWER}")
     if not able:
         raise RuntimeUnavailable(f"train.compile={requested}: {why}; or use train.compile=auto")
     return requested, "as asked"
@@ -207,7 +208,7 @@ def prepare(
         notes=(
             f"{'WARNING: ' if 'not the GPU' in device_why else ''}device: {chosen} ({device_why})",
             f"precision: {arithmetic} ({precision_why})",
-            f"compile: {mode or 'off'} ({compile_why})",
+            f"{'WARNING: ' if _SLOWER in compile_why else ''}compile: {mode or 'off'} ({compile_why})",
             *([f"step graph: {'on' if graph else 'off'} ({graph_why})"] if chosen.type == "cuda" else []),
             f"channels-last: {'on' if last else 'off'}",
         ),

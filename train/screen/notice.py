@@ -13,10 +13,11 @@ LONG_RUN_SECONDS = 3600.0
 
 
 class LongRunNotice:
-    """`step` is called after every step. Prints one line, once, if `total_steps` steps will take more than LONG_RUN_SECONDS."""
+    """`step` is called after every step. Prints one line, once, if the `steps_left` steps of this run, or of the rest of one that
+    is resumed, will take more than LONG_RUN_SECONDS."""
 
-    def __init__(self, total_steps: int, config: Config, runtime: Runtime, log: Log) -> None:
-        self.total_steps, self.config, self.runtime, self.log = total_steps, config, runtime, log
+    def __init__(self, steps_left: int, config: Config, runtime: Runtime, log: Log) -> None:
+        self.steps_left, self.config, self.runtime, self.log = steps_left, config, runtime, log
         self.steps = 0
         self.begun = 0.0
         self.done = False
@@ -32,8 +33,8 @@ class LongRunNotice:
             return
         self.done = True
         per_step = (now - self.begun) / (self.steps - 1)
-        if per_step * self.total_steps > LONG_RUN_SECONDS:
-            self.log(long_run_advice(per_step * self.total_steps, per_step, self.config, self.runtime))
+        if per_step * self.steps_left > LONG_RUN_SECONDS:
+            self.log(long_run_advice(per_step * self.steps_left, per_step, self.config, self.runtime))
 
 
 def long_run_advice(seconds: float, per_step: float, config: Config, runtime: Runtime) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,21 +12,42 @@ from torch import Tensor, nn
 
 from net.norm import BatchNorm
 
+_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within the block HostSyncBatchNorm waits for nobody, and takes the batches of all processes to be equal to this one's: for
+    steps on borrowed state, which each process takes in its own time, and of which it may take another number than the others.
+
+    The sums lie outside of what is compiled, so that nothing is compiled anew within the block or after it.
+    """
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
+
+
+def _sum_over_processes(values: Tensor) -> Tensor:
+    if _alone:
+        return values * dist.get_world_size()
+    total = values.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
+
 
 class _SumOverProcesses(torch.autograd.Function):
     """The sum of a tensor over all processes; each gets the sum of the gradients."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
-        total = values.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
+        return _sum_over_processes(values)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        total = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
+        return _sum_over_processes(gradient)
 
 
 class HostSyncBatchNorm(BatchNorm):

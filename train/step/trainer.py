@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -106,7 +107,8 @@ class Trainer:
         self.backend, self.initial = backend, initial
         device = runtime.device
         network: nn.Module = new_network(config, dataset, initial).to(device)
-        if config.train.sync_bn and self.group.world_size > 1:
+        self.synchronised = config.train.sync_bn and self.group.world_size > 1
+        if self.synchronised:
             # its import brings torch's compiler, which takes longer than the rest of torch
             from train.step.sync_bn import synchronise_batch_norm
 
@@ -211,11 +213,24 @@ class Trainer:
         self.runtime = replace(self.runtime, compile_mode=None)
         self._build_steps(None)
 
+    @contextmanager
+    def _by_itself(self) -> Iterator[None]:
+        """Restores all state at the end of the block, in which this process trains by itself: the others may take longer,
+        or other numbers of steps, or fail. torch's own SyncBatchNorm, on CUDA, waits for the others there too."""
+        with borrowed_state(self.net, self.optimizers, self.scaler):
+            if not self.synchronised:
+                yield
+                return
+            from train.step.sync_bn import alone
+
+            with alone():
+                yield
+
     def step_seconds(self, enough: float = 1.0, most: int = 4) -> float:
         """The processor time of one training step on the CPU, compiled or not as it is now. It is the shortest of at most `most`
         steps after a first one, or the first one's where that alone takes `enough` seconds. Trains on a random batch, and
         restores all state."""
-        with borrowed_state(self.net, self.optimizers, self.scaler):
+        with self._by_itself():
             images, labels = self._random_batch(self.local_batch)
             first = self._timed(images, labels, self.train_step)
             if first >= enough:
@@ -229,7 +244,7 @@ class Trainer:
         """An eager step's time over a compiled one's, on the CPU: the ratio of the shortest of `pairs` steps each, run in turns.
         Trains on a random batch, and restores all state."""
         eager, compiled = [], []
-        with borrowed_state(self.net, self.optimizers, self.scaler):
+        with self._by_itself():
             images, labels = self._random_batch(self.local_batch)
             for _ in range(pairs):
                 eager.append(self._timed(images, labels, self.train_step.forward))
@@ -250,7 +265,7 @@ class Trainer:
         """Compile (and on CUDA capture) the training and the evaluation graph on random batches; all state is restored. Without
         `training` the evaluation graph alone."""
         calls = range(3 if self.runtime.device.type == "cuda" else 1)
-        with borrowed_state(self.net, self.optimizers, self.scaler):
+        with self._by_itself():
             # drawn first: a capture that fails may leave the device's generator unusable
             to_evaluate, _ = self._random_batch(self.config.train.eval_batch_size // self.group.world_size)
             if training:

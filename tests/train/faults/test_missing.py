@@ -51,7 +51,7 @@ def test_without_a_compiler_auto_says_so_and_trains_and_an_explicit_request_fail
     words = ["--config", recipe, "train.epochs=1", "schedule.peak_epoch=0.5", f"run.dir={tmp_path / 'run'}"]
     code, out, err = runs.run(*words, "train.compile=auto", env=env)
     assert code == 0, err
-    assert "compile: off (no C++ compiler on the PATH" in out
+    assert "WARNING: compile: off (no C++ compiler on the PATH" in out
     code, _, err = runs.run(*words, "train.compile=default", "--overwrite", env=env)
     assert code == 2 and "no C++ compiler" in one_line(err)
 
