@@ -6,12 +6,15 @@ The first line of a recipe names it: `# yaml-language-server: $schema=schema.jso
 from __future__ import annotations
 
 import json
+import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from train.config import DATA, KEYS, SECTIONS, is_union
+from train.disk.atomic import WriteError, write_atomic
+from train.screen.streams import Parser, say_error, standard_streams
 
 PATH = Path(__file__).resolve().parent.parent / "configs" / "schema.json"
 _BOUNDS = {"at_least": "minimum", "above": "exclusiveMinimum", "at_most": "maximum", "below": "exclusiveMaximum"}
@@ -80,5 +83,17 @@ def text() -> str:
     return json.dumps(schema(), indent=2) + "\n"
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    with standard_streams():
+        Parser(prog="python -m train.schema", description=__doc__).parse_args(arguments)
+        try:
+            write_atomic(PATH, text().encode())
+        except WriteError as error:
+            say_error(str(error))
+            return 1
+        print(PATH)
+    return 0
+
+
 if __name__ == "__main__":
-    PATH.write_text(text(), encoding="utf-8")
+    sys.exit(main())
