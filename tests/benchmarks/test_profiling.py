@@ -46,7 +46,7 @@ def test_gaps_are_those_of_the_busiest_stream() -> None:
     ("content", "words"),
     [
         (b"{", "is damaged"),
-        (gzip.compress(b"{}")[:-9], "is damaged"),
+        (gzip.compress(b"{}", mtime=0)[:-9], "is damaged"),
         (b"{}", "a trace of torch.profiler"),
         (b'{"traceEvents": []}', "no kernels"),
         (None, "cannot be read"),
