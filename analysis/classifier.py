@@ -124,11 +124,8 @@ class Classifier:
         fit = fit or self._run.resize
         if fit not in ("crop", "squash"):
             raise AnalysisError(f"fit={fit!r}: expected crop or squash")
-        step, device, batch_size = (
-            eval_step(self._run),
-            self._run.runtime.device,
-            self._run.config.train.eval_batch_size,
-        )
+        step, device = eval_step(self._run), self._run.runtime.device
+        batch_size = self._run.config.train.eval_batch_size
         reader, one_by_one = ImageFiles(*self.image_size, fit), _one_by_one(images)
         logits = [torch.empty(0, len(self.class_names))]
         while some := list(islice(one_by_one, BATCH)):

@@ -45,9 +45,7 @@ from train.screen.log import Log
 #     a disc in the centre                               0.653               0.440
 DEFAULT_LAYER = "layer3"
 DEFAULT_LAYERS = {"layercam": "layer2", "hirescam": "layer2", "elementwise": "layer2"}
-PIXELS_AT_ONCE = (
-    64 * 32 * 32
-)  # of the images whose maps are made at once; at width 64 their forward and backward take some 250 MB
+PIXELS_AT_ONCE = 64 * 32 * 32  # of the images whose maps are made at once, as memory grows with them
 # the classes of pytorch_grad_cam that take a network and a layer, and give a map for a class
 METHODS = {
     "gradcam": "GradCAM",

@@ -79,6 +79,11 @@ def test_a_training_begins_with_the_weights_of_a_run(file: str, source: Path, ma
     assert line in session.log.lines  # type: ignore[attr-defined]
 
 
+def test_the_factor_that_null_stands_for_is_the_same_network(source: Path, made: Callable[..., Session]) -> None:
+    session = made({"net.init": str(source), "net.logit_scale": 1.0})  # of width 1
+    assert_equal_weights(state_of(session), weights(source / "best.pt"))
+
+
 def test_for_another_number_of_classes_the_classifier_is_the_one_drawn_without_it(
     source: Path, made: Callable[..., Session]
 ) -> None:

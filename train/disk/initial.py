@@ -15,11 +15,8 @@ from train.config import ConfigError
 from train.disk.snapshot import Snapshot, load_snapshot
 
 CLASSIFIER = "classifier."  # its weights' names begin with it
-OF_THE_FUNCTION = (
-    "activation",
-    "logit_scale",
-    "norm_eps",
-)  # keys of `net:` that change what weights of one shape compute
+# keys of `net:` that change what weights of one shape compute
+OF_THE_FUNCTION = ("activation", "logit_scale", "norm_eps")
 
 
 @dataclass(frozen=True)
@@ -84,6 +81,8 @@ def _check_tensors(path: Path, snapshot: Snapshot, options: NetOptions) -> None:
     theirs = snapshot.config.get("net", {})
     ours = {name: value for name, value in vars(options).items() if name not in ("init", "freeze")}
     others = {name: theirs[name] for name, value in ours.items() if name in theirs and theirs[name] != value}
+    if "width" not in others and {others.get("logit_scale", 0), options.logit_scale} == {None, options.width**-0.5}:
+        del others["logit_scale"]  # null is that
     keys = [f"net.{name}={'null' if value is None else value}" for name, value in others.items()]
     if not wrong:
         if any(name in others for name in OF_THE_FUNCTION):
